@@ -1,0 +1,31 @@
+"""RMSNorm and LayerNorm without bias over the last axis.
+
+norm(x, w, eps, kind="rms") ==
+    n = x32 * rsqrt(mean(x32 ** 2, -1) + eps)                            kind "rms"
+    n = (x32 - mean(x32)) * rsqrt(var(x32, unbiased=False) + eps)        kind "layer"
+    (w32 + unit_offset) * n, cast to x.dtype                             fp32_weight=True  (Gemma, Cohere)
+    (w + unit_offset) * n.to(x.dtype)                                    fp32_weight=False (Llama)
+"""
+
+from typing import Literal
+
+import torch
+
+from hasten.ops.norm import reference
+
+
+def norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    kind: Literal["rms", "layer"] = "rms",
+    unit_offset: bool = False,
+    fp32_weight: bool = False,
+) -> torch.Tensor:
+    """Normalises `x` over its last axis and scales it.
+
+    x: (..., D), any floating dtype. weight: (D,), or (H, D) for one weight per head with x (..., H, D).
+    Returns x's shape; x's dtype, or the promotion of both dtypes where fp32_weight is False (as transformers does).
+    Gradients: x, weight.
+    """
+    return reference.norm(x, weight, eps, kind, unit_offset, fp32_weight)

@@ -1,0 +1,41 @@
+"""Optional per-head norm on queries and keys, then rotary positions (Su et al. 2021, arXiv:2104.09864).
+
+rotation "half":        out = x * cos + cat(-x[D/2:], x[:D/2]) * sin        cos = cat(c, c)
+rotation "interleaved": out = x * cos + stack(-x[1::2], x[0::2]) * sin      cos = repeat_interleave(c, 2)
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from hasten.ops.rope import reference
+
+
+@dataclass(frozen=True)
+class QKNorm:
+    """Weights and rule of the norm on queries and keys: weights (D,) or (H, D); the rest as in `ops.norm`."""
+
+    q_weight: torch.Tensor
+    k_weight: torch.Tensor
+    eps: float
+    kind: Literal["rms", "layer"] = "rms"
+    unit_offset: bool = False
+    fp32_weight: bool = False
+
+
+def qk_rope(
+    q_BTHD: torch.Tensor,
+    k_BTHD: torch.Tensor,
+    position: tuple[torch.Tensor, torch.Tensor] | None,
+    rotation: Literal["half", "interleaved"] = "half",
+    fp32: bool = False,
+    qk_norm: QKNorm | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Norms (where given) and rotates queries and keys.
+
+    q_BTHD, k_BTHD: (B, T, H, D), their H may differ. position: cos and sin, each (B or 1, T, D), or None = no rotation.
+    fp32: rotate in fp32 and cast back, else in the promoted dtype of x and cos. Returns new tensors of the same shapes.
+    Gradients: q, k and the norm's weights; none for cos and sin.
+    """
+    return reference.qk_rope(q_BTHD, k_BTHD, position, rotation, fp32, qk_norm)

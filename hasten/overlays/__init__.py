@@ -1,0 +1,26 @@
+"""Forward methods with transformers' signatures, built from ops. Put over a module's class by `hasten.patching`.
+
+An overlay holds no state of its own. Its `facts` are a frozen dataclass on a cached subclass, so two models with
+different facts never meet, and taking an overlay off is one assignment.
+"""
+
+from hasten.overlays.attention import AttentionFacts, AttentionOverlay
+from hasten.overlays.base import Overlay
+from hasten.overlays.head import HeadFacts, HeadOverlay
+from hasten.overlays.layer import LayerFacts, LayerOverlay
+from hasten.overlays.mlp import MLPFacts, MLPOverlay
+from hasten.overlays.norm import NormFacts, NormOverlay
+
+__all__ = [
+    "AttentionFacts",
+    "AttentionOverlay",
+    "HeadFacts",
+    "HeadOverlay",
+    "LayerFacts",
+    "LayerOverlay",
+    "MLPFacts",
+    "MLPOverlay",
+    "NormFacts",
+    "NormOverlay",
+    "Overlay",
+]

@@ -1,0 +1,86 @@
+"""One attention forward for every family: projections, q/k norm, rotation, cache, and transformers' attention backend."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hasten.ops import QKNorm, attend, qk_rope
+from hasten.overlays.base import Overlay
+from hasten.overlays.norm import NormFacts
+
+
+@dataclass(frozen=True)
+class AttentionFacts:
+    """`spec.Attention` of one layer, with the config's values. window: visible keys, the token itself included."""
+
+    scale: float
+    rotation: Literal["half", "interleaved"] = "half"
+    rope_fp32: bool = False
+    use_rope: bool = True
+    window: int | None = None
+    softcap: float | None = None
+    qk_norm: NormFacts | None = None
+
+
+class AttentionOverlay(Overlay):
+    facts: ClassVar[AttentionFacts]
+    runs = "attention"
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden_states: (B, T, E); cos and sin: (B or 1, T, D). Returns (B, T, E) and the weights, if the backend has them."""
+        facts = self.facts
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q_BTHD, k_BTHD = qk_rope(
+            self.q_proj(hidden_states).view(heads),
+            self.k_proj(hidden_states).view(heads),
+            position_embeddings if facts.use_rope else None,
+            facts.rotation,
+            facts.rope_fp32,
+            self._qk_norm(),
+        )
+        query, key = q_BTHD.transpose(1, 2), k_BTHD.transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        backend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager)
+        if facts.softcap is not None:
+            kwargs["softcap"] = facts.softcap
+        if facts.window is not None:
+            kwargs["sliding_window"] = facts.window
+        dropout = self.attention_dropout if self.training else 0.0
+        attended, weights = backend(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=facts.scale, **kwargs
+        )
+        return self.o_proj(attended.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
+
+    def _qk_norm(self) -> QKNorm | None:
+        facts = self.facts.qk_norm
+        if facts is None:
+            return None
+        return QKNorm(self.q_norm.weight, self.k_norm.weight, facts.eps, facts.kind, facts.unit_offset, facts.fp32_weight)
+
+
+def _eager(  # noqa: PLR0917
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """transformers' calling convention over `ops.attend`; the mask already holds causality and window."""
+    return attend(query, key, value, attention_mask, scaling, softcap, dropout)

@@ -1,0 +1,16 @@
+"""What all overlays share: facts on the class, the stock class they came from, a name that shows them."""
+
+from typing import Any, ClassVar
+
+from torch import nn
+
+
+class Overlay(nn.Module):
+    """Base of the overlays. Never instantiated: `patching` makes `type(stock.__name__, (overlay, stock), ...)`."""
+
+    facts: ClassVar[Any] = None
+    stock_class: ClassVar[type[nn.Module]]
+    runs: ClassVar[str] = ""
+
+    def _get_name(self) -> str:
+        return f"hasten:{type(self).__name__}"

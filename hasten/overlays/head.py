@@ -1,0 +1,164 @@
+"""The causal-LM forward: backbone, then logits, or a fused loss that never holds the full logits.
+
+Which of the two runs:
+- training mode with `labels`: the fused loss; `outputs.logits` raises with the reason and the way to get them;
+- `fused_lm_head=True` (TRL's protocol): per-token scores from the same op;
+- everything else (no labels, evaluation mode, a loss function of the user's own): real logits, as transformers.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from transformers.cache_utils import Cache
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from hasten.errors import InputError
+from hasten.ops import LoraHead, ScoreRule, TokenScores, linear_cross_entropy
+from hasten.overlays.base import Overlay
+from hasten.overlays.fused_protocol import FusedRequest, FusedScores, read_trl_request
+from hasten.overlays.rows import IGNORED, check_length, compute_dtype, keep_positions, score_through_module, shifted
+from hasten.weights import read_linear
+
+
+@dataclass(frozen=True)
+class HeadFacts:
+    """`spec.Head` with the config's values. scale: multiplies the logits. softcap: after the scale. length: longest row."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+    max_seq_length: int | None = None
+
+
+class FusedLossOutput(CausalLMOutputWithPast):
+    """A training output whose logits were never computed. Reading them says so instead of giving None."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "logits":
+            raise InputError(
+                "outputs.logits was read after a fused loss, which never computes them. Call model.eval() first, or call "
+                "the model without labels, or with logits_to_keep, to get real logits."
+            )
+        return super().__getattribute__(name)
+
+
+class HeadOverlay(Overlay):
+    facts: ClassVar[HeadFacts]
+    runs = "fused loss"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """TRL's `add_fused_lm_head` assigns `model.forward`; its settings are taken over and the op here serves them."""
+        if name == "forward":
+            request = read_trl_request(value)
+            if request is not None:
+                self.__dict__["_hasten_fused_request"] = request
+                return
+        super().__setattr__(name, value)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> Any:
+        """As transformers' `ForCausalLM.forward`. Raises InputError for rows longer than the model was loaded for."""
+        rows = input_ids if input_ids is not None else inputs_embeds
+        check_length(self.facts.max_seq_length, rows, position_ids, past_key_values, kwargs.get("max_length_q"))
+        fused_lm_head = kwargs.pop("fused_lm_head", False)
+        return_dict = kwargs.pop("return_dict", None)
+        loss_kwargs = {k: kwargs.pop(k) for k in ("num_items_in_batch", "ignore_index", "shift_labels") if k in kwargs}
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=False if fused_lm_head else use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        if fused_lm_head:
+            return self._fused_scores(outputs.last_hidden_state, labels, **loss_kwargs)
+        if self._wants_fused_loss(labels, loss_kwargs, logits_to_keep):
+            loss, logits, kind = self._fused_loss(outputs.last_hidden_state, labels, **loss_kwargs), None, FusedLossOutput
+        else:
+            logits = self._logits(keep_positions(outputs.last_hidden_state, logits_to_keep))
+            loss = None
+            if labels is not None or loss_kwargs.get("shift_labels") is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_kwargs, **kwargs)
+            kind = CausalLMOutputWithPast
+        result = kind(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        wants_dict = return_dict if return_dict is not None else getattr(self.config, "return_dict", True)
+        return result if wants_dict else result.to_tuple()
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = self.lm_head(hidden)
+        if self.facts.scale != 1.0:
+            logits = logits * self.facts.scale
+        if self.facts.softcap is not None:
+            logits = torch.tanh(logits / self.facts.softcap) * self.facts.softcap
+        return logits
+
+    def _wants_fused_loss(self, labels: torch.Tensor | None, loss_kwargs: dict[str, Any], keep: Any) -> bool:
+        has_target = labels is not None or loss_kwargs.get("shift_labels") is not None
+        whole_rows = isinstance(keep, int) and keep == 0
+        return self.training and has_target and whole_rows and self.loss_function is ForCausalLMLoss
+
+    def _fused_loss(
+        self,
+        hidden_BTE: torch.Tensor,
+        labels: torch.Tensor | None,
+        num_items_in_batch: Any = None,
+        ignore_index: int = IGNORED,
+        shift_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Sum of token losses over `num_items_in_batch`, or their mean over the labels that count."""
+        hidden, targets = shifted(hidden_BTE, labels, shift_labels, ignore_index)
+        rule = ScoreRule(self.facts.scale, self.facts.softcap, ignore_index=ignore_index)
+        total = self._score(hidden.flatten(0, -2), targets.flatten(), rule).loss.sum()
+        if num_items_in_batch is None:
+            return total / (targets != ignore_index).sum()
+        if isinstance(num_items_in_batch, torch.Tensor):
+            num_items_in_batch = num_items_in_batch.to(total.device)
+        return total / num_items_in_batch
+
+    def _fused_scores(
+        self,
+        hidden_BTE: torch.Tensor,
+        labels: torch.Tensor | None,
+        num_items_in_batch: Any = None,
+        ignore_index: int = IGNORED,
+        shift_labels: torch.Tensor | None = None,
+    ) -> FusedScores:
+        request: FusedRequest = self.__dict__.get("_hasten_fused_request", FusedRequest())
+        hidden, targets = shifted(hidden_BTE, labels, shift_labels, ignore_index)
+        rule = ScoreRule(
+            self.facts.scale, self.facts.softcap, request.temperature, ignore_index, want=request.optional_scores
+        )
+        scores = self._score(hidden.flatten(0, -2), targets.flatten(), rule, fp32=request.cast_lm_head_to_fp32)
+        return FusedScores.from_tokens(scores, targets != ignore_index, num_items_in_batch)
+
+    def _score(self, hidden_NE: torch.Tensor, labels_N: torch.Tensor, rule: ScoreRule, fp32: bool = False) -> TokenScores:
+        """The op on whatever the head is: plain, trained, with LoRA; or through the module where only PEFT can tell."""
+        base, pair, reason = read_linear(self.lm_head, self.training)
+        if base is None or reason is not None:
+            return score_through_module(self.lm_head, hidden_NE, labels_N, rule)
+        weight: torch.Tensor = base.weight  # pyright: ignore[reportAssignmentType]
+        dtype = torch.float32 if fp32 else compute_dtype(hidden_NE, weight)
+        hidden, labels = hidden_NE.to(weight.device, dtype), labels_N.to(weight.device)
+        bias = None if base.bias is None else base.bias.to(dtype)  # pyright: ignore[reportCallIssue]
+        lora = None if pair is None else LoraHead(pair.a_RE.to(dtype), pair.b_VR.to(dtype), pair.scale)
+        return linear_cross_entropy(hidden, weight.to(dtype), labels, rule, bias, lora)

@@ -1,0 +1,28 @@
+"""RMSNorm or LayerNorm through `ops.norm`."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from hasten.ops import norm
+from hasten.overlays.base import Overlay
+
+
+@dataclass(frozen=True)
+class NormFacts:
+    """`spec.Norm` with epsilon read from the config."""
+
+    eps: float
+    kind: Literal["rms", "layer"] = "rms"
+    unit_offset: bool = False
+    fp32_weight: bool = False
+
+
+class NormOverlay(Overlay):
+    facts: ClassVar[NormFacts]
+    runs = "norm"
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        facts = self.facts
+        return norm(hidden_states, self.weight, facts.eps, facts.kind, facts.unit_offset, facts.fp32_weight)

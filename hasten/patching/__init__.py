@@ -1,0 +1,7 @@
+"""Puts overlays over a transformers model and takes them off: check, plan, then retype; never half of it."""
+
+from hasten.patching.apply import apply, is_patched, patched, restore
+from hasten.patching.plan import Action, Plan, Skip, family_of, plan
+from hasten.patching.report import Report, report
+
+__all__ = ["Action", "Plan", "Report", "Skip", "apply", "family_of", "is_patched", "patched", "plan", "report", "restore"]

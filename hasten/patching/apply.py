@@ -1,0 +1,92 @@
+"""Carries out a plan: retypes instances, patches no class. Undone by one assignment per module."""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from hasten.errors import ContractError, PatchError
+from hasten.overlays import HeadOverlay, Overlay
+from hasten.overlays.fused_protocol import FusedRequest
+from hasten.patching.contract import stock_class
+from hasten.patching.plan import Plan, causal_lm_of, plan
+from hasten.spec import Family
+
+
+@functools.cache
+def overlay_class(stock: type, overlay: type[Overlay], facts: Any, surface: type | None = None) -> type:
+    """The subclass that carries `facts`. It keeps the stock class's name and module, which transformers writes to disk."""
+    bases = (surface, overlay, stock) if surface is not None else (overlay, stock)
+    names = {
+        "__module__": stock.__module__,
+        "__qualname__": stock.__qualname__,
+        "__doc__": stock.__doc__,
+        "facts": facts,
+        "stock_class": stock,
+    }
+    return type(stock.__name__, bases, names)
+
+
+def apply(model: nn.Module, planned: Plan | None = None, surface: type | None = None) -> Plan:
+    """Puts the planned overlays on (None = `plan(model)`) and returns the plan.
+
+    surface: a mixin with user-facing methods for the causal LM. Raises ContractError or PatchError before anything is
+    changed. A module that already wears an overlay gets the planned one in its place.
+    """
+    planned = plan(model) if planned is None else planned
+    if planned.problems:
+        kind = ContractError if planned.family is not None and _is_drift(planned) else PatchError
+        raise kind("overlays were not put on, nothing was changed:\n  " + "\n  ".join(planned.problems))
+    base = causal_lm_of(model)
+    for action in planned.actions:
+        module = base.get_submodule(action.name)
+        extra = surface if action.overlay is HeadOverlay else None
+        _retype(module, overlay_class(stock_class(module), action.overlay, action.facts, extra))
+    base.__dict__["_hasten_plan"] = planned
+    return planned
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Gives every module its stock class back, and returns `model`. Weights, hooks and adapters stay as they are."""
+    base = causal_lm_of(model)
+    for module in base.modules():
+        if isinstance(module, Overlay):
+            _retype(module, stock_class(module))
+    base.__dict__.pop("_hasten_plan", None)
+    request: FusedRequest | None = base.__dict__.pop("_hasten_fused_request", None)
+    if request is not None:
+        from trl.trainer.utils import add_fused_lm_head
+
+        add_fused_lm_head(base, request.temperature, request.cast_lm_head_to_fp32, request.outputs)
+    return model
+
+
+@contextmanager
+def patched(model: nn.Module, family: Family | None = None) -> Iterator[nn.Module]:
+    """Overlays on inside the block, the former state after it. A model that is already patched stays so."""
+    if is_patched(model):
+        yield model
+        return
+    apply(model, plan(model, family))
+    try:
+        yield model
+    finally:
+        restore(model)
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether any module of `model` wears an overlay."""
+    return any(isinstance(module, Overlay) for module in causal_lm_of(model).modules())
+
+
+def _retype(module: nn.Module, target: type) -> None:
+    hooked = hasattr(module, "_hf_hook") and "_old_forward" in module.__dict__
+    module.__class__ = target
+    if hooked:  # accelerate calls the forward that it found; it must find the new class's
+        module.__dict__["_old_forward"] = target.forward.__get__(module)
+
+
+def _is_drift(planned: Plan) -> bool:
+    return not any("forward was replaced" in problem for problem in planned.problems)

@@ -1,0 +1,94 @@
+"""Does the installed transformers class still look as the family's data file records it?
+
+Structure is checked here, on the modules at hand, before anything is planned. What the structure cannot show (the order
+of casts, a factor left out) is compared as numbers by `hasten.testing.check_family`, which the tests run per family.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from hasten.overlays import AttentionFacts, LayerFacts, MLPFacts, NormFacts, Overlay
+from hasten.spec import Classes, Family
+
+BRANCH_NORMS = {
+    "serial": {"input_layernorm", "post_attention_layernorm"},
+    "parallel": {"input_layernorm"},
+    "sandwich": {
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    },
+}
+
+
+def stock_class(module: nn.Module) -> type[nn.Module]:
+    """transformers' own class of a module, under an overlay or not."""
+    return type(module).stock_class if isinstance(module, Overlay) else type(module)
+
+
+def role_of(module: nn.Module, recorded: Classes) -> str | None:
+    """"causal_lm", "layer", "attention", "mlp" or "norm" where the module's class is the recorded one, else None."""
+    stock = stock_class(module)
+    if stock.__module__ != recorded.module:
+        return None
+    for role in ("causal_lm", "layer", "attention", "mlp", "norm"):
+        if stock.__name__ == getattr(recorded, role):
+            return role
+    return None
+
+
+def forward_in_the_way(module: nn.Module) -> str | None:
+    """Why the instance's own `forward` forbids an overlay; accelerate's hooks are known and kept."""
+    own = module.__dict__.get("forward")
+    if own is None or (hasattr(module, "_hf_hook") and hasattr(module, "_old_forward")):
+        return None
+    owner = getattr(getattr(own, "__func__", own), "__qualname__", type(own).__name__)
+    return f"its forward was replaced on the instance by {owner}; put overlays on before whatever did that"
+
+
+def check_norm(module: nn.Module, facts: NormFacts) -> list[str]:
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    found = [] if eps == facts.eps else [f"epsilon is {eps}, the config's is {facts.eps}"]
+    return found + _missing(module, {"weight"})
+
+
+def check_mlp(module: nn.Module, facts: MLPFacts, known: Any) -> list[str]:
+    found = _missing(module, {"gate_proj", "up_proj", "down_proj", "act_fn"})
+    return found if facts.activation in known else [*found, f"activation {facts.activation!r} is not one of {sorted(known)}"]
+
+
+def check_layer(module: nn.Module, facts: LayerFacts) -> list[str]:
+    norms = {name for name, _ in module.named_children() if name.endswith("layernorm")}
+    expected = BRANCH_NORMS[facts.residual]
+    found = [] if norms == expected else [f"norms {sorted(norms)}, a {facts.residual} layer has {sorted(expected)}"]
+    multiplier = getattr(module, "residual_multiplier", 1.0)
+    if multiplier != facts.multiplier:
+        found.append(f"residual_multiplier is {multiplier}, recorded is {facts.multiplier}")
+    return found + _missing(module, {"self_attn", "mlp"})
+
+
+def check_attention(module: nn.Module, facts: AttentionFacts, family: Family) -> list[str]:
+    found = _missing(module, {"q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "layer_idx", "scaling", "config"})
+    if found:
+        return found
+    config = module.config
+    window = getattr(module, "sliding_window", None)
+    if not hasattr(module, "sliding_window") and not hasattr(module, "layer_type"):
+        window = getattr(config, "sliding_window", None)
+    softcap = getattr(module, "attn_logit_softcapping", None)
+    if family.attention.qk_norm is not None and family.attention.softcap is None:
+        softcap = None  # Gemma 3 stores Gemma 2's field and does not apply it
+    compared = {
+        "scaling": (module.scaling, facts.scale),
+        "sliding window": (window, facts.window),
+        "score softcap": (softcap, facts.softcap),
+        "norm on q and k": (hasattr(module, "q_norm"), facts.qk_norm is not None),
+    }
+    return [f"{name} is {is_}, recorded is {ours}" for name, (is_, ours) in compared.items() if is_ != ours]
+
+
+def _missing(module: nn.Module, names: set[str]) -> list[str]:
+    missing = sorted(name for name in names if not hasattr(module, name))
+    return [f"no {', '.join(missing)}"] if missing else []

@@ -1,0 +1,129 @@
+"""What would be done to a model, as data: one action per module that gets an overlay, one skip per module that does not.
+
+Planning changes nothing. A family's data file is trusted as far as the contract holds; a model type without a data file
+gets only those overlays that reproduce its own modules' outputs (see `probe`).
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from hasten.families import FAMILIES
+from hasten.ops.glu import ACTIVATIONS
+from hasten.overlays import AttentionOverlay, HeadOverlay, LayerOverlay, MLPOverlay, NormOverlay, Overlay
+from hasten.patching import contract, facts, probe
+from hasten.spec import Family
+
+
+@dataclass(frozen=True)
+class Action:
+    """Put `overlay` with `facts` over the module called `name` (its path below the causal LM; "" = itself)."""
+
+    name: str
+    overlay: type[Overlay]
+    facts: Any
+    why: str
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Leave the module called `name` as transformers has it."""
+
+    name: str
+    kind: str
+    reason: str
+
+
+@dataclass
+class Plan:
+    """Everything that `apply` will do. problems: why it will refuse; empty = it will not."""
+
+    model_type: str
+    family: Family | None
+    actions: list[Action] = field(default_factory=list)
+    skips: list[Skip] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{self.model_type}: {len(self.actions)} overlays, {len(self.skips)} left stock"]
+        lines += [f"  + {a.name or '(model)'}: {a.overlay.runs} ({a.why})" for a in self.actions]
+        lines += [f"  - {s.name or '(model)'}: {s.kind} stays stock ({s.reason})" for s in self.skips]
+        lines += [f"  ! {problem}" for problem in self.problems]
+        return "\n".join(lines)
+
+
+def causal_lm_of(model: nn.Module) -> Any:
+    """The transformers model under PEFT's wrapper, or `model` itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
+
+
+def family_of(model: nn.Module) -> Family | None:
+    """The data file for the model's `config.model_type`, or None."""
+    return FAMILIES.get(causal_lm_of(model).config.model_type)
+
+
+def plan(model: nn.Module, family: Family | None = None, max_seq_length: int | None = None) -> Plan:
+    """Plans overlays for `model`. `family` overrides the data file (None = by model_type). Pure: nothing is changed."""
+    base = causal_lm_of(model)
+    chosen = family if family is not None else family_of(base)
+    found = Plan(base.config.model_type, chosen)
+    if chosen is None:
+        _plan_unknown(base, found, max_seq_length)
+    else:
+        _plan_family(base, chosen, found, max_seq_length)
+    for action in found.actions:
+        reason = contract.forward_in_the_way(base.get_submodule(action.name))
+        if reason is not None:
+            found.problems.append(f"{action.name or 'the model'}: {reason}")
+    return found
+
+
+def _plan_family(base: Any, family: Family, found: Plan, max_seq_length: int | None) -> None:
+    config = base.config
+    roles: dict[str, tuple[type[Overlay], Callable[[nn.Module], Any], Callable[[nn.Module, Any], list[str]]]] = {
+        "causal_lm": (HeadOverlay, lambda m: facts.head_facts(family, config, max_seq_length), lambda m, f: []),
+        "layer": (LayerOverlay, lambda m: facts.layer_facts(family, config), contract.check_layer),
+        "attention": (
+            AttentionOverlay,
+            lambda m: facts.attention_facts(family, config, m.layer_idx),
+            lambda m, f: contract.check_attention(m, f, family),
+        ),
+        "mlp": (MLPOverlay, lambda m: facts.mlp_facts(family, config), lambda m, f: contract.check_mlp(m, f, ACTIVATIONS)),
+        "norm": (NormOverlay, lambda m: facts.norm_facts(family.norm, config), contract.check_norm),
+    }
+    seen = set()
+    for name, module in _modules(base):
+        role = contract.role_of(module, family.classes)
+        if role is None:
+            continue
+        seen.add(role)
+        overlay, read, check = roles[role]
+        values = read(module)
+        broken = check(module, values)
+        found.problems += [f"{name or 'the model'} ({type(module).__name__}): {problem}" for problem in broken]
+        found.actions.append(Action(name, overlay, values, f"{family.model_type} family"))
+    missing = [f"{role} ({getattr(family.classes, role)})" for role in roles if role not in seen]
+    if missing:
+        found.problems.append(f"no module of the recorded class for: {', '.join(missing)}, in {family.classes.module}")
+
+
+def _plan_unknown(base: Any, found: Plan, max_seq_length: int | None) -> None:
+    proofs: dict[Any, tuple[type[Overlay], Any] | str] = {}
+    for name, module in _modules(base):
+        kind = probe.kind_of(module, base)
+        if kind is None:
+            continue
+        key = (contract.stock_class(module), probe.signature(module))
+        if key not in proofs:
+            proofs[key] = probe.prove(kind, module, max_seq_length)
+        proof = proofs[key]
+        if isinstance(proof, str):
+            found.skips.append(Skip(name, type(module).__name__, proof))
+        else:
+            found.actions.append(Action(name, *proof, f"proved on this {type(module).__name__}"))
+
+
+def _modules(base: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    return base.named_modules()

@@ -1,0 +1,109 @@
+"""Which overlay provably applies to a module of a model type without a data file.
+
+A proof is a comparison of outputs: the module's own forward against the op with candidate facts, on random input of the
+module's dtype, bit for bit in fp32 arithmetic or within two roundings otherwise. What is not proved stays stock.
+"""
+
+from itertools import product
+from typing import Any
+
+import torch
+from torch import nn
+
+from hasten.ops import glu, norm
+from hasten.ops.glu import ACTIVATIONS
+from hasten.overlays import HeadFacts, HeadOverlay, MLPFacts, MLPOverlay, NormFacts, NormOverlay, Overlay
+from hasten.patching.contract import stock_class
+
+ROWS = 3
+
+
+def kind_of(module: nn.Module, base: nn.Module) -> str | None:
+    """"norm", "mlp" or "head" where a module has the parts that such an overlay needs, "attention" for the report."""
+    if module is base:
+        return "head"
+    children = {name for name, _ in module.named_children()}
+    if {"gate_proj", "up_proj", "down_proj"} <= children:
+        return "mlp"
+    own = dict(module.named_parameters(recurse=False))
+    if "Norm" in stock_class(module).__name__ and not children and "weight" in own:
+        return "norm"
+    return "attention" if {"q_proj", "k_proj", "v_proj"} <= children else None
+
+
+def signature(module: nn.Module) -> tuple[Any, ...]:
+    """What two instances of a class must share for one proof to hold for both."""
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    shapes = tuple((name, tuple(p.shape), p.dtype) for name, p in module.named_parameters(recurse=False))
+    return (eps, shapes)
+
+
+def prove(kind: str, module: nn.Module, max_seq_length: int | None) -> tuple[type[Overlay], Any] | str:
+    """(overlay, facts) that reproduce the module's outputs, or the reason why none does."""
+    with torch.no_grad():
+        if kind == "norm":
+            return _prove_norm(module)
+        if kind == "mlp":
+            return _prove_mlp(module)
+        if kind == "head":
+            return _prove_head(module, max_seq_length)
+    return "attention differs too much between families to be proved from outside; add a data file"
+
+
+def _random(*shape: int, like: torch.Tensor) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    dtype = like.dtype if like.is_floating_point() else torch.float32
+    return torch.randn(*shape, generator=generator).to(like.device, dtype)
+
+
+def _same(ours: torch.Tensor, theirs: Any) -> bool:
+    if not isinstance(theirs, torch.Tensor) or ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        return False
+    tolerance = 4 * torch.finfo(ours.dtype).eps
+    return bool(torch.allclose(ours.float(), theirs.float(), rtol=tolerance, atol=tolerance * float(theirs.abs().max())))
+
+
+def _prove_norm(module: nn.Module) -> tuple[type[Overlay], Any] | str:
+    weight: torch.Tensor = module.weight  # pyright: ignore[reportAssignmentType]
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if eps is None or weight.dim() != 1 or getattr(module, "bias", None) is not None:
+        return "not a norm over one axis with a weight, an epsilon and no bias"
+    # An all-ones or all-zeros weight could not tell (1 + w) from w; so the proof is on a random one.
+    trial = nn.Parameter(_random(weight.shape[0], like=weight), requires_grad=False)
+    x = _random(ROWS, weight.shape[0], like=weight) * 3 + 1
+    module.weight, kept = trial, weight
+    try:
+        theirs = module(x)
+    finally:
+        module.weight = kept
+    for kind, unit_offset, fp32_weight in product(("rms", "layer"), (False, True), (False, True)):
+        if _same(norm(x, trial, eps, kind, unit_offset, fp32_weight), theirs):
+            return NormOverlay, NormFacts(eps, kind, unit_offset, fp32_weight)
+    return "its outputs are those of no norm that hasten has"
+
+
+def _prove_mlp(module: nn.Module) -> tuple[type[Overlay], Any] | str:
+    gate: Any = module.gate_proj
+    x = _random(ROWS, gate.in_features, like=next(module.parameters()))
+    theirs = module(x)
+    for name in ACTIVATIONS:
+        ours = module.down_proj(glu(module.gate_proj(x), module.up_proj(x), name))  # pyright: ignore[reportCallIssue]
+        if _same(ours, theirs):
+            return MLPOverlay, MLPFacts(name)
+    return "its outputs are those of no gated MLP that hasten has"
+
+
+def _prove_head(model: Any, max_seq_length: int | None) -> tuple[type[Overlay], Any] | str:
+    if not hasattr(model, "lm_head") or not hasattr(model, "model"):
+        return "not a backbone called `model` with a head called `lm_head`"
+    ids = torch.arange(ROWS, device=model.lm_head.weight.device)[None] % model.lm_head.weight.shape[0]
+    was_training = model.training
+    model.eval()
+    try:
+        theirs = model(input_ids=ids, use_cache=False).logits
+        hidden = model.model(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
+    finally:
+        model.train(was_training)
+    if _same(model.lm_head(hidden), theirs):
+        return HeadOverlay, HeadFacts(1.0, None, max_seq_length)
+    return "its logits are more than the head's product with the last hidden state"

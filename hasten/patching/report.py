@@ -1,0 +1,94 @@
+"""What runs in each module of a model, and why: the answer to "is it patched, and with what?"."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import nn
+
+from hasten.overlays import HeadOverlay, Overlay
+from hasten.patching.plan import Plan, causal_lm_of
+from hasten.weights import base_layer_of, read_linear, read_lora, storage_of
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the report: `count` modules of one kind in which the same thing runs for the same reason."""
+
+    module: str
+    count: int
+    runs: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """rows: what runs where. notes: facts about the whole model. `str(report)` is a table of plain text."""
+
+    title: str
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        cells = [("module", "count", "runs", "why"), *((r.module, str(r.count), r.runs, r.why) for r in self.rows)]
+        widths = [max(len(row[column]) for row in cells) for column in range(4)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        return "\n".join([self.title, "", *lines, *(f"* {note}" for note in self.notes)])
+
+
+def report(model: nn.Module) -> Report:
+    """Reads the model as it stands now (adapters added or overlays taken off since loading show).
+
+    Notes that loading and `get_peft_model` recorded (`_hasten_notes` on the causal LM) are listed under the table.
+    """
+    base = causal_lm_of(model)
+    counted: Counter[tuple[str, str, str]] = Counter()
+    planned: Plan | None = base.__dict__.get("_hasten_plan")
+    why = {a.name: a.why for a in planned.actions} if planned else {}
+    skipped = {s.name: s.reason for s in planned.skips} if planned else {}
+    wrapped: set[str] = set()
+    for name, module in base.named_modules():
+        if any(name.startswith(f"{outer}.") for outer in wrapped):
+            continue
+        row = _describe(name, module, base, why, skipped)
+        if row is not None:
+            counted[row] += 1
+            if not isinstance(module, Overlay):
+                wrapped.add(name)
+    rows = tuple(Row(module, count, runs, reason) for (module, runs, reason), count in counted.items())
+    state = "hasten" if any(isinstance(m, Overlay) for m in base.modules()) else "stock transformers"
+    attention = getattr(base.config, "_attn_implementation", None)
+    title = f"{type(base).__name__} ({base.config.model_type}): {state}, {attention} attention, backend reference"
+    return Report(title, rows, tuple(base.__dict__.get("_hasten_notes", ())))
+
+
+def _describe(
+    name: str, module: nn.Module, base: nn.Module, why: dict[str, str], skipped: dict[str, str]
+) -> tuple[str, str, str] | None:
+    kind = type(module).__name__
+    if isinstance(module, HeadOverlay):
+        _, pair, reason = read_linear(base.lm_head, training=True)  # pyright: ignore[reportArgumentType]
+        runs = "fused chunked loss" if reason is None else "chunked loss through the head's module"
+        return kind, runs, reason or (why.get(name, "") + (", LoRA on the head fused" if pair else ""))
+    if isinstance(module, Overlay):
+        return kind, f"{type(module).runs} overlay", why.get(name, "copied from a patched module")
+    if name in skipped:
+        return kind, "stock", skipped[name]
+    is_linear = hasattr(module, "base_layer") or hasattr(module, "original_module") or isinstance(module, nn.Linear)
+    if not is_linear:
+        return None
+    label = f"{name.rsplit('.', 1)[-1]} ({_storage(module)})"
+    if hasattr(module, "original_module"):
+        return label, "trained copy", "modules_to_save"
+    pair, reason = read_lora(module, training=True)
+    if reason is not None:
+        return label, "PEFT's LoRA, unfused", reason
+    return (label, "LoRA through PEFT's module", "plain LoRA") if pair else (label, "its own matmul", "no adapter")
+
+
+def _storage(module: nn.Module) -> str:
+    base = base_layer_of(module)
+    if not isinstance(base, nn.Linear):
+        return type(base).__name__
+    storage = storage_of(base)
+    return str(base.weight.dtype).removeprefix("torch.") if storage == "dense" else storage
