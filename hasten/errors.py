@@ -53,4 +53,6 @@ class MissingExtraError(HastenError, ImportError):
     """An optional dependency is needed for what was asked. The message names the extra that installs it."""
 
     def __init__(self, wanted: str, package: str, extra: str) -> None:
-        super().__init__(f"{wanted} needs {package}, which is not installed. Install it with: pip install 'hasten[{extra}]'")
+        super().__init__(
+            f"{wanted} needs {package}, which is not installed. Install it with: pip install 'hasten[{extra}]'"
+        )

@@ -11,4 +11,15 @@ from hasten.ops.linear_cross_entropy import LoraHead, ScoreRule, TokenScores, li
 from hasten.ops.norm import norm
 from hasten.ops.rope import QKNorm, qk_rope
 
-__all__ = ["LoraHead", "QKNorm", "ScoreRule", "TokenScores", "attend", "glu", "linear_cross_entropy", "norm", "qk_rope", "score_logits"]
+__all__ = [
+    "LoraHead",
+    "QKNorm",
+    "ScoreRule",
+    "TokenScores",
+    "attend",
+    "glu",
+    "linear_cross_entropy",
+    "norm",
+    "qk_rope",
+    "score_logits",
+]

@@ -68,7 +68,9 @@ class AttentionOverlay(Overlay):
         facts = self.facts.qk_norm
         if facts is None:
             return None
-        return QKNorm(self.q_norm.weight, self.k_norm.weight, facts.eps, facts.kind, facts.unit_offset, facts.fp32_weight)
+        return QKNorm(
+            self.q_norm.weight, self.k_norm.weight, facts.eps, facts.kind, facts.unit_offset, facts.fp32_weight
+        )
 
 
 def _eager(  # noqa: PLR0917

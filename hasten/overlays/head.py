@@ -87,12 +87,18 @@ class HeadOverlay(Overlay):
         if fused_lm_head:
             return self._fused_scores(outputs.last_hidden_state, labels, **loss_kwargs)
         if self._wants_fused_loss(labels, loss_kwargs, logits_to_keep):
-            loss, logits, kind = self._fused_loss(outputs.last_hidden_state, labels, **loss_kwargs), None, FusedLossOutput
+            loss, logits, kind = (
+                self._fused_loss(outputs.last_hidden_state, labels, **loss_kwargs),
+                None,
+                FusedLossOutput,
+            )
         else:
             logits = self._logits(keep_positions(outputs.last_hidden_state, logits_to_keep))
             loss = None
             if labels is not None or loss_kwargs.get("shift_labels") is not None:
-                loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_kwargs, **kwargs)
+                loss = self.loss_function(
+                    logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_kwargs, **kwargs
+                )
             kind = CausalLMOutputWithPast
         result = kind(
             loss=loss,
@@ -151,7 +157,9 @@ class HeadOverlay(Overlay):
         scores = self._score(hidden.flatten(0, -2), targets.flatten(), rule, fp32=request.cast_lm_head_to_fp32)
         return FusedScores.from_tokens(scores, targets != ignore_index, num_items_in_batch)
 
-    def _score(self, hidden_NE: torch.Tensor, labels_N: torch.Tensor, rule: ScoreRule, fp32: bool = False) -> TokenScores:
+    def _score(
+        self, hidden_NE: torch.Tensor, labels_N: torch.Tensor, rule: ScoreRule, fp32: bool = False
+    ) -> TokenScores:
         """The op on whatever the head is: plain, trained, with LoRA; or through the module where only PEFT can tell."""
         base, pair, reason = read_linear(self.lm_head, self.training)
         if base is None or reason is not None:

@@ -69,7 +69,9 @@ def compute_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, weight.dtype)
 
 
-def score_through_module(head: nn.Module, hidden_NE: torch.Tensor, labels_N: torch.Tensor, rule: ScoreRule) -> TokenScores:
+def score_through_module(
+    head: nn.Module, hidden_NE: torch.Tensor, labels_N: torch.Tensor, rule: ScoreRule
+) -> TokenScores:
     """Scores through the head's own forward, some rows at a time; each chunk's logits are recomputed in the backward."""
 
     def score(hidden: torch.Tensor, labels: torch.Tensor) -> tuple[Any, ...]:

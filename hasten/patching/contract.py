@@ -29,7 +29,7 @@ def stock_class(module: nn.Module) -> type[nn.Module]:
 
 
 def role_of(module: nn.Module, recorded: Classes) -> str | None:
-    """"causal_lm", "layer", "attention", "mlp" or "norm" where the module's class is the recorded one, else None."""
+    """ "causal_lm", "layer", "attention", "mlp" or "norm" where the module's class is the recorded one, else None."""
     stock = stock_class(module)
     if stock.__module__ != recorded.module:
         return None
@@ -56,7 +56,11 @@ def check_norm(module: nn.Module, facts: NormFacts) -> list[str]:
 
 def check_mlp(module: nn.Module, facts: MLPFacts, known: Any) -> list[str]:
     found = _missing(module, {"gate_proj", "up_proj", "down_proj", "act_fn"})
-    return found if facts.activation in known else [*found, f"activation {facts.activation!r} is not one of {sorted(known)}"]
+    return (
+        found
+        if facts.activation in known
+        else [*found, f"activation {facts.activation!r} is not one of {sorted(known)}"]
+    )
 
 
 def check_layer(module: nn.Module, facts: LayerFacts) -> list[str]:

@@ -13,7 +13,9 @@ def norm_facts(norm: Norm, config: Any) -> NormFacts:
 def attention_facts(family: Family, config: Any, layer: int) -> AttentionFacts:
     spec = family.attention
     kinds = getattr(config, "layer_types", None)
-    sliding = spec.window == "always" or (spec.window == "by_layer" and bool(kinds) and kinds[layer] == "sliding_attention")
+    sliding = spec.window == "always" or (
+        spec.window == "by_layer" and bool(kinds) and kinds[layer] == "sliding_attention"
+    )
     window = getattr(config, "sliding_window", None) if sliding else None
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     normed = spec.qk_norm is not None and (spec.qk_norm_if is None or getattr(config, spec.qk_norm_if))

@@ -90,7 +90,11 @@ def _plan_family(base: Any, family: Family, found: Plan, max_seq_length: int | N
             lambda m: facts.attention_facts(family, config, m.layer_idx),
             lambda m, f: contract.check_attention(m, f, family),
         ),
-        "mlp": (MLPOverlay, lambda m: facts.mlp_facts(family, config), lambda m, f: contract.check_mlp(m, f, ACTIVATIONS)),
+        "mlp": (
+            MLPOverlay,
+            lambda m: facts.mlp_facts(family, config),
+            lambda m, f: contract.check_mlp(m, f, ACTIVATIONS),
+        ),
         "norm": (NormOverlay, lambda m: facts.norm_facts(family.norm, config), contract.check_norm),
     }
     seen = set()

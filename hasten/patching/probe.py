@@ -19,7 +19,7 @@ ROWS = 3
 
 
 def kind_of(module: nn.Module, base: nn.Module) -> str | None:
-    """"norm", "mlp" or "head" where a module has the parts that such an overlay needs, "attention" for the report."""
+    """ "norm", "mlp" or "head" where a module has the parts that such an overlay needs, "attention" for the report."""
     if module is base:
         return "head"
     children = {name for name, _ in module.named_children()}
@@ -60,7 +60,9 @@ def _same(ours: torch.Tensor, theirs: Any) -> bool:
     if not isinstance(theirs, torch.Tensor) or ours.shape != theirs.shape or ours.dtype != theirs.dtype:
         return False
     tolerance = 4 * torch.finfo(ours.dtype).eps
-    return bool(torch.allclose(ours.float(), theirs.float(), rtol=tolerance, atol=tolerance * float(theirs.abs().max())))
+    return bool(
+        torch.allclose(ours.float(), theirs.float(), rtol=tolerance, atol=tolerance * float(theirs.abs().max()))
+    )
 
 
 def _prove_norm(module: nn.Module) -> tuple[type[Overlay], Any] | str:

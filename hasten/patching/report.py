@@ -31,7 +31,9 @@ class Report:
     def __str__(self) -> str:
         cells = [("module", "count", "runs", "why"), *((r.module, str(r.count), r.runs, r.why) for r in self.rows)]
         widths = [max(len(row[column]) for row in cells) for column in range(4)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+        ]
         lines.insert(1, "  ".join("-" * width for width in widths))
         return "\n".join([self.title, "", *lines, *(f"* {note}" for note in self.notes)])
 

@@ -28,7 +28,9 @@ def score_tokens(
     kept = (labels_N != rule.ignore_index).nonzero().squeeze(1)
     labels = labels_N[kept]
     if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < weight_VE.shape[0]:
-        raise IndexError(f"labels run from {int(labels.min())} to {int(labels.max())}; the head has {weight_VE.shape[0]} rows")
+        raise IndexError(
+            f"labels run from {int(labels.min())} to {int(labels.max())}; the head has {weight_VE.shape[0]} rows"
+        )
     a, b, scale = (lora.a_RE, lora.b_VR, lora.scale) if lora is not None else (None, None, 0.0)
     scores = ScoreTokensFunction.apply(hidden_NE[kept], weight_VE, bias_V, a, b, scale, labels, rule)
     count = labels_N.shape[0]
@@ -89,12 +91,17 @@ class ScoreTokensFunction(torch.autograd.Function):
         hidden, weight, bias, a, b, labels = ctx.saved_tensors
         rule, scale, needs = ctx.rule, ctx.scale, ctx.needs_input_grad
         d_hidden = torch.empty_like(hidden) if needs[0] else None
-        sums = [torch.zeros_like(at_least_fp32(t)) if need else None for t, need in zip((weight, bias, a, b), needs[1:5], strict=True)]
+        sums = [
+            torch.zeros_like(at_least_fp32(t)) if need else None
+            for t, need in zip((weight, bias, a, b), needs[1:5], strict=True)
+        ]
         d_weight, d_bias, d_a, d_b = sums
         for part in _chunks(hidden.shape[0], rule.chunk):
             h = hidden[part]
             z, squashed = _logits(_raw_logits(h, weight, bias, a, b, scale), rule)
-            d_raw = _logit_gradient(z, labels[part], grads[0], grads[1], grads[2], part, rule) * (rule.logit_scale / rule.temperature)
+            d_raw = _logit_gradient(z, labels[part], grads[0], grads[1], grads[2], part, rule) * (
+                rule.logit_scale / rule.temperature
+            )
             if squashed is not None:
                 d_raw = d_raw * (1.0 - squashed * squashed)
             low = d_raw.to(hidden.dtype)
