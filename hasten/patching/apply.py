@@ -51,7 +51,7 @@ def apply(model: nn.Module, planned: Plan | None = None, surface: type | None = 
 def restore(model: nn.Module) -> nn.Module:
     """Gives every module its stock class back, and returns `model`. Weights, hooks and adapters stay as they are."""
     base = causal_lm_of(model)
-    for module in base.modules():
+    for module in model.modules():
         if isinstance(module, Overlay):
             _retype(module, stock_class(module))
     base.__dict__.pop("_hasten_plan", None)

@@ -2,12 +2,20 @@
 
 from typing import Any
 
+from hasten.errors import ContractError
 from hasten.overlays import AttentionFacts, HeadFacts, LayerFacts, MLPFacts, NormFacts
 from hasten.spec import Family, Norm
 
 
+def _field(config: Any, name: str) -> Any:
+    """A field that the family's data file names. Raises ContractError where the config has no such field."""
+    if not hasattr(config, name):
+        raise ContractError(f"{type(config).__name__} has no field {name!r}, which the family's data file names")
+    return getattr(config, name)
+
+
 def norm_facts(norm: Norm, config: Any) -> NormFacts:
-    return NormFacts(getattr(config, norm.eps), norm.kind, norm.unit_offset, norm.fp32_weight)
+    return NormFacts(_field(config, norm.eps), norm.kind, norm.unit_offset, norm.fp32_weight)
 
 
 def attention_facts(family: Family, config: Any, layer: int) -> AttentionFacts:
@@ -18,30 +26,30 @@ def attention_facts(family: Family, config: Any, layer: int) -> AttentionFacts:
     )
     window = getattr(config, "sliding_window", None) if sliding else None
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    normed = spec.qk_norm is not None and (spec.qk_norm_if is None or getattr(config, spec.qk_norm_if))
+    normed = spec.qk_norm is not None and (spec.qk_norm_if is None or _field(config, spec.qk_norm_if))
     return AttentionFacts(
-        scale=getattr(config, spec.scale) ** spec.scale_power if spec.scale else head_dim**-0.5,
+        scale=_field(config, spec.scale) ** spec.scale_power if spec.scale else head_dim**-0.5,
         rotation=spec.rotation,
         rope_fp32=spec.rope_fp32,
         use_rope=spec.rope_layers == "all" or window is not None,
         window=window,
-        softcap=getattr(config, spec.softcap) if spec.softcap else None,
+        softcap=_field(config, spec.softcap) if spec.softcap else None,
         qk_norm=norm_facts(spec.qk_norm, config) if spec.qk_norm is not None and normed else None,
     )
 
 
 def mlp_facts(family: Family, config: Any) -> MLPFacts:
-    return MLPFacts(getattr(config, family.mlp.activation))
+    return MLPFacts(_field(config, family.mlp.activation))
 
 
 def layer_facts(family: Family, config: Any) -> LayerFacts:
     multiplier = family.block.multiplier
-    return LayerFacts(family.block.residual, getattr(config, multiplier) if multiplier else 1.0)
+    return LayerFacts(family.block.residual, _field(config, multiplier) if multiplier else 1.0)
 
 
 def head_facts(family: Family, config: Any, max_seq_length: int | None = None) -> HeadFacts:
     spec = family.head
-    scale = getattr(config, spec.multiplier) if spec.multiplier else 1.0
+    scale = _field(config, spec.multiplier) if spec.multiplier else 1.0
     if spec.divisor:
-        scale = scale / getattr(config, spec.divisor)
-    return HeadFacts(scale, getattr(config, spec.softcap) if spec.softcap else None, max_seq_length)
+        scale = scale / _field(config, spec.divisor)
+    return HeadFacts(scale, _field(config, spec.softcap) if spec.softcap else None, max_seq_length)

@@ -1,0 +1,71 @@
+"""Methods that a hasten model has beyond transformers' and PEFT's own. Mixed into the instance's class when it is patched."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hasten.inference import for_inference, generate
+from hasten.overlays import Overlay
+from hasten.training.modes import for_training
+
+if TYPE_CHECKING:
+    from hasten.export import Exported
+
+
+class Surface:
+    """What the causal LM and the PeftModel around it share."""
+
+    def for_inference(self) -> Any:
+        """Evaluation mode, caches on, checkpointing off. Returns the model."""
+        return for_inference(self)  # pyright: ignore[reportArgumentType]
+
+    def for_training(self) -> Any:
+        """Training mode, as it was before `for_inference`. Returns the model."""
+        return for_training(self)  # pyright: ignore[reportArgumentType]
+
+    def save_pretrained_merged(
+        self, save_directory: str | Path, tokenizer: Any = None, save_method: str = "merged_16bit", **kwargs: Any
+    ) -> "Exported":
+        """Writes the model with its adapter merged in. save_method: "merged_16bit", "merged_4bit" or "lora".
+
+        Raises ExportError, with nothing left behind that looks like a model.
+        """
+        from hasten.export import save_merged
+
+        return save_merged(self, save_directory, tokenizer, save_method, **kwargs)  # pyright: ignore[reportArgumentType]
+
+    def push_to_hub_merged(
+        self, repo_id: str, tokenizer: Any = None, save_method: str = "merged_16bit", **kwargs: Any
+    ) -> Any:
+        """As `save_pretrained_merged`, into a hub repository. kwargs: token, private, revision."""
+        from hasten.export import push_to_hub_merged
+
+        return push_to_hub_merged(self, repo_id, tokenizer, save_method, **kwargs)  # pyright: ignore[reportArgumentType]
+
+
+class ModelSurface(Surface):
+    """For the causal LM itself."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `generate`, for left- or right-padded rows alike. Raises InputError for rows that are too long."""
+        return generate(self, super().generate, *args, **kwargs)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+
+
+class PeftSurface(Surface, Overlay):
+    """For the PeftModel. `adapter_dtype`: in which dtype LoRA weights train, whatever a trainer casts them to."""
+
+    runs = "adapter"
+
+    def train(self, mode: bool = True) -> Any:
+        """As torch's. Entering training gives LoRA weights the dtype that `float32_mixed_precision` promised.
+
+        TRL's trainers cast the adapters of quantised models to bf16 on construction, whose steps lose small updates.
+        """
+        super().train(mode)
+        dtype: torch.dtype | None = self.__dict__.get("_hasten_adapter_dtype")
+        if mode and dtype is not None:
+            for name, parameter in self.named_parameters():
+                if parameter.requires_grad and "lora_" in name and parameter.dtype != dtype:
+                    parameter.data = parameter.data.to(dtype)
+        return self

@@ -1,0 +1,84 @@
+"""Builds the adapter that `get_peft_model` asked for, as a plain PEFT adapter."""
+
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from hasten.errors import OptionError
+from hasten.options import AdapterOptions
+
+EMBEDDINGS = ("embed_tokens", "lm_head")
+
+
+def build(model: Any, options: AdapterOptions) -> Any:
+    """Returns PEFT's model around `model`, LoRA A drawn from `options.random_state`; the caller's RNG is untouched.
+
+    Names in `target_modules` that mean the embedding or the head are trained fully instead (moved to
+    `modules_to_save`); where both share one weight they go on sharing it. Raises OptionError for names that match
+    nothing, before the model is touched.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    targets, saved = _split(model, options)
+    _check_names(model, targets, saved)
+    tied = bool(model.config.tie_word_embeddings)
+    trains_tied = tied and bool(set(saved) & set(EMBEDDINGS))
+    if trains_tied:
+        saved = ["embed_tokens", *(name for name in saved if name not in EMBEDDINGS)]
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=options.r,
+        target_modules=targets,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        bias=options.bias,  # pyright: ignore[reportArgumentType]
+        use_rslora=options.use_rslora,
+        use_dora=options.use_dora,
+        init_lora_weights="loftq" if options.loftq_config else options.init_lora_weights,  # pyright: ignore[reportArgumentType]
+        loftq_config=dict(options.loftq_config or {}),
+        modules_to_save=saved or None,
+        layers_to_transform=options.layers_to_transform,
+        **{"ensure_weight_tying": trains_tied, **dict(options.extra)},
+    )
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(options.random_state)
+        return get_peft_model(model, config)
+
+
+def _split(model: Any, options: AdapterOptions) -> tuple[list[str] | str, list[str]]:
+    saved = list(options.modules_to_save or [])
+    if isinstance(options.target_modules, str):
+        return options.target_modules, saved
+    moved = [name for name in options.target_modules if name.rsplit(".", 1)[-1] in EMBEDDINGS]
+    targets = [name for name in options.target_modules if name not in moved]
+    return targets, saved + [name.rsplit(".", 1)[-1] for name in moved if name.rsplit(".", 1)[-1] not in saved]
+
+
+def _check_names(model: nn.Module, targets: list[str] | str, saved: list[str]) -> None:
+    paths = [name for name, _ in model.named_modules() if name]
+    problems = []
+    if isinstance(targets, str):
+        if targets != "all-linear" and not any(re.fullmatch(targets, path) for path in paths):
+            problems.append(f"target_modules={targets!r} matches no module as a regular expression")
+    else:
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        problems += _unmatched("target_modules", targets, linear, paths)
+    problems += _unmatched("modules_to_save", saved, paths, paths)
+    if problems:
+        raise OptionError("get_peft_model", problems)
+
+
+def _unmatched(argument: str, names: Iterable[str], among: list[str], paths: list[str]) -> list[str]:
+    problems = []
+    ends = sorted({path.rsplit(".", 1)[-1] for path in among})
+    for name in names:
+        if any(path == name or path.endswith(f".{name}") for path in among):
+            continue
+        near = difflib.get_close_matches(name, ends, n=3) or ends[:8]
+        found = "is no layer that can be adapted" if any(p == name or p.endswith(f".{name}") for p in paths) else "matches nothing"
+        problems.append(f"{argument} {name!r} {found} in this model; near names: {', '.join(near)}")
+    return problems
