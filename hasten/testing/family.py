@@ -18,6 +18,7 @@ from hasten.testing.tiny import VOCABULARY, tiny_model
 
 LOGITS, GRADIENTS, CASTS = 2e-5, 2e-4, 2e-4
 TOKENS = 40
+LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 def check_family(family: Family, model: Any = None, quantized: bool = False) -> Comparison:
@@ -76,16 +77,21 @@ def _compare_decoding(ours: Any, stock: Any, seen: Comparison) -> None:
 
 
 def _compare_padding(ours: Any, stock: Any, seen: Comparison) -> None:
-    """Rows of three lengths, left-padded into one batch, against each row alone."""
-    ids = _ids(3)
-    for row, length in enumerate((TOKENS, 23, 5)):
-        mask = torch.ones_like(ids)
-        for other, other_length in enumerate((TOKENS, 23, 5)):
-            mask[other, : TOKENS - other_length] = 0
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        batched = ours(ids * mask, attention_mask=mask, position_ids=positions).logits[row, TOKENS - length :]
-        alone = stock(ids[row : row + 1, TOKENS - length :]).logits[0]
-        seen.add(f"left-padded row of {length}", batched, alone, LOGITS)
+    """Rows of three lengths, left-padded into one batch, against each row alone.
+
+    RoPE types that look at the longest row of a batch make rows depend on each other in transformers itself; there the
+    reference is the same batch.
+    """
+    ids, lengths = _ids(3), (TOKENS, 23, 5)
+    mask = torch.stack([(torch.arange(TOKENS) >= TOKENS - length).long() for length in lengths])
+    batch = {"input_ids": ids * mask, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    batched = ours(**batch).logits
+    rope = getattr(stock.config, "rope_parameters", None) or {}
+    together = stock(**batch).logits if rope.get("rope_type") in LENGTH_DEPENDENT else None
+    for row, length in enumerate(lengths):
+        start = TOKENS - length
+        reference = stock(ids[row : row + 1, start:]).logits[0] if together is None else together[row, start:]
+        seen.add(f"left-padded row of {length}", batched[row, start:], reference, LOGITS)
 
 
 def _compare_casts(ours: Any, stock: Any, family: Family, seen: Comparison) -> None:

@@ -39,7 +39,7 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 8, "head_dim": 24},
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
-    "qwen3": {"head_dim": 24},
+    "qwen3": {"head_dim": 24, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
     "gemma": {"head_dim": 24},
     "gemma2": {
         "head_dim": 24,
@@ -50,6 +50,7 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
     },
     "gemma3_text": {
         "head_dim": 24,
+        "final_logit_softcapping": 4.0,
         "sliding_window": 8,
         "query_pre_attn_scalar": 20,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
