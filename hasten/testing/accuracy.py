@@ -32,7 +32,13 @@ class Comparison:
         return max((error for name, error, _ in self.rows if name.startswith(prefix)), default=0.0)
 
     def check(self) -> "Comparison":
-        failed = [f"{name}: relative error {error:.3g}, limit {limit:.3g}" for name, error, limit in self.rows if error > limit]
+        failed = [
+            f"{name}: relative error {error:.3g}, limit {limit:.3g}"
+            for name, error, limit in self.rows
+            if error > limit
+        ]
         if failed:
-            raise AccuracyError(f"{self.title}: {len(failed)} of {len(self.rows)} comparisons failed\n  " + "\n  ".join(failed))
+            raise AccuracyError(
+                f"{self.title}: {len(failed)} of {len(self.rows)} comparisons failed\n  " + "\n  ".join(failed)
+            )
         return self

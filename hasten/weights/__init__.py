@@ -1,6 +1,16 @@
 """What a Linear really holds, and how to read it: dense, NF4, LLM.int8; and the LoRA that PEFT put around it."""
 
-from hasten.weights.linear import dequantize, storage_of
-from hasten.weights.lora import LoraPair, base_layer_of, read_linear, read_lora
+from hasten.weights.linear import dequantize, holds, storage_of
+from hasten.weights.lora import LoraPair, active_adapters, base_layer_of, read_linear, read_lora, unwrap
 
-__all__ = ["LoraPair", "base_layer_of", "dequantize", "read_linear", "read_lora", "storage_of"]
+__all__ = [
+    "LoraPair",
+    "active_adapters",
+    "base_layer_of",
+    "dequantize",
+    "holds",
+    "read_linear",
+    "read_lora",
+    "storage_of",
+    "unwrap",
+]

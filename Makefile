@@ -1,0 +1,38 @@
+# make demo   watch a small language model be trained, fine-tuned, merged and checked
+# make test   prove it: the whole suite on the CPU
+PYTHON ?= python3
+BIN = .venv/bin
+OLDEST = .venv-oldest/bin
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test test-oldest lint clean
+
+demo: .venv/ready
+	OMP_NUM_THREADS=2 $(BIN)/hasten demo --out runs/demo
+
+test: .venv/ready
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-oldest: .venv-oldest/ready
+	$(OLDEST)/python -m pytest tests/families tests/patching
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,test]'
+	touch $@
+
+.venv-oldest/ready: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	$(OLDEST)/python -m pip install --quiet --constraint constraints-oldest.txt torch==2.13.0
+	$(OLDEST)/python -m pip install --quiet --constraint constraints-oldest.txt pytest pytest-timeout bitsandbytes --editable .
+	touch $@
+
+clean:
+	rm -rf .venv .venv-oldest runs build *.egg-info

@@ -1,0 +1,174 @@
+"""The fused head against full logits in fp64: each score, each gradient, each option, and the memory it must not take."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hasten.ops import LoraHead, ScoreRule, linear_cross_entropy, score_logits
+from hasten.ops.linear_cross_entropy import OPTIONAL_SCORES
+from hasten.testing import relative_error
+
+TOKENS, WIDTH, WORDS = 37, 16, 101
+RULES = {
+    "plain": {},
+    "scaled": {"logit_scale": 0.25},
+    "softcapped": {"softcap": 2.0},
+    "all": {"logit_scale": 0.5, "softcap": 3.0, "temperature": 0.7, "label_smoothing": 0.1},
+    "temperature": {"temperature": 2.5},
+    "smoothed": {"label_smoothing": 0.2},
+    "own ignore index": {"ignore_index": 5},
+}
+
+
+def full_scores(raw: torch.Tensor, labels: torch.Tensor, rule: ScoreRule) -> dict[str, torch.Tensor]:
+    """The contract written out, on logits that are all there."""
+    z = raw * rule.logit_scale
+    z = z if rule.softcap is None else rule.softcap * torch.tanh(z / rule.softcap)
+    z = z / rule.temperature
+    kept = labels != rule.ignore_index
+    log_p = z.log_softmax(-1)
+    safe = labels.clamp(min=0)
+    scores = {
+        "loss": F.cross_entropy(
+            z, labels, ignore_index=rule.ignore_index, label_smoothing=rule.label_smoothing, reduction="none"
+        ),
+        "log_prob": log_p[torch.arange(len(labels)), safe],
+        "entropy": torch.distributions.Categorical(logits=z).entropy(),
+        "is_top1": (z.argmax(-1) == labels).to(z.dtype),
+        "log_sum_sq_probs": log_p.exp().pow(2).sum(-1).log(),
+        "mean_logits": z.mean(-1),
+    }
+    return {name: score.where(kept, 0.0) for name, score in scores.items()}
+
+
+def inputs(dtype: torch.dtype, lora: bool, bias: bool) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(11)
+    shapes = {"hidden": (TOKENS, WIDTH), "weight": (WORDS, WIDTH)}
+    shapes |= {"a": (3, WIDTH), "b": (WORDS, 3)} if lora else {}
+    shapes |= {"bias": (WORDS,)} if bias else {}
+    return {name: torch.randn(shape, generator=generator).to(dtype).requires_grad_() for name, shape in shapes.items()}
+
+
+def raw_logits(t: dict[str, torch.Tensor]) -> torch.Tensor:
+    raw = F.linear(t["hidden"], t["weight"], t.get("bias"))
+    return raw + 0.5 * (t["hidden"] @ t["a"].T) @ t["b"].T if "a" in t else raw
+
+
+def fused(t: dict[str, torch.Tensor], labels: torch.Tensor, rule: ScoreRule) -> Any:
+    lora = LoraHead(t["a"], t["b"], 0.5) if "a" in t else None
+    return linear_cross_entropy(t["hidden"], t["weight"], labels, rule, t.get("bias"), lora)
+
+
+def make_labels() -> torch.Tensor:
+    labels = torch.randint(0, WORDS, (TOKENS,), generator=torch.Generator().manual_seed(12))
+    labels[::4], labels[3] = -100, 5
+    return labels
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(("lora", "bias"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("chunk", [8, 1024])
+def test_scores_and_gradients(name: str, lora: bool, bias: bool, chunk: int) -> None:
+    rule = ScoreRule(**RULES[name], want=OPTIONAL_SCORES, chunk=chunk)
+    labels = make_labels()
+    if rule.ignore_index != -100:
+        labels = labels.where(labels != -100, rule.ignore_index)
+    mine, exact = inputs(torch.float32, lora, bias), inputs(torch.float64, lora, bias)
+    scores, reference = fused(mine, labels, rule), full_scores(raw_logits(exact), labels, rule)
+    for score, expected in reference.items():
+        assert relative_error(getattr(scores, score), expected) < 3e-6, score
+    weights = torch.randn(3, TOKENS, generator=torch.Generator().manual_seed(13))
+    pick = ("loss", "log_prob", "entropy")
+    total = sum((w * getattr(scores, s)).sum() for w, s in zip(weights, pick, strict=True))
+    wanted = sum((w.double() * reference[s]).sum() for w, s in zip(weights, pick, strict=True))
+    ours = torch.autograd.grad(total, list(mine.values()))  # pyright: ignore[reportArgumentType]
+    theirs = torch.autograd.grad(wanted, list(exact.values()))  # pyright: ignore[reportArgumentType]
+    for tensor, grad, expected in zip(mine, ours, theirs, strict=True):
+        assert relative_error(grad, expected) < 1e-5, tensor
+
+
+def test_scores_from_logits_are_the_same() -> None:
+    rule = ScoreRule(logit_scale=0.5, softcap=3.0, want=OPTIONAL_SCORES)
+    t, labels = inputs(torch.float64, False, False), make_labels()
+    ours, reference = score_logits(raw_logits(t), labels, rule), full_scores(raw_logits(t), labels, rule)
+    for name, expected in reference.items():
+        torch.testing.assert_close(getattr(ours, name), expected)
+
+
+@pytest.mark.parametrize("trained", ["hidden", "weight", "a", "b", "bias"])
+def test_only_what_trains_gets_a_gradient(trained: str) -> None:
+    t = {name: x.detach().requires_grad_(name == trained) for name, x in inputs(torch.float32, True, True).items()}
+    fused(t, make_labels(), ScoreRule()).loss.sum().backward()
+    assert {name for name, x in t.items() if x.grad is not None} == {trained}
+    assert float(t[trained].grad.norm()) > 0  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def test_gradcheck() -> None:
+    t = inputs(torch.float64, True, True)
+    rule = ScoreRule(
+        logit_scale=0.5, softcap=3.0, temperature=0.8, label_smoothing=0.1, want=frozenset({"entropy"}), chunk=8
+    )
+
+    def function(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        scores = fused(dict(zip(t, values, strict=True)), make_labels(), rule)
+        return scores.loss, scores.log_prob, scores.entropy
+
+    assert torch.autograd.gradcheck(function, tuple(t.values()))
+
+
+def test_bf16_weight_gradient_is_summed_in_fp32() -> None:
+    """Many small chunks: sums kept in bf16 would lose what fp32 keeps."""
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(4096, WIDTH, generator=generator).bfloat16()
+    weight = torch.randn(WORDS, WIDTH, generator=generator).bfloat16().requires_grad_()
+    labels = torch.randint(0, WORDS, (4096,), generator=generator)
+    linear_cross_entropy(hidden, weight, labels, ScoreRule(chunk=16)).loss.sum().backward()
+    exact = weight.detach().double().requires_grad_()
+    F.cross_entropy(hidden.double() @ exact.T, labels, reduction="sum").backward()
+    assert weight.grad is not None and exact.grad is not None
+    assert relative_error(weight.grad, exact.grad) < 6e-3
+
+
+def test_all_ignored_gives_zero_and_zero_gradients() -> None:
+    t = inputs(torch.float32, False, False)
+    scores = fused(t, torch.full((TOKENS,), -100), ScoreRule(want=OPTIONAL_SCORES))
+    assert float(scores.loss.abs().sum()) == 0.0
+    scores.loss.sum().backward()
+    assert t["hidden"].grad is not None and float(t["hidden"].grad.abs().sum()) == 0.0
+
+
+def test_what_is_refused() -> None:
+    t = inputs(torch.float32, False, False)
+    with pytest.raises(ValueError, match="no such token score"):
+        fused(t, make_labels(), ScoreRule(want=frozenset({"perplexity"})))
+    with pytest.raises(IndexError, match="labels run from"):
+        fused(t, torch.full((TOKENS,), WORDS), ScoreRule())
+    loss = fused(t, make_labels(), ScoreRule()).loss.square().sum()
+    (first,) = torch.autograd.grad(loss, t["hidden"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+class _LargestLogits(TorchDispatchMode):
+    """Notes the most rows that any tensor of vocabulary width has had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor) and tensor.dim() >= 2 and tensor.shape[-1] == WORDS:
+                self.rows = max(self.rows, tensor.numel() // WORDS)
+        return out
+
+
+def test_no_tensor_of_all_tokens_by_vocabulary_ever_lives() -> None:
+    t = inputs(torch.float32, True, False)
+    with _LargestLogits() as watched:
+        fused(t, make_labels(), ScoreRule(chunk=16, want=OPTIONAL_SCORES)).loss.sum().backward()
+    assert watched.rows == 16  # b.T is (3, WORDS), a chunk's logits (16, WORDS)

@@ -1,0 +1,170 @@
+"""Each op against an independent formula in fp64: output, every gradient, odd, strided and empty shapes, gradcheck."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from hasten.ops import QKNorm, attend, glu, norm, qk_rope
+from hasten.ops.glu import ACTIVATIONS
+from hasten.testing import relative_error
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def assert_as_good_as_torch(
+    ours: Callable[..., torch.Tensor],
+    formula: Callable[..., torch.Tensor],
+    inputs: list[torch.Tensor],
+    dtype: torch.dtype,
+) -> None:
+    """err(ours, fp64) <= 2 x err(the formula at `dtype`, fp64) + a rounding, for the output and each gradient."""
+    exact = [x.detach().to(dtype).double().requires_grad_() for x in inputs]
+    low = [x.detach().to(dtype).requires_grad_() for x in inputs]
+    mine = [x.detach().to(dtype).requires_grad_() for x in inputs]
+    results = []
+    upstream = None
+    for function, values in ((formula, exact), (formula, low), (ours, mine)):
+        out = function(*values)
+        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)) if upstream is None else upstream
+        results.append([out, *torch.autograd.grad(out, values, upstream.to(out.dtype))])
+    for index, (reference, torchs, hastens) in enumerate(zip(*results, strict=True)):
+        assert hastens.shape == reference.shape
+        limit = 2 * relative_error(torchs, reference) + 2 * torch.finfo(dtype).eps
+        assert relative_error(hastens, reference) <= limit, f"result {index} at {dtype}"
+
+
+def rms_formula(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(x, x.shape[-1:], eps=1e-5) * w
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 5, 64), (1, 1, 1), (7, 33), (2, 3, 4, 24)])
+@pytest.mark.parametrize("fp32_weight", [False, True])
+def test_rms_norm(dtype: torch.dtype, shape: tuple[int, ...], fp32_weight: bool) -> None:
+    inputs = [torch.randn(shape) * 3, torch.randn(shape[-1])]
+    assert_as_good_as_torch(lambda x, w: norm(x, w, 1e-5, fp32_weight=fp32_weight), rms_formula, inputs, dtype)
+    offset = [inputs[0], inputs[1] - 1]
+    shifted = lambda x, w: norm(x, w, 1e-5, unit_offset=True, fp32_weight=fp32_weight)  # noqa: E731
+    assert_as_good_as_torch(shifted, lambda x, w: rms_formula(x, 1 + w), offset, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight_shape", [(24,), (4, 24)])
+def test_layer_norm_with_one_and_two_dimensional_weights(dtype: torch.dtype, weight_shape: tuple[int, ...]) -> None:
+    inputs = [torch.randn(2, 5, 4, 24) * 3 + 1, torch.randn(weight_shape)]
+    ours = lambda x, w: norm(x, w, 1e-5, "layer", fp32_weight=True)  # noqa: E731
+    assert_as_good_as_torch(ours, lambda x, w: F.layer_norm(x, x.shape[-1:], eps=1e-5) * w, inputs, dtype)
+
+
+def complex_rotation(x: torch.Tensor, angles: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """Rotation as multiplication of complex numbers: independent of how the reference pairs channels."""
+    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    turned = (first * cos - second * sin, first * sin + second * cos)
+    return torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rotation", ["half", "interleaved"])
+@pytest.mark.parametrize("fp32", [False, True])
+def test_qk_rope(dtype: torch.dtype, rotation: str, fp32: bool) -> None:
+    q, k = torch.randn(2, 7, 4, 16), torch.randn(2, 7, 2, 16)
+    angles = torch.arange(7)[None, :, None] * torch.rand(8)[None, None]
+    doubled = angles.repeat_interleave(2, -1) if rotation == "interleaved" else torch.cat((angles, angles), -1)
+
+    def ours(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        tables = (doubled.cos().to(q.dtype), doubled.sin().to(q.dtype))
+        return torch.cat(qk_rope(q, k, tables, rotation, fp32), dim=2)  # pyright: ignore[reportArgumentType]
+
+    def formula(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return torch.cat([complex_rotation(x, angles[:, :, None], rotation == "interleaved") for x in (q, k)], dim=2)
+
+    assert_as_good_as_torch(ours, formula, [q, k], dtype)
+
+
+def test_qk_rope_without_positions_returns_its_inputs_and_norms_first() -> None:
+    q, k = torch.randn(1, 3, 4, 8), torch.randn(1, 3, 2, 8)
+    same_q, same_k = qk_rope(q, k, None)
+    assert same_q is q and same_k is k
+    weights = QKNorm(torch.randn(8), torch.randn(8), 1e-6)
+    normed_q, normed_k = qk_rope(q, k, None, qk_norm=weights)
+    torch.testing.assert_close(normed_q, rms_formula(q, weights.q_weight), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(normed_k, rms_formula(k, weights.k_weight), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "relu"])
+def test_glu(dtype: torch.dtype, activation: str) -> None:
+    formulas = {
+        "silu": lambda g: g * torch.sigmoid(g),
+        "gelu": lambda g: g * 0.5 * (1 + torch.erf(g / 2**0.5)),
+        "gelu_pytorch_tanh": lambda g: 0.5 * g * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (g + 0.044715 * g**3))),
+        "relu": lambda g: g.clamp(min=0),
+    }
+    inputs = [torch.randn(3, 33) * 2, torch.randn(3, 33)]
+    assert_as_good_as_torch(lambda g, u: glu(g, u, activation), lambda g, u: formulas[activation](g) * u, inputs, dtype)
+
+
+def test_glu_names_are_transformers_names() -> None:
+    from transformers.activations import ACT2FN
+
+    x = torch.randn(100)
+    for name in ACTIVATIONS:
+        torch.testing.assert_close(glu(x, torch.ones(100), name), ACT2FN[name](x))
+    with pytest.raises(KeyError):
+        glu(x, x, "no_such_activation")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_attend(dtype: torch.dtype, softcap: float | None) -> None:
+    q, k, v = torch.randn(2, 4, 9, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16)
+    visible = torch.ones(9, 9, dtype=torch.bool).tril()
+
+    def formula(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        k, v = (x.unflatten(1, (2, 1)).expand(-1, -1, 2, -1, -1).flatten(1, 2) for x in (k, v))
+        scores = torch.einsum("bhtd,bhsd->bhts", q, k) * 0.3
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+        weights = scores.where(visible, float("-inf")).softmax(-1)
+        return torch.einsum("bhts,bhsd->bthd", weights, v)
+
+    assert_as_good_as_torch(lambda *qkv: attend(*qkv, visible, 0.3, softcap)[0], formula, [q, k, v], dtype)
+    additive = torch.zeros(1, 1, 9, 9).masked_fill(~visible, torch.finfo(torch.float32).min)
+    torch.testing.assert_close(attend(q, k, v, additive, 0.3, softcap)[0], attend(q, k, v, visible, 0.3, softcap)[0])
+
+
+def test_strided_and_empty_inputs() -> None:
+    base = torch.randn(6, 4, 40)
+    strided, w = base.transpose(0, 1)[:, ::2, ::2], torch.randn(20)
+    assert not strided.is_contiguous()
+    torch.testing.assert_close(norm(strided, w, 1e-5), norm(strided.contiguous(), w, 1e-5))
+    torch.testing.assert_close(glu(strided, strided, "silu"), glu(strided.contiguous(), strided.contiguous(), "silu"))
+    assert norm(torch.empty(0, 20), w, 1e-5).shape == (0, 20)
+    assert glu(torch.empty(0, 3), torch.empty(0, 3), "silu").shape == (0, 3)
+
+
+def test_ops_leave_their_inputs_alone() -> None:
+    x, w = torch.randn(2, 3, 4, 8), torch.randn(8)
+    tables = (torch.randn(1, 3, 8), torch.randn(1, 3, 8))
+    kept = [t.clone() for t in (x, w, *tables)]
+    norm(x, w, 1e-5, unit_offset=True)
+    qk_rope(x, x, tables, qk_norm=QKNorm(w, w, 1e-5))
+    glu(x, x, "silu")
+    for now, before in zip((x, w, *tables), kept, strict=True):
+        assert torch.equal(now, before)
+
+
+def test_gradcheck() -> None:
+    x, w = (
+        torch.randn(2, 5, dtype=torch.double, requires_grad=True),
+        torch.randn(5, dtype=torch.double, requires_grad=True),
+    )
+    for kind in ("rms", "layer"):
+        assert torch.autograd.gradcheck(lambda x, w: norm(x, w, 1e-5, kind, True, True), (x, w))  # noqa: B023
+    q = torch.randn(1, 2, 2, 4, dtype=torch.double, requires_grad=True)
+    tables = (torch.randn(1, 2, 4, dtype=torch.double), torch.randn(1, 2, 4, dtype=torch.double))
+    for rotation in ("half", "interleaved"):
+        assert torch.autograd.gradcheck(lambda q: qk_rope(q, q * 2, tables, rotation, True), (q,))  # noqa: B023
+    assert torch.autograd.gradcheck(lambda q: attend(q, q, q, None, 0.5, 3.0)[0], (q,))

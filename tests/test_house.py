@@ -1,0 +1,111 @@
+"""The rules of the house, held by the syntax tree: who may import whom, and what nobody may write."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import hasten
+
+ROOT = Path(hasten.__file__).parent
+FLOORS = [
+    {"spec", "errors"},
+    {"families", "ops"},
+    {"weights"},
+    {"overlays"},
+    {"patching"},
+    {"option_problems"},
+    {"options"},
+    {"loading", "training", "inference", "export"},
+    {"surface", "estimation"},
+    {"model"},
+    {"testing", "doctor", "dropin", "demo"},
+    {"cli"},
+]
+FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+ONLY = {"families": {"spec", "families"}, "spec": set(), "errors": set()}
+FILES = sorted(ROOT.rglob("*.py"))
+MAY_PRINT = {"cli", "demo"}
+
+
+def _room(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def _imports(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            module = node.module or ""
+            yield from (f"hasten.{a.name}" for a in node.names) if module == "hasten" else (module,)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_one_way(path: Path) -> None:
+    room = _room(path)
+    if room == "__init__":
+        return
+    for name in _imports(ast.parse(path.read_text())):
+        parts = name.split(".")
+        if parts[0] == "triton":
+            assert path.name == "kernel.py", f"{path} imports triton; only kernel.py files may"
+        if parts[0] != "hasten" or len(parts) < 2:
+            continue
+        other = parts[1]
+        if other == "__version__":
+            continue
+        assert other in FLOOR, f"{other} is a room without a floor"
+        assert other == room or FLOOR[other] < FLOOR[room], f"{room} imports {other}"
+        if other == "families":
+            assert room in {"patching", "families", "testing", "doctor", "cli"}, f"{room} imports families"
+        if room in ONLY:
+            assert other in ONLY[room] | {room}, f"{room} imports {other}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_bans(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            assert name not in {"exec", "eval", "inspect.getsource", "getsource"}, f"{path}: {name}"
+            assert name != "print" or _room(path) in MAY_PRINT, f"{path} prints"
+        assert not isinstance(node, ast.Global), f"{path}: global"
+        if isinstance(node, ast.ExceptHandler):
+            kind = "" if node.type is None else ast.unparse(node.type)
+            assert kind, f"{path}: bare except"
+            raises = any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
+            assert kind not in {"Exception", "BaseException"} or raises, f"{path}:{node.lineno} swallows everything"
+        if isinstance(node, ast.ImportFrom):
+            assert all(alias.name != "*" for alias in node.names), f"{path}: import *"
+    for name in _imports(tree):
+        assert name.split(".")[0] not in {"pickle", "dill", "joblib"}, f"{path} imports {name}"
+
+
+def test_no_family_is_named_in_code() -> None:
+    """A new family is a data file: the rooms that run models never ask which one they have."""
+    names = {path.stem for path in (ROOT / "families").glob("*.py")} - {"__init__"}
+    for path in FILES:
+        if _room(path) not in {"ops", "weights", "overlays", "patching", "training", "inference", "export"}:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare):
+                constants = {
+                    c.value for c in ast.walk(node) if isinstance(c, ast.Constant) and isinstance(c.value, str)
+                }
+                assert not constants & names, f"{path}:{node.lineno} compares with a family's name"
+
+
+def test_files_and_functions_stay_small() -> None:
+    for path in FILES:
+        lines = path.read_text().splitlines()
+        assert len(lines) <= 320, f"{path} has {len(lines)} lines"
+        if path.name == "kernel.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                body = (node.end_lineno or 0) - node.lineno
+                assert body <= 80, f"{path}: {node.name} has {body} lines"
