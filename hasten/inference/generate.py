@@ -1,0 +1,109 @@
+"""transformers' `generate`, made safe around: lengths checked first, padding of either side taken, evaluation mode inside.
+
+Decoding itself (greedy, sampling, beams, assistants, streamers, caches) stays transformers' own.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from hasten.errors import InputError
+from hasten.inference.modes import evaluating
+from hasten.inference.prompt import Prompt, read_prompt
+from hasten.overlays import HeadOverlay
+
+DEFAULT_NEW_TOKENS = 20  # transformers' own, where nothing says how long
+
+
+def generate(model: Any, stock_generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What `stock_generate(*args, **kwargs)` returns, each row continued as it would be alone.
+
+    model: the causal LM. stock_generate: transformers' `generate`, bound to it. Rows padded on the right, or with
+    padding in between, are moved to the right end first, so the prompt part of the result is left-padded; its width is
+    that of the prompt given, and `result[:, prompt.shape[1]:]` are the new tokens.
+
+    Raises InputError before anything runs where a prompt, or a prompt with the new tokens that this call asks for, is
+    longer than the `max_seq_length` that the model was loaded with, where a row holds padding only, and where shapes
+    disagree. A length that only the checkpoint's generation config or transformers' default asks for is lowered to what
+    is left. Nothing of the model, its configs or the caller's tensors is changed.
+    """
+    call = inspect.signature(stock_generate).bind(*args, **kwargs)
+    catch_all = next((p.name for p in call.signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
+    named = {name: value for name, value in call.arguments.items() if name != catch_all}
+    named |= call.arguments.get(catch_all, {}) if catch_all else {}
+    changed: dict[str, Any] = {}
+    prompt = read_prompt(named, *(_setting(model, named, name) for name in ("pad_token_id", "eos_token_id")))
+    if prompt is not None:
+        changed |= _checked_length(model, named, prompt)
+        if prompt.needs_realigning():
+            prompt = prompt.left_padded()
+            changed |= {**prompt.tensors, "attention_mask": prompt.mask_BS}
+    for name, value in changed.items():
+        home = call.arguments if name in call.signature.parameters else call.arguments.setdefault(catch_all or "", {})
+        home[name] = value
+    with evaluating(model):
+        return stock_generate(*call.args, **call.kwargs)
+
+
+def _setting(model: Any, named: dict[str, Any], name: str) -> Any:
+    """A generation parameter by transformers' precedence: the call's own, its generation_config's, the model's."""
+    if name in named:
+        return named[name]
+    return _asked(named, name) if _asked(named, name) is not None else getattr(model.generation_config, name, None)
+
+
+def _asked(named: dict[str, Any], name: str) -> Any:
+    """A generation parameter as far as this call sets it, by name or in its generation_config."""
+    if named.get(name) is not None:
+        return named[name]
+    return getattr(named.get("generation_config"), name, None)
+
+
+def _checked_length(model: Any, named: dict[str, Any], prompt: Prompt) -> dict[str, Any]:
+    """The arguments to change so that no row outgrows the model. Raises InputError where the caller asks for more."""
+    limit = model.facts.max_seq_length if isinstance(model, HeadOverlay) else None
+    if limit is None:
+        return {}
+    if prompt.longest > limit:
+        raise InputError(
+            f"a prompt of {prompt.longest} tokens was given to a model loaded with max_seq_length={limit}. Load it with "
+            "a longer max_seq_length, or shorten the prompt; nothing is cut off silently."
+        )
+    asked = _new_tokens(*(_asked(named, name) for name in ("max_new_tokens", "max_length")), prompt.width)
+    if asked is not None and prompt.longest + asked > limit:
+        raise InputError(
+            f"a prompt of {prompt.longest} tokens and {asked} new ones are {prompt.longest + asked}; the model was loaded "
+            f"with max_seq_length={limit}. Ask for at most {limit - prompt.longest} new tokens, or load it with "
+            f"max_seq_length={prompt.longest + asked} or more."
+        )
+    if asked is not None:
+        return {}
+    own = model.generation_config
+    implied = _new_tokens(own.max_new_tokens, own.max_length, prompt.width)
+    if prompt.longest + (DEFAULT_NEW_TOKENS if implied is None else implied) <= limit:
+        return {}
+    if prompt.longest == limit:
+        raise InputError(
+            f"a prompt of {limit} tokens fills the max_seq_length={limit} that the model was loaded with, so nothing can "
+            "be generated. Load it with a longer max_seq_length, or shorten the prompt."
+        )
+    return _shortened(named, own.max_new_tokens is not None, prompt, limit - prompt.longest)
+
+
+def _new_tokens(max_new_tokens: int | None, max_length: int | None, width: int) -> int | None:
+    """How many tokens the two parameters allow beyond a prompt `width` wide; the first wins, as in transformers."""
+    if max_new_tokens is not None:
+        return max_new_tokens
+    return None if max_length is None else max_length - width
+
+
+def _shortened(named: dict[str, Any], by_new_tokens: bool, prompt: Prompt, room: int) -> dict[str, Any]:
+    """Arguments that allow `room` new tokens, in the caller's generation_config if there is one."""
+    name, value = ("max_new_tokens", room) if by_new_tokens else ("max_length", prompt.width + room)
+    config = named.get("generation_config")
+    if config is None:
+        return {name: value}
+    config = copy.deepcopy(config)
+    setattr(config, name, value)
+    return {"generation_config": config}
