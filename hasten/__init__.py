@@ -33,7 +33,7 @@ _HOMES = {
     "TokenizerError": "errors",
     "check_dataset": "training.trainer",
     "check_family": "testing",
-    "estimate": "estimate",
+    "estimate": "memory",
     "install_as_unsloth": "dropin",
     "patched": "patching",
     "report": "patching",
