@@ -13,10 +13,10 @@ SAME_CODES = 0.999  # share of codes that must agree: another device may round a
 
 def storage_of(linear: nn.Module) -> Storage:
     """The format of `linear.weight`. Raises TypeError for a module without a weight of a known format."""
-    weight = getattr(linear, "weight", None)
+    weight: Any = getattr(linear, "weight", None)
     kind = type(weight).__name__
     if kind == "Params4bit":
-        return linear.weight.quant_state.quant_type if getattr(weight, "quant_state", None) is not None else "nf4"
+        return weight.quant_state.quant_type if getattr(weight, "quant_state", None) is not None else weight.quant_type
     if kind == "Int8Params":
         return "int8"
     if isinstance(weight, torch.Tensor) and weight.is_floating_point():

@@ -1,6 +1,7 @@
 """Reads a PEFT layer: the base layer under it, what adapts it, and the plain LoRA pair, if that is all there is."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,22 +16,23 @@ class LoraPair:
     scale: float
 
 
-def unwrap(module: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
+def unwrap(module: Any) -> tuple[nn.Module, list[Any]]:
     """(the stock layer that PEFT wrapped, the adapter layers around it, innermost first).
 
     Where `modules_to_save` made a trained copy that acts, the copy is the stock layer; a copy that does not act
     (another adapter's, or adapters disabled) is passed over. Adapter layers are named whether or not they act.
     """
-    layers: list[nn.Module] = []
+    layers: list[Any] = []
     while True:
         if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
-            module = _acting_copy(module) or module.original_module  # pyright: ignore[reportAssignmentType]
+            acting = _acting_copy(module)
+            module = module.original_module if acting is None else acting
         elif "token_adapter" in module._modules:  # PEFT's trainable_token_indices
-            layers.append(module.token_adapter)  # pyright: ignore[reportArgumentType]
-            module = module.token_adapter.base_layer  # pyright: ignore[reportAssignmentType, reportAttributeAccessIssue]
+            layers.append(module.token_adapter)
+            module = module.token_adapter.base_layer
         elif "base_layer" in module._modules:
             layers.append(module)
-            module = module.base_layer  # pyright: ignore[reportAssignmentType]
+            module = module.base_layer
         else:
             return module, layers[::-1]
 
@@ -55,7 +57,10 @@ def read_lora(module: nn.Module, training: bool) -> tuple[LoraPair | None, str |
     another variant, dropout, a bias on B, single trained token rows, another kind of adapter.
     """
     _, layers = unwrap(module)
-    acting = [layer for layer in layers if active_adapters(layer)]
+    merged = [layer for layer in layers if getattr(layer, "merged", False)]
+    if any(getattr(layer, "disable_adapters", False) for layer in merged):
+        return None, "adapters disabled while merged"  # PEFT takes them out of the weight on the next forward
+    acting = [layer for layer in layers if layer not in merged and active_adapters(layer)]
     for layer in acting:
         if not hasattr(layer, "lora_A"):
             tokens = hasattr(layer, "trainable_tokens_delta")
@@ -74,29 +79,27 @@ def read_linear(module: nn.Module, training: bool) -> tuple[nn.Module | None, Lo
     return (None, None, reason) if reason is not None else (base, pair, None)
 
 
-def _acting_copy(wrapper: nn.Module) -> nn.Module | None:
+def _acting_copy(wrapper: Any) -> nn.Module | None:
     """The trained copy that a `modules_to_save` wrapper runs, by the wrapper's own rule: all active names must be its own."""
     names = active_adapters(wrapper)
-    copies: nn.ModuleDict = wrapper.modules_to_save  # pyright: ignore[reportAssignmentType]
+    copies = wrapper.modules_to_save
     return copies[names[0]] if names and all(name in copies for name in names) else None
 
 
-def _read_layer(layer: nn.Module, training: bool) -> tuple[LoraPair | None, str | None]:
-    if getattr(layer, "merged", False):
-        return None, None
-    if "lora_embedding_A" in layer._modules and any(n in layer.lora_embedding_A for n in active_adapters(layer)):  # pyright: ignore[reportOperatorIssue]
+def _read_layer(layer: Any, training: bool) -> tuple[LoraPair | None, str | None]:
+    if "lora_embedding_A" in layer._modules and any(n in layer.lora_embedding_A for n in active_adapters(layer)):
         return None, "LoRA on an embedding"
-    active = [name for name in active_adapters(layer) if name in layer.lora_A]  # pyright: ignore[reportOperatorIssue]
+    active = [name for name in active_adapters(layer) if name in layer.lora_A]
     if not active:
         return None, None
     if len(active) > 1:
         return None, f"{len(active)} adapters act at once"
     name = active[0]
     if name in getattr(layer, "lora_variant", {}):
-        return None, f"adapter variant {type(layer.lora_variant[name]).__name__}"  # pyright: ignore[reportIndexIssue]
-    if training and not isinstance(layer.lora_dropout[name], nn.Identity):  # pyright: ignore[reportIndexIssue]
+        return None, f"adapter variant {type(layer.lora_variant[name]).__name__}"
+    if training and not isinstance(layer.lora_dropout[name], nn.Identity):
         return None, "lora_dropout > 0"
-    a, b = layer.lora_A[name], layer.lora_B[name]  # pyright: ignore[reportIndexIssue]
+    a, b = layer.lora_A[name], layer.lora_B[name]
     if b.bias is not None:
         return None, "bias on lora_B"
-    return LoraPair(a.weight, b.weight, float(layer.scaling[name])), None  # pyright: ignore[reportIndexIssue]
+    return LoraPair(a.weight, b.weight, float(layer.scaling[name])), None
