@@ -47,6 +47,10 @@ class HeadOverlay(Overlay):
     facts: ClassVar[HeadFacts]
     runs = "fused loss"
 
+    def _get_name(self) -> str:
+        """The stock name: transformers' Trainer looks it up to decide whether label smoothing shifts the labels."""
+        return type(self).__name__
+
     def __setattr__(self, name: str, value: Any) -> None:
         """TRL's `add_fused_lm_head` assigns `model.forward`; its settings are taken over and the op here serves them."""
         if name == "forward":
@@ -163,10 +167,13 @@ class HeadOverlay(Overlay):
         """The op on whatever the head is: plain, trained, with LoRA; or through the module where only PEFT can tell."""
         base, pair, reason = read_linear(self.lm_head, self.training)
         if base is None or reason is not None:
+            if fp32:
+                raise InputError(f"cast_lm_head_to_fp32 needs a head that is a plain Linear; this one is not: {reason}")
             return score_through_module(self.lm_head, hidden_NE, labels_N, rule)
         weight: torch.Tensor = base.weight  # pyright: ignore[reportAssignmentType]
         dtype = torch.float32 if fp32 else compute_dtype(hidden_NE, weight)
         hidden, labels = hidden_NE.to(weight.device, dtype), labels_N.to(weight.device)
         bias = None if base.bias is None else base.bias.to(dtype)  # pyright: ignore[reportCallIssue]
         lora = None if pair is None else LoraHead(pair.a_RE.to(dtype), pair.b_VR.to(dtype), pair.scale)
-        return linear_cross_entropy(hidden, weight.to(dtype), labels, rule, bias, lora)
+        with torch.autocast(hidden.device.type, enabled=False):  # it would undo the dtype that was just chosen
+            return linear_cross_entropy(hidden, weight.to(dtype), labels, rule, bias, lora)

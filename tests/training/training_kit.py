@@ -1,0 +1,157 @@
+"""What the training tests share: the same tiny model stock and under overlays, ragged data, and trainers that record."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from hasten.patching import apply, is_patched
+from hasten.testing import tiny_model, tiny_tokenizer
+from hasten.testing.quantize import quantize_linears
+
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FAMILIES = ("llama", "gemma2", "cohere")
+VOCABULARY = 288
+
+
+def lora(**changes: Any) -> LoraConfig:
+    return LoraConfig(**{"task_type": "CAUSAL_LM", "r": 4, "target_modules": ALL_LINEAR, **changes})
+
+
+def small(model_type: str, hasten: bool, adapter: LoraConfig | None = None, nf4: bool = False, **changes: Any) -> Any:
+    """A two-layer tiny model in training mode; with the same arguments the same weights, whether under overlays or not."""
+    model = tiny_model(model_type, **{"num_hidden_layers": 2, "max_position_embeddings": 256, **changes})
+    if nf4:
+        quantize_linears(model)
+    if hasten:
+        apply(model)
+    if adapter is not None:
+        torch.manual_seed(1)
+        model = get_peft_model(model, adapter)
+        stir(model)
+    assert is_patched(model) == hasten
+    return model.train()
+
+
+def stir(model: Any) -> None:
+    """Gives LoRA B and DoRA magnitudes values other than their start's, so that every gradient is there at step one."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+
+
+def rows(count: int, longest: int = 24, seed: int = 0, masked: bool = True) -> Dataset:
+    """Tokenised rows of ragged length; with `masked` the first part of each, the prompt, has no labels."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(count):
+        length = int(torch.randint(6, longest + 1, (1,), generator=generator))
+        ids = torch.randint(6, VOCABULARY - 26, (length,), generator=generator).tolist()
+        prompt = int(torch.randint(1, length - 2, (1,), generator=generator)) if masked else 0
+        made.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return Dataset.from_list(made)
+
+
+@dataclass
+class Recorder(TrainerCallback):
+    """Copies of the gradients before each optimizer step."""
+
+    gradients: list[dict[str, torch.Tensor]] = field(default_factory=list)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.gradients.append(gradients_of(model))
+
+
+def gradients_of(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def plain_settings(folder: Any, **changes: Any) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "max_steps": 1,
+        "learning_rate": 2e-3,
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "dataloader_pin_memory": False,
+        **changes,
+    }
+
+
+def sft(model: Any, data: Any, folder: Any, trainer: dict[str, Any] | None = None, **changes: Any) -> SFTTrainer:
+    """TRL's trainer, unmodified, ready to train."""
+    settings = {"max_length": 64, **plain_settings(folder, **changes)}
+    extra = {"processing_class": tiny_tokenizer(), **(trainer or {})}
+    return SFTTrainer(model=model, args=SFTConfig(**settings), train_dataset=data, **extra)
+
+
+def hf(model: Any, data: Any, folder: Any, trainer: dict[str, Any] | None = None, **changes: Any) -> Trainer:
+    """transformers' trainer, unmodified, ready to train on tokenised rows."""
+    collator = DataCollatorForSeq2Seq(tiny_tokenizer(), padding=True)
+    arguments = TrainingArguments(**plain_settings(folder, **changes))
+    return Trainer(model=model, args=arguments, train_dataset=data, data_collator=collator, **(trainer or {}))
+
+
+def curve(trainer: Any, key: str = "loss") -> torch.Tensor:
+    """Trains and returns the logged value of each step."""
+    trainer.train()
+    return logged(trainer, key)
+
+
+def logged(trainer: Any, key: str) -> torch.Tensor:
+    return torch.tensor([entry[key] for entry in trainer.state.log_history if key in entry], dtype=torch.float64)
+
+
+def both(make: Callable[[bool], Any]) -> tuple[Any, Any]:
+    """(stock, ours), each made and used from the same seed."""
+    made = []
+    for hasten in (False, True):
+        torch.manual_seed(0)
+        made.append(make(hasten))
+    return made[0], made[1]
+
+
+def apart(ours: torch.Tensor, stock: torch.Tensor) -> float:
+    """Largest relative distance of two curves of the same length."""
+    assert ours.shape == stock.shape and ours.numel() > 0
+    assert bool(torch.isfinite(ours).all()) and bool(torch.isfinite(stock).all())
+    return float(((ours - stock).abs() / stock.abs().clamp(min=1e-6)).max())
+
+
+def gradients_apart(ours: dict[str, torch.Tensor], stock: dict[str, torch.Tensor]) -> float:
+    """Largest relative distance of two sets of gradients, each tensor by its norm, or by a share of the largest one."""
+    assert ours.keys() == stock.keys() and ours
+    floor = 1e-4 * max(float(g.norm()) for g in stock.values())
+    return max(float((ours[n] - stock[n]).norm()) / max(float(stock[n].norm()), floor) for n in stock)
+
+
+def preferences(count: int, seed: int = 0) -> Dataset:
+    """Prompts with a chosen and a rejected completion, of ragged length, as text."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def text(longest: int) -> str:
+        length = int(torch.randint(2, longest, (1,), generator=generator))
+        return "".join(chr(97 + int(torch.randint(0, 26, (1,), generator=generator))) for _ in range(length))
+
+    return Dataset.from_list([{"prompt": text(10), "chosen": text(12), "rejected": text(14)} for _ in range(count)])
+
+
+def dpo(model: Any, data: Any, folder: Any, trainer: dict[str, Any] | None = None, **changes: Any) -> DPOTrainer:
+    """TRL's DPO trainer, unmodified, ready to train."""
+    extra = {"processing_class": tiny_tokenizer(), **(trainer or {})}
+    settings = {"max_length": 64, **plain_settings(folder, **changes)}
+    return DPOTrainer(model=model, args=DPOConfig(**settings), train_dataset=data, **extra)
