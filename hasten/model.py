@@ -113,7 +113,9 @@ class FastLanguageModel:
         if loaded is not None and loaded.full_finetuning:
             raise OptionError(
                 "get_peft_model",
-                ["the model was loaded with full_finetuning=True, so all its weights train; load it without to add a LoRA"],
+                [
+                    "the model was loaded with full_finetuning=True, so all its weights train; load it without to add a LoRA"
+                ],
             )
         peft_model = _wear_peft(lora.build(base, options), loaded)
         base.__dict__["_hasten_adapter_options"] = options

@@ -1,6 +1,6 @@
 """What all overlays share: facts on the class, the stock class they came from, a name that shows them."""
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
@@ -11,6 +11,10 @@ class Overlay(nn.Module):
     facts: ClassVar[Any] = None
     stock_class: ClassVar[type[nn.Module]]
     runs: ClassVar[str] = ""
+
+    if TYPE_CHECKING:  # the stock class's attributes, which the overlay finds on the instance
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def _get_name(self) -> str:
         return f"hasten:{type(self).__name__}"

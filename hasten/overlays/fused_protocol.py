@@ -33,7 +33,7 @@ class FusedRequest:
 
 def read_trl_request(forward: Any) -> FusedRequest | None:
     """The settings in TRL's closure, or None where `forward` is something else or holds other settings than known."""
-    function = getattr(forward, "__func__", None)
+    function: Any = getattr(forward, "__func__", None)
     code = getattr(function, "__code__", None)
     if code is None or code.co_name != TRL_FUNCTION or function.__globals__.get("__name__") != TRL_MODULE:
         return None

@@ -83,5 +83,5 @@ def score_through_module(
         checkpoint(score, hidden, labels, use_reentrant=False)
         for hidden, labels in zip(hidden_NE.split(rule.chunk), labels_N.split(rule.chunk), strict=True)
     ]
-    columns = zip(*parts, strict=True)  # pyright: ignore[reportArgumentType]
-    return TokenScores(*(None if column[0] is None else torch.cat(column) for column in columns))
+    joined: list[Any] = [None if c[0] is None else torch.cat(c) for c in zip(*parts, strict=True)]  # pyright: ignore[reportArgumentType]
+    return TokenScores(*joined)

@@ -82,7 +82,7 @@ def plan(model: nn.Module, family: Family | None = None, max_seq_length: int | N
 
 def _plan_family(base: Any, family: Family, found: Plan, max_seq_length: int | None) -> None:
     config = base.config
-    roles: dict[str, tuple[type[Overlay], Callable[[nn.Module], Any], Callable[[nn.Module, Any], list[str]]]] = {
+    roles: dict[str, tuple[type[Overlay], Callable[[Any], Any], Callable[[Any, Any], list[str]]]] = {
         "causal_lm": (HeadOverlay, lambda m: facts.head_facts(family, config, max_seq_length), lambda m, f: []),
         "layer": (LayerOverlay, lambda m: facts.layer_facts(family, config), contract.check_layer),
         "attention": (

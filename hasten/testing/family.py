@@ -39,7 +39,7 @@ def check_family(family: Family, model: Any = None, quantized: bool = False) -> 
         _compare_casts(ours, stock, family, seen)
     seen.check()
     _compare_training("", ours, stock, seen)
-    _compare_training("LoRA ", *(_with_lora(m) for m in (ours, stock)), seen)
+    _compare_training("LoRA ", _with_lora(ours), _with_lora(stock), seen)
     if quantized:
         compare_quantized(family, stock, seen)
     return seen.check()
@@ -52,7 +52,7 @@ def compare_quantized(family: Family, stock: Any, seen: Comparison) -> None:
     plain = quantize_linears(copy.deepcopy(stock))
     patched = copy.deepcopy(plain)
     apply(patched, plan(patched, family))
-    _compare_training("QLoRA ", *(_with_lora(m) for m in (patched, plain)), seen)
+    _compare_training("QLoRA ", _with_lora(patched), _with_lora(plain), seen)
 
 
 def _ids(rows: int = 2, tokens: int = TOKENS) -> torch.Tensor:

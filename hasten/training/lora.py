@@ -79,6 +79,10 @@ def _unmatched(argument: str, names: Iterable[str], among: list[str], paths: lis
         if any(path == name or path.endswith(f".{name}") for path in among):
             continue
         near = difflib.get_close_matches(name, ends, n=3) or ends[:8]
-        found = "is no layer that can be adapted" if any(p == name or p.endswith(f".{name}") for p in paths) else "matches nothing"
+        found = (
+            "is no layer that can be adapted"
+            if any(p == name or p.endswith(f".{name}") for p in paths)
+            else "matches nothing"
+        )
         problems.append(f"{argument} {name!r} {found} in this model; near names: {', '.join(near)}")
     return problems

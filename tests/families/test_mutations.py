@@ -31,19 +31,12 @@ FLIPS: dict[tuple[str, str], Any] = {
     ("head", "softcap"): lambda n: None if n else "initializer_range",
 }
 # A flip that cannot matter: there is no scale field to raise to a power.
-NEUTRAL = {
-    (name, "attention", "scale_power") for name, family in FAMILIES.items() if family.attention.scale is None
-}
+NEUTRAL = {(name, "attention", "scale_power") for name, family in FAMILIES.items() if family.attention.scale is None}
 # Mistral's layers all have the window, so "sliding" and "all" name the same ones.
 NEUTRAL |= {("mistral", "attention", "rope_layers")}
 # Without a window no layer is a sliding one, and a config without the field has nothing to put one in.
-NEUTRAL |= {
-    (name, "attention", "window")
-    for name in ("llama", "gemma", "cohere", "granite")
-}
-CASES = [
-    (name, part, fact) for name in FAMILIES for part, fact in FLIPS if (name, part, fact) not in NEUTRAL
-]
+NEUTRAL |= {(name, "attention", "window") for name in ("llama", "gemma", "cohere", "granite")}
+CASES = [(name, part, fact) for name in FAMILIES for part, fact in FLIPS if (name, part, fact) not in NEUTRAL]
 
 
 def _mutated(family: Family, part: str, fact: str) -> Family:

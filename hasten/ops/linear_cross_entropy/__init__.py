@@ -72,8 +72,8 @@ def linear_cross_entropy(
     unknown = rule.want - OPTIONAL_SCORES
     if unknown:
         raise ValueError(f"no such token score: {sorted(unknown)}; there are {sorted(OPTIONAL_SCORES)}")
-    outputs = reference.score_tokens(hidden_NE, weight_VE, labels_N, rule, bias_V, lora)
-    return TokenScores(**dict(zip(reference.SCORES, outputs, strict=True)))
+    loss, log_prob, *optional = reference.score_tokens(hidden_NE, weight_VE, labels_N, rule, bias_V, lora)
+    return TokenScores(loss, log_prob, *optional)
 
 
 def score_logits(raw_NV: torch.Tensor, labels_N: torch.Tensor, rule: ScoreRule) -> TokenScores:
@@ -81,5 +81,5 @@ def score_logits(raw_NV: torch.Tensor, labels_N: torch.Tensor, rule: ScoreRule) 
 
     For heads that only their own module can compute. The caller bounds the memory by giving few rows at a time.
     """
-    outputs = reference.score_logits(raw_NV, labels_N, rule)
-    return TokenScores(**dict(zip(reference.SCORES, outputs, strict=True)))
+    loss, log_prob, *optional = reference.score_logits(raw_NV, labels_N, rule)
+    return TokenScores(loss, log_prob, *optional)

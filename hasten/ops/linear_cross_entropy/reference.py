@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from hasten.ops.linear_cross_entropy import LoraHead, ScoreRule
 
 SCORES = ("loss", "log_prob", "entropy", "is_top1", "log_sum_sq_probs", "mean_logits")
-Tensors = tuple[torch.Tensor | None, ...]
+Tensors = tuple[Any, ...]  # in the order of SCORES; None for a score that was not wanted
 
 
 def score_tokens(
@@ -116,7 +116,7 @@ class ScoreTokensFunction(torch.autograd.Function):
                 d_a += at_least_fp32(d_low_rank.T @ h)
             if d_b is not None and a is not None:
                 d_b += scale * at_least_fp32(low.T @ (h @ a.T))
-        outs = [None if s is None else s.to(t.dtype) for s, t in zip(sums, (weight, bias, a, b), strict=True)]
+        outs = [s if s is None or t is None else s.to(t.dtype) for s, t in zip(sums, (weight, bias, a, b), strict=True)]
         return (d_hidden, *outs, None, None, None)
 
 
