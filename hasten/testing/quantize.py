@@ -20,9 +20,9 @@ def quantize_linears(model: Any) -> Any:
         low = bnb.nn.Linear4bit(
             module.in_features, module.out_features, module.bias is not None, dtype, True, "nf4", device="meta"
         )
-        low.weight = bnb.nn.Params4bit(
-            module.weight.data.clone(), requires_grad=False, quant_type="nf4", compress_statistics=True, module=low
-        ).to(module.weight.device)
+        make: Any = bnb.nn.Params4bit
+        packed = make(module.weight.data.clone(), requires_grad=False, quant_type="nf4", compress_statistics=True)
+        low.weight = packed.to(module.weight.device)  # moving is what quantises
         low.bias = module.bias
         model.set_submodule(name, low)
     model.is_loaded_in_4bit = True
