@@ -9,7 +9,7 @@ from hasten.errors import OptionError
 from hasten.inference import for_inference
 from hasten.loading import load
 from hasten.loading.adapter import attach
-from hasten.options import AdapterOptions, LoadOptions
+from hasten.options import AdapterOptions, LoadOptions, none_if_left_out
 from hasten.patching import apply, plan
 from hasten.patching.apply import overlay_class
 from hasten.patching.plan import causal_lm_of
@@ -26,6 +26,7 @@ class FastLanguageModel:
     model_type: ClassVar[str | None] = None
 
     @classmethod
+    @none_if_left_out("load_in_4bit")
     def from_pretrained(  # noqa: PLR0913
         cls,
         model_name: str = "unsloth/Llama-3.2-1B-Instruct",

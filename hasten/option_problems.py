@@ -97,25 +97,32 @@ def _is_whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _value_problems(o: "LoadOptions") -> list[str]:
-    found = []
+def bad_values(o: "LoadOptions") -> dict[str, str]:
+    """{argument: problem} for each argument whose value means nothing by itself."""
+    found = {}
     if not isinstance(o.model_name, str) or not o.model_name.strip():
-        found.append(f"model_name={o.model_name!r} is no hub id and no folder; pass one of them as a string")
+        found["model_name"] = "is no hub id and no folder; pass one of them as a string"
     if not _is_whole(o.max_seq_length, 1):
-        found.append(f"max_seq_length={o.max_seq_length!r} is no positive whole number; pass the longest row in tokens")
+        found["max_seq_length"] = "is no positive whole number; pass the longest row in tokens"
     if o.dtype is not None and o.dtype not in DTYPES:
-        found.append(f"dtype={o.dtype!r} is not None, {', '.join(map(str, DTYPES))}; pass one of these")
+        found["dtype"] = f"is not None, {', '.join(map(str, DTYPES))}; pass one of these"
     if o.resize_model_vocab is not None and not _is_whole(o.resize_model_vocab, 1):
-        found.append(f"resize_model_vocab={o.resize_model_vocab!r} is no positive number of rows; pass one, or None")
+        found["resize_model_vocab"] = "is no positive number of rows; pass one, or None"
     if not _is_whole(o.random_state, 0):
-        found.append(f"random_state={o.random_state!r} is no whole number from 0 on; pass one")
+        found["random_state"] = "is no whole number from 0 on; pass one"
     if not isinstance(o.gpu_memory_utilization, int | float) or not 0 < o.gpu_memory_utilization <= 1:
-        found.append(f"gpu_memory_utilization={o.gpu_memory_utilization!r} is no share of memory; pass one in (0, 1]")
+        found["gpu_memory_utilization"] = "is no share of memory; pass one in (0, 1]"
     if not _is_whole(o.max_lora_rank, 1):
-        found.append(f"max_lora_rank={o.max_lora_rank!r} is no positive whole number; pass one")
+        found["max_lora_rank"] = "is no positive whole number; pass one"
     if o.rope_scaling is not None and not isinstance(o.rope_scaling, Mapping):
-        found.append(f"rope_scaling={o.rope_scaling!r} is no dict; pass e.g. {{'rope_type': 'linear', 'factor': 2.0}}")
-    return [*found, *_checkpointing_problems(o), *_device_problems(o.device_map)]
+        found["rope_scaling"] = "is no dict; pass e.g. {'rope_type': 'linear', 'factor': 2.0}"
+    if o.attn_implementation is not None and not isinstance(o.attn_implementation, str):
+        found["attn_implementation"] = "is no name; pass e.g. 'sdpa', 'eager' or 'flash_attention_2'"
+    return {name: f"{name}={getattr(o, name)!r} {problem}" for name, problem in found.items()}
+
+
+def _value_problems(o: "LoadOptions") -> list[str]:
+    return [*bad_values(o).values(), *_checkpointing_problems(o), *_device_problems(o.device_map)]
 
 
 def _device_problems(device_map: Any) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any, Literal, ParamSpec, Self, TypeVar
 import torch
 
 from hasten.errors import OptionError
-from hasten.option_problems import adapter_problems, load_problems
+from hasten.option_problems import adapter_problems, bad_values, load_problems
 
 Quantization = Literal["nf4", "int8", "none", "own"]
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -105,6 +105,11 @@ class LoadOptions:
             return "int8"
         default_on = self.load_in_4bit is None and not asked and not self.full_finetuning
         return "nf4" if "load_in_4bit" in asked or default_on else "none"
+
+    def readable(self) -> Self:
+        """These options with values that mean nothing at their defaults, so that the rest can still be checked."""
+        defaults = type(self)()
+        return dataclasses.replace(self, **{name: getattr(defaults, name) for name in bad_values(self)})
 
     def problems(self) -> list[str]:
         """Every reason why the call cannot be done that shows without the checkpoint's config, in plain words."""

@@ -1,0 +1,162 @@
+"""What can only be judged with the checkpoint's config, its model class and its tokenizer at hand."""
+
+import copy
+import importlib.util
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from hasten.errors import CheckpointError, HastenError, MissingExtraError, OptionError, TokenizerError
+from hasten.loading.resolve import Source
+from hasten.option_problems import HUB_ARGUMENTS, MODEL_ARGUMENTS, unknown_extra
+from hasten.options import LoadOptions
+from hasten.spec import Family
+
+
+class Findings:
+    """Everything found wrong with a call so far. `refuse` raises it as one error."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = list(problems)
+        self.errors: list[HastenError] = []
+
+    def add(self, error: HastenError) -> None:
+        """A fault of the checkpoint or tokenizer: raised as it is if it stays the only one."""
+        self.errors.append(error)
+
+    def refuse(self) -> None:
+        """Raises what was found: a lone checkpoint or tokenizer error itself, anything else as one OptionError."""
+        if not self.problems and len(self.errors) == 1:
+            raise self.errors[0]
+        if self.problems or self.errors:
+            raise OptionError("from_pretrained", [*self.problems, *map(str, self.errors)])
+
+
+def config_fields(options: LoadOptions) -> dict[str, Any]:
+    """The keyword arguments that name fields of the config, low_cpu_mem_usage (always so here) left out."""
+    known = HUB_ARGUMENTS | MODEL_ARGUMENTS | {"low_cpu_mem_usage"}
+    return {name: value for name, value in options.extra.items() if name not in known}
+
+
+def read_config(source: Source, options: LoadOptions) -> Any:
+    """The checkpoint's config, or the caller's own. Raises CheckpointError where it cannot be read."""
+    own = options.extra.get("config")
+    if own is not None:
+        return copy.deepcopy(own)
+    folder = source.folder
+    try:
+        return AutoConfig.from_pretrained(
+            folder, trust_remote_code=bool(options.trust_remote_code), local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"The config.json in {folder} cannot be read ({type(error).__name__}: {error})"
+        ) from error
+
+
+def set_fields(config: Any, options: LoadOptions) -> list[str]:
+    """Sets the config fields among the caller's keyword arguments; returns the problems with the unknown ones."""
+    known = set(config.to_dict()) | set(config.get_text_config().to_dict()) | set(config.attribute_map)
+    found = unknown_extra(options, known)
+    for name, value in config_fields(options).items():
+        if name in known:
+            holder = config if name in config.to_dict() or name in config.attribute_map else config.get_text_config()
+            setattr(holder, name, value)
+    return found
+
+
+def build_empty(config: Any, options: LoadOptions, dtype: torch.dtype) -> PreTrainedModel:
+    """The model without weights (meta device). Raises CheckpointError or OptionError where transformers has no class."""
+    attention = {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=bool(options.trust_remote_code), **attention
+            )
+    except (ImportError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        asked = f"attn_implementation={options.attn_implementation!r}, " if attention else ""
+        why = f"{asked}model type {config.model_type!r}: transformers cannot build the model ({error})"
+        raise OptionError("from_pretrained", [why]) from error
+
+
+def config_problems(config: Any, family: Family | None, options: LoadOptions) -> list[str]:
+    """Arguments that do not go with this checkpoint."""
+    found = []
+    expected = options.expected_model_type
+    if expected is not None and config.model_type != expected:
+        found.append(
+            f"this class loads {expected!r} models, the checkpoint is a {config.model_type!r}; use FastLanguageModel"
+        )
+    if options.dtype == torch.float16 and family is not None and not family.fp16_safe:
+        found.append(
+            f"dtype=torch.float16: activations of {config.model_type} leave fp16's range; use bfloat16 or float32"
+        )
+    if options.offload_embedding and config.get_text_config().tie_word_embeddings:
+        found.append("offload_embedding: the embedding is also the head's weight, which the GPU needs; leave it out")
+    return [*found, *_stored_problems(config, options)]
+
+
+def stored_quantization(config: Any) -> str | None:
+    """How the checkpoint's own weights are quantised: "nf4", "fp4", "int8", another method's name, None = not at all."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return None
+    record: Mapping[str, Any] = stored if isinstance(stored, Mapping) else stored.to_dict()
+    method = str(record.get("quant_method", "unknown"))
+    if method != "bitsandbytes":
+        return method
+    return "int8" if record.get("load_in_8bit") else str(record.get("bnb_4bit_quant_type", "nf4"))
+
+
+def _stored_problems(config: Any, options: LoadOptions) -> list[str]:
+    stored = stored_quantization(config)
+    if stored is None:
+        return []
+    if stored == "fp8":
+        return ["the checkpoint holds fp8 weights, which a later version of hasten reads; use its dense original"]
+    fits = {"nf4": "load_in_4bit", "fp4": "load_in_4bit", "int8": "load_in_8bit"}.get(stored)
+    other = [name for name in options.asked_storage if name != fits]
+    if fits != "load_in_4bit" and options.load_in_4bit is False:
+        other = [name for name in other if name != "load_in_4bit"]
+    elif options.load_in_4bit is False:
+        other.append("load_in_4bit=False")
+    if options.full_finetuning:
+        other.append("full_finetuning")
+    if not other:
+        return []
+    return [
+        f"{', '.join(other)} was asked for, but the checkpoint is stored as {stored} already; leave it out to load it as "
+        "it is, or pass the dense original"
+    ]
+
+
+def need_bitsandbytes(options: LoadOptions, config: Any) -> MissingExtraError | None:
+    """An error where quantised weights are wanted or found and bitsandbytes is not installed."""
+    wanted = options.quantization in ("nf4", "int8") or stored_quantization(config) in ("nf4", "fp4", "int8")
+    if not wanted or importlib.util.find_spec("bitsandbytes") is not None:
+        return None
+    return MissingExtraError("Holding weights in 4 or 8 bits (load_in_4bit is on by default)", "bitsandbytes", "train")
+
+
+def vocabulary_error(needed: int, base: int, rows: int, options: LoadOptions) -> HastenError | None:
+    """needed: rows for every id of the tokenizer, base: for its vocabulary without added tokens, rows: the embedding's."""
+    asked = options.resize_model_vocab
+    if asked is not None and asked < needed:
+        return OptionError(
+            "from_pretrained",
+            [
+                f"resize_model_vocab={asked} is smaller than the tokenizer, which needs {needed} rows; pass {needed} or more"
+            ],
+        )
+    if asked is not None or needed <= rows:
+        return None
+    if options.fix_tokenizer and base <= rows:
+        return None
+    return TokenizerError(
+        f"The tokenizer needs {needed} embedding rows, the model has {rows}: it belongs to another model, or tokens were "
+        f"added to it. Use the model's own tokenizer, or pass resize_model_vocab={needed}"
+    )

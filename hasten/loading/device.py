@@ -1,0 +1,43 @@
+"""Where weights go and in which dtype: the defaults, from what this machine has."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from hasten.option_problems import PLACEMENTS
+
+
+def default_dtype(fp16_safe: bool, half: bool = False) -> torch.dtype:
+    """bf16 where the device has it, else fp16; on a CPU without bf16 instructions, or where fp16 overflows, fp32.
+
+    half: the caller asked for 16 bits, so the CPU gets bf16 whether fast or not.
+    """
+    if torch.cuda.is_available():
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16
+        return torch.float16 if fp16_safe else torch.float32
+    return torch.bfloat16 if half or cpu_has_bf16() else torch.float32
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 matrices itself: AVX512-BF16 or AMX on x86, BF16 on ARM."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+
+
+def resolve_device_map(device_map: Any) -> tuple[Any, list[str]]:
+    """(what transformers gets, notes). A machine without CUDA holds everything on the CPU.
+
+    Under torchrun every process takes the GPU of its local rank, since each holds a whole model.
+    """
+    if not isinstance(device_map, str) or device_map not in PLACEMENTS:
+        return (dict(device_map), []) if isinstance(device_map, Mapping) else ({"": torch.device(device_map)}, [])
+    if not torch.cuda.is_available():
+        return {"": torch.device("cpu")}, []
+    # torchrun tells its processes who they are through these variables and in no other way.
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        return {"": device}, [f"device: {device}, the GPU of this process's local rank"]
+    return device_map, []

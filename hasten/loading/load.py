@@ -1,0 +1,179 @@
+"""`load`: everything that can be refused is refused first, then the weights are read, then what was planned is done."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hasten.errors import CheckpointError, HastenError, OptionError
+from hasten.loading import checks, shards
+from hasten.loading import tokenizer as tokens
+from hasten.loading.device import default_dtype, resolve_device_map
+from hasten.loading.embedding import keep_embedding_on_host
+from hasten.loading.read import Reading, read_model
+from hasten.loading.resolve import Source, fetch_weights, resolve
+from hasten.loading.rope import plan_rope
+from hasten.loading.vocabulary import resize, rows_of
+from hasten.option_problems import bad_values
+from hasten.options import LoadOptions
+from hasten.patching import family_of
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """model: stock transformers, weights in place. notes: lines for the report. adapter: a folder still to be put on.
+
+    source: what was loaded, with the commit of a hub id.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    notes: list[str]
+    adapter: Path | None
+    source: Source
+
+
+@dataclass
+class Preparation:
+    """What `load` knows before a weight is read."""
+
+    config: Any
+    empty: PreTrainedModel
+    dtype: torch.dtype
+    tokenizer: PreTrainedTokenizerBase
+    fixes: tokens.TokenizerPlan | None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def rows_needed(self) -> int:
+        return self.fixes.rows_needed if self.fixes is not None else tokens.rows_needed(self.tokenizer)
+
+
+def load(options: LoadOptions) -> Loaded:
+    """Loads what `options` name, as they say, or raises one error with every reason why not, before a weight is read.
+
+    Raises OptionError (several problems, or one with the arguments), CheckpointError, TokenizerError, MissingExtraError.
+    Nothing here draws from the caller's random generators.
+    """
+    findings = checks.Findings(options.problems())
+    if "model_name" in bad_values(options):
+        findings.refuse()
+    options = options.readable()
+    try:
+        source = resolve(options)
+    except CheckpointError as error:
+        findings.add(error)
+        findings.refuse()
+        raise
+    ready = _prepare(source, options, findings)
+    findings.refuse()
+    assert ready is not None  # nothing was found, so everything is there
+    fetch_weights(source, options)
+    if options.use_safetensors is not False:
+        stored = shards.read_checkpoint(source.folder, options.extra.get("variant"))
+        shards.check_tensors(stored, ready.empty, source.folder)
+    device_map, notes = resolve_device_map(options.device_map)
+    model = read_model(Reading(source.folder, ready.config, ready.dtype, device_map, options))
+    notes = [*source.notes(), *ready.notes, *notes, *_finish(model, ready, options)]
+    for holder in (model, model.config, ready.tokenizer):
+        # The snapshot's folder on this machine would otherwise be written into adapters as their base.
+        holder.name_or_path = source.name
+    return Loaded(model, ready.tokenizer, notes, source.adapter, source)
+
+
+def _prepare(source: Source, options: LoadOptions, findings: checks.Findings) -> Preparation | None:
+    """Reads config and tokenizer and plans rope, dtype and tokenizer fixes; None where that much cannot be had."""
+    config: Any = _attempt(findings, checks.read_config, source, options)
+    tokenizer: Any = _attempt(findings, tokens.read_tokenizer, source.tokenizer, options.trust_remote_code)
+    if config is None:
+        return None
+    findings.problems += checks.set_fields(config, options)
+    empty: Any = _attempt(findings, checks.build_empty, config, options, options.dtype or torch.float32)
+    if empty is None and options.attn_implementation is not None:
+        # One wrong name must not hide what else is wrong.
+        plain = replace(options, attn_implementation=None)
+        empty = _attempt(findings, checks.build_empty, config, plain, options.dtype or torch.float32)
+    if empty is None:
+        return None
+    family = family_of(empty)
+    findings.problems += checks.config_problems(config, family, options)
+    if missing := checks.need_bitsandbytes(options, config):
+        findings.add(missing)
+    rope = plan_rope(config.get_text_config(), family, options.rope_scaling, options.max_seq_length)
+    findings.problems += rope.problems
+    for name, value in rope.changes.items():
+        setattr(config.get_text_config(), name, value)
+    if tokenizer is None:
+        return None
+    fixes = _plan_tokenizer(tokenizer, empty, source, options)
+    dtype, notes = _choose_dtype(options, family is None or family.fp16_safe)
+    ready = Preparation(config, empty, dtype, tokenizer, fixes, [*notes, *rope.notes, *_unused(options)])
+    error = checks.vocabulary_error(ready.rows_needed, tokenizer.vocab_size, rows_of(empty), options)
+    if isinstance(error, OptionError):
+        findings.problems += error.problems
+    elif error is not None:
+        findings.add(error)
+    return ready
+
+
+def _attempt(findings: checks.Findings, step: Any, *args: Any) -> Any:
+    """The step's result, or None with its error among the findings."""
+    try:
+        return step(*args)
+    except OptionError as error:
+        findings.problems += error.problems
+    except HastenError as error:
+        findings.add(error)
+    return None
+
+
+def _choose_dtype(options: LoadOptions, fp16_safe: bool) -> tuple[torch.dtype, list[str]]:
+    dtype = options.dtype if options.dtype is not None else default_dtype(fp16_safe, half=options.load_in_16bit)
+    short = str(dtype).removeprefix("torch.")
+    if options.full_finetuning and options.float32_mixed_precision and dtype != torch.float32:
+        return torch.float32, [
+            f"dtype: float32 weights for full fine-tuning (float32_mixed_precision); {short} for autocast"
+        ]
+    why = "as asked" if options.dtype is not None else "this device's default"
+    return dtype, [f"dtype: {short}, {why}"]
+
+
+def _plan_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, empty: PreTrainedModel, source: Source, options: LoadOptions
+) -> tokens.TokenizerPlan | None:
+    if not options.fix_tokenizer:
+        return None
+    config = empty.config.get_text_config()
+    eos_ids = [*tokens.as_ids(config.eos_token_id), *tokens.generation_eos_ids(source.folder)]
+    rows = max(rows_of(empty), options.resize_model_vocab or 0)
+    return tokens.plan_fixes(tokenizer, rows, eos_ids, getattr(config, "pad_token_id", None))
+
+
+def _unused(options: LoadOptions) -> list[str]:
+    """Says what has nothing to act on, in place of leaving it out silently."""
+    defaults = LoadOptions()
+    engine = ("gpu_memory_utilization", "max_lora_rank", "disable_log_stats")
+    given = [name for name in engine if getattr(options, name) != getattr(defaults, name)]
+    return [f"{', '.join(given)}: settings of the vLLM engine, which is off (fast_inference=False)"] if given else []
+
+
+def _finish(model: PreTrainedModel, ready: Preparation, options: LoadOptions) -> list[str]:
+    """Tokenizer fixes, vocabulary, which weights train, where the embedding lies. Returns notes."""
+    notes: list[str] = []
+    if ready.fixes is not None:
+        tokens.apply_fixes(ready.tokenizer, ready.fixes)
+        notes += [*ready.fixes.notes, *tokens.agree(ready.tokenizer, model)]
+    old = rows_of(model)
+    rows = options.resize_model_vocab or max(old, tokens.rows_needed(ready.tokenizer))
+    if rows != old:
+        resize(model, rows, options.random_state)
+        new = ", new ones are the mean of the old" if rows > old else ""
+        notes.append(f"vocabulary: {rows} rows{new}; the checkpoint has {old}")
+    for parameter in model.parameters():
+        # Quantised storage is whole numbers, which have no gradient.
+        parameter.requires_grad_(options.full_finetuning and parameter.is_floating_point())
+    if options.offload_embedding:
+        notes.append(keep_embedding_on_host(model))
+    return notes

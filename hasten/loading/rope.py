@@ -1,0 +1,193 @@
+"""Rotary positions: the scaling that the caller asked for, and the extension that a longer `max_seq_length` needs.
+
+transformers holds the parameters in `config.rope_parameters`: one dict, or one per kind of layer (Gemma 3). What two
+fields mean depends on the scaling type, by convention of the published checkpoints:
+- "linear" and "dynamic" in one dict: `max_position_embeddings` stays the length before scaling;
+- the others, and every dict per kind of layer: it is the length after scaling.
+"""
+
+import copy
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from hasten.spec import Family
+
+KNOWN = ("default", *sorted(ROPE_INIT_FUNCTIONS))
+NEEDS_ORIGINAL = ("llama3", "longrope", "yarn")
+GLOBAL = "full_attention"
+
+
+@dataclass
+class RopePlan:
+    """changes: fields to set on the config. notes: for the report. problems: why it cannot be done."""
+
+    changes: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def plan_rope(config: Any, family: Family | None, scaling: Mapping[str, Any] | None, max_seq_length: int) -> RopePlan:
+    """What must change in the (text) config for `scaling` and `max_seq_length`. Changes nothing itself."""
+    plan = RopePlan()
+    limit = getattr(config, "max_position_embeddings", None)
+    parameters = _rope_of(config)
+    if scaling is not None:
+        if parameters is None or limit is None:
+            plan.problems.append(
+                f"rope_scaling was given, but {config.model_type} has no rotary positions; leave it out"
+            )
+            return plan
+        _plan_scaling(config, plan, dict(scaling), parameters)
+    elif limit is not None:
+        _plan_extension(config, family, plan, parameters, max_seq_length)
+    if scaling is not None and not plan.problems:
+        reach = _reach(plan.changes["max_position_embeddings"], *_global(plan.changes["rope_parameters"]))
+        if max_seq_length > reach:
+            plan.problems.append(
+                f"rope_scaling={dict(scaling)!r} reaches {reach} positions, max_seq_length={max_seq_length} needs more; "
+                "raise the factor or lower max_seq_length"
+            )
+    return plan
+
+
+def _rope_of(config: Any) -> dict[str, Any] | None:
+    parameters = getattr(config, "rope_parameters", None)
+    return copy.deepcopy(dict(parameters)) if parameters else None
+
+
+def _global(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """(the dict that holds for layers which see the whole sequence, whether it is one of several)."""
+    nested = all(isinstance(value, dict) or value is None for value in parameters.values())
+    if not nested:
+        return parameters, False  # pyright: ignore[reportReturnType]
+    return parameters.get(GLOBAL) or next(value for value in parameters.values() if value), True
+
+
+def _type_of(rope: Mapping[str, Any]) -> str:
+    return rope.get("rope_type") or rope.get("type") or "default"
+
+
+def _original(limit: int, rope: Mapping[str, Any], nested: bool) -> int:
+    """The length before any scaling."""
+    if rope.get("original_max_position_embeddings"):
+        return rope["original_max_position_embeddings"]
+    return round(limit / float(rope.get("factor") or 1.0)) if nested else limit
+
+
+def _reach(limit: int, rope: Mapping[str, Any], nested: bool) -> int:
+    """The longest sequence that a checkpoint with this config is made for."""
+    factor = float(rope.get("factor") or 1.0)
+    if _type_of(rope) in ("default", "longrope"):
+        return limit
+    if _type_of(rope) in NEEDS_ORIGINAL:
+        return max(limit, int(_original(limit, rope, nested) * factor))
+    return limit if nested else int(limit * factor)
+
+
+def _plan_scaling(config: Any, plan: RopePlan, scaling: dict[str, Any], parameters: dict[str, Any]) -> None:
+    if any(isinstance(value, Mapping) for value in scaling.values()):
+        plan.problems.append("rope_scaling holds dicts per kind of layer; pass the one for the full-attention layers")
+        return
+    kind = scaling.pop("type", None)
+    kind = scaling.setdefault("rope_type", kind or "")
+    if kind not in KNOWN:
+        near = difflib.get_close_matches(str(kind), KNOWN, n=2)
+        hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+        plan.problems.append(f"rope_scaling has the rope_type {kind!r}{hint}; transformers knows {', '.join(KNOWN)}")
+        return
+    rope, nested = _global(parameters)
+    original = _original(config.max_position_embeddings, rope, nested)
+    kept = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    if kind in NEEDS_ORIGINAL:
+        scaling.setdefault("original_max_position_embeddings", original)
+    rope.clear()
+    rope.update({**kept, **scaling})
+    factor = rope.get("factor")
+    if factor is not None and (not isinstance(factor, int | float) or isinstance(factor, bool) or factor < 1):
+        plan.problems.append(f"rope_scaling has factor={factor!r}; pass a number from 1 on")
+        return
+    length = config.max_position_embeddings
+    if kind in NEEDS_ORIGINAL or nested:
+        base = rope.get("original_max_position_embeddings", original)
+        length = int(base * float(factor or 1.0)) if factor else length
+    elif kind != "default":
+        length = original
+    plan.changes = {"rope_parameters": parameters, "max_position_embeddings": length}
+    if missing := _refused_by_transformers(config, plan.changes):
+        plan.problems.append(f"rope_scaling={scaling!r} is not complete: {missing}; add what is missing")
+        return
+    plan.notes.append(f"rope: {_described(rope)}, as asked")
+
+
+def _refused_by_transformers(config: Any, changes: Mapping[str, Any]) -> str | None:
+    trial = copy.deepcopy(config)
+    for name, value in changes.items():
+        setattr(trial, name, copy.deepcopy(value))
+    try:
+        trial.validate_rope()
+    except (KeyError, TypeError, ValueError) as error:
+        return str(error.args[0] if error.args else error)
+    return None
+
+
+def _plan_extension(
+    config: Any, family: Family | None, plan: RopePlan, parameters: dict[str, Any] | None, length: int
+) -> None:
+    limit = config.max_position_embeddings
+    if parameters is None:
+        if length > limit:
+            plan.problems.append(
+                f"max_seq_length={length} is beyond the {limit} positions that this {config.model_type} has learned, and "
+                f"without rotary positions they cannot be extended; use max_seq_length={limit} or less"
+            )
+        return
+    rope, nested = _global(parameters)
+    reach = _reach(limit, rope, nested)
+    if length <= reach:
+        return
+    if _only_near(config, family, limit):
+        plan.changes = {"max_position_embeddings": length}
+        plan.notes.append(
+            f"rope: unchanged for max_seq_length={length} (checkpoint: {limit}); every rotated layer has a window"
+        )
+        return
+    kind = _type_of(rope)
+    ratio = length / reach
+    original = _original(limit, rope, nested)
+    if kind == "default":
+        rope.update(rope_type="linear", factor=length / limit)
+    elif kind == "yarn":
+        rope["factor"] = length / original
+    elif kind == "longrope":
+        rope["long_factor"] = [float(value) * ratio for value in rope["long_factor"]]
+        rope["factor"] = length / original
+    elif kind in KNOWN:
+        rope["factor"] = float(rope.get("factor") or 1.0) * ratio
+    else:
+        plan.problems.append(
+            f"max_seq_length={length} is beyond the checkpoint's {reach}, and its rope type {kind!r} is none that can be "
+            f"extended; use max_seq_length={reach} or less"
+        )
+        return
+    kept = not nested and _type_of(rope) in ("linear", "dynamic")
+    plan.changes = {"rope_parameters": parameters, "max_position_embeddings": limit if kept else length}
+    plan.notes.append(f"rope: extended from {reach} to {length} positions, {_described(rope)}")
+
+
+def _only_near(config: Any, family: Family | None, limit: int) -> bool:
+    """Whether rotated queries and keys are never further apart than the checkpoint has seen: all have a window."""
+    window = getattr(config, "sliding_window", None)
+    if family is None or not window or window > limit:
+        return False
+    kinds = getattr(config, "layer_types", None)
+    every = family.attention.window == "always" or bool(kinds and all(kind == "sliding_attention" for kind in kinds))
+    return every or (family.attention.rope_layers == "sliding" and family.attention.window == "by_layer")
+
+
+def _described(rope: Mapping[str, Any]) -> str:
+    factor = rope.get("factor")
+    return _type_of(rope) + (f" factor {factor:g}" if isinstance(factor, int | float) else "")
