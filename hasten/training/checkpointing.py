@@ -34,17 +34,22 @@ def enable(model: Any, mode: bool | str) -> list[str]:
 
 def switch_off(base: Any) -> None:
     """Keeps every activation from now on. What `enable` was last asked for stays on record, for `restore`."""
-    if base.is_gradient_checkpointing:
+    if is_on(base):
         name = "activation_checkpointing_disable"
         getattr(base, name if hasattr(base, name) else "gradient_checkpointing_disable")()
     # transformers leaves the hooks that its switch put on the embedding, and puts on more each time.
     base.disable_input_require_grads()
 
 
+def is_on(base: Any) -> bool:
+    """Whether any layer is recomputed. (transformers' own property was renamed in 5.23; the old name warns there.)"""
+    return any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
+
+
 def restore(model: Any) -> None:
     """Checkpointing as `enable` last set it; a model on which it never was called stays as it is."""
     base = causal_lm_of(model)
-    if RECORD in base.__dict__ and bool(base.__dict__[RECORD]) != base.is_gradient_checkpointing:
+    if RECORD in base.__dict__ and bool(base.__dict__[RECORD]) != is_on(base):
         enable(model, base.__dict__[RECORD])
 
 

@@ -156,19 +156,15 @@ def test_fused_protocol_equals_full_logits(family: str, case: str, temperature: 
 def test_fp32_head_under_autocast_computes_in_fp32() -> None:
     """TRL's cast_lm_head_to_fp32: the projection leaves autocast."""
     batch = ragged()
-    found = []
-    for hasten in (False, True):
-        model = small("llama", hasten)
-        add_fused_lm_head(model, cast_lm_head_to_fp32=True)
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-            out = model(**batch, fused_lm_head=True)
-        logits = hidden.float() @ model.lm_head.weight.T
-        labels = batch["labels"][:, 1:]
-        picked = logits[:, :-1].log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
-        torch.testing.assert_close(out.log_probs, picked * (labels != -100), rtol=1e-5, atol=1e-5)
-        found.append(out.log_probs)
-    assert found[0].shape == found[1].shape
+    labels = batch["labels"][:, 1:]
+    model = small("llama", True)
+    add_fused_lm_head(model, cast_lm_head_to_fp32=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+        out = model(**batch, fused_lm_head=True)
+    log_p = (hidden.float() @ model.lm_head.weight.T)[:, :-1].log_softmax(-1)
+    picked = log_p.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
+    torch.testing.assert_close(out.log_probs, picked * (labels != -100), rtol=ALLOWED, atol=ALLOWED)
 
 
 class LargestLogits(TorchDispatchMode):

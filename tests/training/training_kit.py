@@ -1,5 +1,6 @@
 """What the training tests share: the same tiny model stock and under overlays, ragged data, and trainers that record."""
 
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,8 +10,11 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl.kernels import chunked_logprob
+from trl.trainer.utils import FusedCausalLMOutput
 
 from hasten.patching import apply, is_patched
+from hasten.patching.plan import causal_lm_of
 from hasten.testing import tiny_model, tiny_tokenizer
 from hasten.testing.quantize import quantize_linears
 
@@ -92,11 +96,40 @@ def plain_settings(folder: Any, **changes: Any) -> dict[str, Any]:
     }
 
 
+def full_logits_forward(self: Any, *args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:
+    """TRL's protocol from stock's full logits, at temperature 1."""
+    stock = type(self).forward
+    if not fused_lm_head:
+        return stock(self, *args, labels=labels, **kwargs)
+    logits = stock(self, *args, **{**kwargs, "use_cache": False}).logits[:, :-1].float()
+    log_p = logits.log_softmax(-1)
+    targets = labels[:, 1:]
+    mask = targets != -100
+    log_probs = log_p.gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1) * mask
+    return FusedCausalLMOutput(
+        loss=-log_probs.sum() / mask.sum().clamp(min=1),
+        log_probs=log_probs,
+        entropy=-(log_p.exp() * log_p).sum(-1) * mask,
+        log_sum_sq_probs=(2 * log_p).logsumexp(-1).detach() * mask,
+        mean_logits=logits.mean(-1).detach() * mask,
+        is_top1=(log_p.argmax(-1) == targets) & mask,
+        label_mask=mask,
+    )
+
+
+def on_cpu(trainer: Any) -> Any:
+    """TRL 1.15 scores stock models with a Triton kernel even on the CPU, where none runs; full logits take its place."""
+    base = causal_lm_of(trainer.model)
+    if not is_patched(base) and not hasattr(chunked_logprob, "_use_triton"):
+        base.forward = types.MethodType(full_logits_forward, base)
+    return trainer
+
+
 def sft(model: Any, data: Any, folder: Any, trainer: dict[str, Any] | None = None, **changes: Any) -> SFTTrainer:
     """TRL's trainer, unmodified, ready to train."""
     settings = {"max_length": 64, **plain_settings(folder, **changes)}
     extra = {"processing_class": tiny_tokenizer(), **(trainer or {})}
-    return SFTTrainer(model=model, args=SFTConfig(**settings), train_dataset=data, **extra)
+    return on_cpu(SFTTrainer(model=model, args=SFTConfig(**settings), train_dataset=data, **extra))
 
 
 def hf(model: Any, data: Any, folder: Any, trainer: dict[str, Any] | None = None, **changes: Any) -> Trainer:
@@ -154,4 +187,4 @@ def dpo(model: Any, data: Any, folder: Any, trainer: dict[str, Any] | None = Non
     """TRL's DPO trainer, unmodified, ready to train."""
     extra = {"processing_class": tiny_tokenizer(), **(trainer or {})}
     settings = {"max_length": 64, **plain_settings(folder, **changes)}
-    return DPOTrainer(model=model, args=DPOConfig(**settings), train_dataset=data, **extra)
+    return on_cpu(DPOTrainer(model=model, args=DPOConfig(**settings), train_dataset=data, **extra))
