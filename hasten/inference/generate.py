@@ -70,7 +70,7 @@ def _checked_length(model: Any, named: dict[str, Any], prompt: Prompt) -> dict[s
             f"a prompt of {prompt.longest} tokens was given to a model loaded with max_seq_length={limit}. Load it with "
             "a longer max_seq_length, or shorten the prompt; nothing is cut off silently."
         )
-    asked = _new_tokens(*(_asked(named, name) for name in ("max_new_tokens", "max_length")), prompt.width)
+    asked = _new_tokens(_asked(named, "max_new_tokens"), _asked(named, "max_length"), prompt.width)
     if asked is not None and prompt.longest + asked > limit:
         raise InputError(
             f"a prompt of {prompt.longest} tokens and {asked} new ones are {prompt.longest + asked}; the model was loaded "
