@@ -1,0 +1,152 @@
+"""The checkpoint that a model was loaded from, read again tensor by tensor, and how its names map to the model's."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.utils import cached_file
+
+from hasten.errors import ExportError
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class BaseCheckpoint:
+    """Lazy view of a safetensors checkpoint. `names`: tensor names in the order of the files; `config`: its config.json."""
+
+    def __init__(self, origin: str, config: dict[str, Any], files: dict[str, Path]) -> None:
+        self.origin = origin
+        self.config = config
+        self._files = files
+        self._open: tuple[Path, Any] | None = None
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._files)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor `name` on the CPU, in its own dtype; memory-mapped, so read only. Raises ExportError if damaged."""
+        path = self._files[name]
+        try:
+            if self._open is None or self._open[0] != path:
+                self._open = (path, safe_open(path, framework="pt"))
+            return self._open[1].get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise ExportError(f"{path}, a shard of the base model, cannot be read ({error}); fetch it again") from error
+
+
+def find_base(model: Any) -> BaseCheckpoint | None:
+    """The dense checkpoint that the causal LM `model` was loaded from, or None where there is none to be read.
+
+    By `config._name_or_path` at the very commit that was loaded; the local cache is asked first, the hub only for what
+    is missing there. None for models built in memory, checkpoints that are themselves quantised, and moved folders.
+    """
+    options = model.__dict__.get("_hasten_options")
+    origin = model.config._name_or_path or getattr(options, "model_name", "")
+    revision = getattr(model.config, "_commit_hash", None) or getattr(options, "revision", None)
+    if not origin:
+        return None
+    source = _Source(origin, revision, getattr(options, "token", None))
+    config_path = source.find("config.json")
+    if config_path is None:
+        return None
+    config = json.loads(config_path.read_text())
+    files = _files(source)
+    if config.get("quantization_config") is not None or not files:
+        return None
+    return BaseCheckpoint(origin, config, files)
+
+
+class _Source:
+    """A folder, or a hub repository at one revision."""
+
+    def __init__(self, origin: str, revision: str | None, token: Any) -> None:
+        self.origin, self.revision, self.token = origin, revision, token
+
+    def find(self, name: str) -> Path | None:
+        for local in (True, False):
+            try:
+                found = cached_file(
+                    self.origin,
+                    name,
+                    revision=self.revision,
+                    token=self.token,
+                    local_files_only=local,
+                    _raise_exceptions_for_missing_entries=False,
+                    _raise_exceptions_for_connection_errors=False,
+                    _raise_exceptions_for_gated_repo=False,
+                )
+            except (OSError, ValueError):  # no such folder, and no name of a repository either
+                return None
+            if found is not None:
+                return Path(found)
+            if Path(self.origin).is_dir():
+                return None
+        return None
+
+
+def _files(source: _Source) -> dict[str, Path]:
+    index = source.find(INDEX)
+    if index is not None:
+        shards: dict[str, list[str]] = {}
+        for name, file in json.loads(index.read_text())["weight_map"].items():
+            shards.setdefault(file, []).append(name)
+        paths = {file: source.find(file) for file in sorted(shards)}
+        missing = [file for file, path in paths.items() if path is None]
+        if missing:
+            raise ExportError(f"the base model {source.origin} lacks {', '.join(missing)}, which its index lists")
+        return {name: paths[file] for file in sorted(shards) for name in shards[file]}  # pyright: ignore[reportReturnType]
+    single = source.find(WEIGHTS)
+    if single is None:
+        return {}
+    with safe_open(single, framework="pt") as handle:
+        return dict.fromkeys(handle.keys(), single)
+
+
+def slots_of(model: Any, names: Iterable[str], slots: Iterable[str]) -> tuple[dict[str, str | None], list[str]]:
+    """({tensor name on disk: name in the model, None where the model has no such tensor}, names stored in another layout).
+
+    By transformers' own rules for loading (core_model_loading.py): renamings, then the base model's prefix. Tensors in
+    another layout (say, experts one by one on disk and stacked in the model) cannot be mapped one to one.
+    """
+    known = dict.fromkeys(slots, True)
+    rules = get_model_conversion_mapping(model)
+    renamings: list[Any] = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters: list[Any] = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    found: dict[str, str | None] = {}
+    converted = []
+    for name in names:
+        slot, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        if slot not in known and name in known:
+            slot, pattern = rename_source_key(name, [], [], model.base_model_prefix, known)
+        if pattern is not None:
+            converted.append(name)
+        found[name] = slot if slot in known and pattern is None else None
+    return found, converted
+
+
+def disk_names_of(model: nn.Module, slots: Iterable[str]) -> dict[str, str]:
+    """{tensor name as transformers writes it: name in the model}, for a model without a base checkpoint to copy.
+
+    Raises ExportError for models whose tensors are stored in another layout.
+    """
+    marks = {slot: torch.empty(0, device="meta") for slot in slots}
+    written = revert_weight_conversion(model, marks)  # pyright: ignore[reportArgumentType]
+    by_mark = {id(mark): slot for slot, mark in marks.items()}
+    if set(map(id, written.values())) != set(by_mark):
+        raise ExportError(
+            f"{type(model).__name__} stores its tensors in another layout than it runs them in, and its base checkpoint "
+            "cannot be read; merge with PEFT's merge_and_unload() and save with transformers' save_pretrained()"
+        )
+    return {name: by_mark[id(mark)] for name, mark in written.items()}

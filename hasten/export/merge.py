@@ -1,0 +1,125 @@
+"""One merged tensor at a time: the base's values, W + scale * B @ A in fp32, cast once.
+
+The sum is made on the CPU whatever device the model is on: the result is then the same bytes everywhere, and costs no
+accelerator memory.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from hasten.errors import ExportError
+from hasten.export.slots import Slot
+from hasten.weights import active_adapters, dequantize, holds, storage_of
+
+# Initialisations that moved a part of the base weight, or of its quantisation error, into the adapter: only the live
+# weight fits such an adapter. Where the live weight is dense, the comparison with the base finds the change by itself.
+TIED_TO_LIVE_WEIGHT = ("loftq", "pissa", "olora", "corda", "lora_ga")
+
+
+class Merger:
+    """Makes merged tensors. `from_live`: names of tensors that differed from the base and came from the model instead."""
+
+    def __init__(self, initialisations: list[str], dtype: torch.dtype | None, live_dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.live_dtype = live_dtype
+        self._needs_live = any(name.startswith(TIED_TO_LIVE_WEIGHT) for name in initialisations)
+        self.from_live: set[str] = set()
+
+    def merged(self, name: str, slot: Slot, base: torch.Tensor | None) -> torch.Tensor:
+        """The tensor to write for `slot`, on the CPU. `base`: the same tensor in the base checkpoint, None without one.
+
+        dtype: `self.dtype`, else the base's, else the one the model was loaded in. A tensor that no adapter changes and
+        that equals the base's is returned as the base holds it, bit for bit. Raises ExportError where the result
+        overflows its dtype.
+        """
+        source = self._source(name, slot, base)
+        dtype = source.dtype
+        if dtype.is_floating_point:
+            dtype = self.dtype or (base.dtype if base is not None else self.live_dtype)
+        layers = slot.changes
+        if not layers:
+            return source.to(dtype)
+        result = source.to("cpu", torch.float32, copy=True)
+        for layer in layers:
+            result = _adapt(layer, slot, result, source)
+        cast = result.to(dtype)
+        if not torch.isfinite(cast).all() and torch.isfinite(source).all():
+            raise ExportError(
+                f"{name} is not finite once merged in {dtype}: the adapter holds NaN or inf, or the sum overflows "
+                "(then pass dtype=torch.bfloat16 or torch.float32)"
+            )
+        return cast
+
+    def _source(self, name: str, slot: Slot, base: torch.Tensor | None) -> torch.Tensor:
+        """The base's values where the model still holds them, else the model's own."""
+        live = slot.value
+        if live.device.type == "meta":
+            if base is None:
+                raise ExportError(f"{name} is offloaded and its base checkpoint cannot be read; load the model without")
+            return base
+        quantised = slot.kind == "weight" and isinstance(slot.module, nn.Linear) and storage_of(slot.module) != "dense"
+        if base is not None and not (quantised and slot.changes and self._needs_live):
+            if quantised:
+                if holds(slot.module, base):
+                    return base
+            elif torch.equal(_cast(base, live), live.detach()):
+                return base
+        if base is not None:
+            self.from_live.add(name)
+        if quantised:
+            return dequantize(slot.module).detach().cpu()
+        return _old_rows_from(base, live.detach().cpu())
+
+
+def _cast(base: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+    return base.to(live.device, live.dtype)
+
+
+def _old_rows_from(base: torch.Tensor | None, live: torch.Tensor) -> torch.Tensor:
+    """`live`, but where only rows were added to the base (a grown vocabulary), the old rows as the base holds them."""
+    if base is None or base.dim() != live.dim() or base.shape[1:] != live.shape[1:] or len(live) <= len(base):
+        return live
+    if not torch.equal(_cast(base, live), live[: len(base)]):
+        return live
+    return torch.cat([base, live[len(base) :].to(base.dtype)])
+
+
+def _adapt(layer: Any, slot: Slot, result: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """`result` (fp32, may be changed in place) with every acting adapter of `layer`, in the order of PEFT's forward."""
+    for name in active_adapters(layer):
+        if hasattr(layer, "trainable_tokens_delta"):
+            if name in layer.trainable_tokens_delta:
+                result[layer.token_indices[name]] = _plain(layer.trainable_tokens_delta[name])
+        elif slot.kind == "bias" and layer.lora_bias.get(name):
+            result += layer.scaling[name] * _plain(layer.lora_B[name].bias)
+        elif slot.kind == "weight":
+            result = _add_lora(layer, name, result, source)
+    return result
+
+
+def _add_lora(layer: Any, name: str, result: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """W + scale * B @ A (Hu et al. 2021, arXiv:2106.09685); DoRA (Liu et al. 2024, arXiv:2402.09353) scales it to m."""
+    embedding = name in layer.lora_embedding_A
+    if embedding:  # stored as (V, D); PEFT keeps A as (R, V) and B as (D, R)
+        left, right = _plain(layer.lora_embedding_A[name]).T, _plain(layer.lora_embedding_B[name]).T
+    elif name in layer.lora_A:
+        left, right = _plain(layer.lora_B[name].weight), _plain(layer.lora_A[name].weight)
+    else:
+        return result
+    scale = float(layer.scaling[name])
+    turn: Callable[[torch.Tensor], torch.Tensor] = torch.t if layer.fan_in_fan_out and not embedding else lambda w: w
+    turned = turn(result)
+    turned.addmm_(left, right, alpha=scale)
+    if name in layer.lora_variant:
+        length_dim = 0 if embedding else 1
+        alone = turn(source.to("cpu", torch.float32, copy=True)).addmm_(left, right, alpha=scale)
+        length = torch.linalg.vector_norm(alone, dim=length_dim, keepdim=True)
+        turned *= _plain(layer.lora_magnitude_vector[name].weight).reshape(length.shape) / length
+    return result
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", torch.float32)

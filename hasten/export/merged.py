@@ -1,0 +1,204 @@
+"""The whole merged model as a checkpoint in the base's own format: which tensors, in what order, and its config."""
+
+import copy
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hasten.errors import ExportError
+from hasten.export.base import BaseCheckpoint, disk_names_of, find_base, slots_of
+from hasten.export.folder import new_folder
+from hasten.export.merge import Merger
+from hasten.export.shards import ShardWriter, write_json
+from hasten.export.slots import Slot, collect, same_source
+from hasten.patching.plan import causal_lm_of
+from hasten.weights import active_adapters, base_layer_of
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class MergePlan:
+    """What will be written.
+
+    entries: (name on disk, slot name or None for a tensor that is only copied), in order. tied: head and embedding are
+    one tensor. base_names: {slot: its name in the base}. converted: names that the base stores in another layout.
+    """
+
+    model: Any
+    base: BaseCheckpoint | None
+    slots: dict[str, Slot]
+    merger: Merger
+    entries: list[tuple[str, str | None]] = field(default_factory=list)
+    tied: bool = False
+    base_names: dict[str, str] = field(default_factory=dict)
+    converted: list[str] = field(default_factory=list)
+
+    def tensors(self) -> Iterator[tuple[str, str | None, torch.Tensor]]:
+        """(name on disk, slot name, merged tensor on the CPU), made one at a time."""
+        for name, slot in self.entries:
+            if slot is None:
+                assert self.base is not None
+                yield name, None, self.base.read(name)
+            else:
+                yield name, slot, self.merged(slot, name)
+
+    def merged(self, slot: str, name: str) -> torch.Tensor:
+        """The tensor of one slot."""
+        found = self.base_names.get(slot)
+        base = self.base.read(found) if self.base is not None and found is not None else None
+        return self.merger.merged(name, self.slots[slot], base)
+
+    def bytes_of(self, name: str, slot: str | None) -> int:
+        """The size of one tensor as it will be written."""
+        if slot is None or slot in self.base_names:
+            assert self.base is not None
+            tensor = self.base.read(name if slot is None else self.base_names[slot])
+            width, count = tensor.element_size(), tensor.numel()
+        else:
+            width, count = self.merger.live_dtype.itemsize, 0
+        if slot is None:
+            return width * count
+        held = self.slots[slot]
+        is_matrix = held.kind == "weight" and isinstance(held.module, nn.Linear)
+        live = held.module.in_features * held.module.out_features if is_matrix else held.value.numel()  # pyright: ignore[reportAttributeAccessIssue]
+        return max(count, live) * (self.merger.dtype.itemsize if self.merger.dtype else width)
+
+
+def plan_merge(model: nn.Module, dtype: torch.dtype | None) -> MergePlan:
+    """Reads the model and finds its base; raises ExportError for whatever cannot be merged. Nothing is changed.
+
+    `dtype`: None = each tensor keeps the dtype that it has in the base checkpoint.
+    """
+    causal_lm = causal_lm_of(model)
+    slots = collect(causal_lm)
+    configs = getattr(model, "peft_config", {})
+    if configs and not any(slot.layers for slot in slots.values()) and not _trained_copies(causal_lm):
+        raise ExportError("no adapter acts (all are inactive or disabled), so there is nothing to merge; activate one")
+    base = find_base(causal_lm)
+    live_dtype = causal_lm.config.dtype if isinstance(causal_lm.config.dtype, torch.dtype) else causal_lm.dtype
+    inits = [str(config.init_lora_weights) for config in configs.values() if hasattr(config, "init_lora_weights")]
+    plan = MergePlan(causal_lm, base, slots, Merger([name.lower() for name in inits], dtype, live_dtype))
+    if base is None:
+        plan.entries = list(disk_names_of(causal_lm, slots).items())
+        _warn_without_base(causal_lm)
+    else:
+        _enter_base(plan, base)
+    _tie(plan)
+    return plan
+
+
+def write_model(plan: MergePlan, target: Path, max_bytes: int, method: str, tokenizer: Any) -> int:
+    """Writes the plan as a checkpoint folder and returns the bytes of its weights. config.json comes last."""
+    needed = sum(plan.bytes_of(name, slot) for name, slot in plan.entries)
+    with new_folder(target, needed, method) as work:
+        writer = ShardWriter(work, max_bytes)
+        for name, _, tensor in plan.tensors():
+            writer.add(name, tensor)
+        writer.finish()
+        write_beside(plan, work, tokenizer)
+        write_json(work / "config.json", config_of(plan))
+    report_sources(plan)
+    return writer.total_bytes
+
+
+def write_beside(plan: MergePlan, work: Path, tokenizer: Any) -> None:
+    """The tokenizer just as it was given, and the model's generation config."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(work)
+    if getattr(plan.model, "generation_config", None) is not None:
+        plan.model.generation_config.to_json_file(work / "generation_config.json")
+
+
+def config_of(plan: MergePlan) -> dict[str, Any]:
+    """The config as the merged weights are: dtype, vocabulary and tying as written, no quantisation of the base."""
+    config = copy.deepcopy(plan.model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.tie_word_embeddings = plan.tied
+    config.architectures = [type(plan.model).__name__]
+    config.dtype = str(_main_dtype(plan)).removeprefix("torch.")
+    if plan.base is not None:  # trainers switch caches off for training; the artefact is for use
+        config.use_cache = plan.base.config.get("use_cache", True)
+    return json.loads(config.to_json_string())
+
+
+def report_sources(plan: MergePlan) -> None:
+    """Logs which tensors differed from the base checkpoint and were therefore taken from the model."""
+    taken = sorted(plan.merger.from_live)
+    if taken:
+        log.info("%d tensors were changed since loading and come from the model: %s", len(taken), ", ".join(taken[:8]))
+
+
+def _main_dtype(plan: MergePlan) -> torch.dtype:
+    """The dtype of most matrices' elements as they are written."""
+    if plan.merger.dtype is not None:
+        return plan.merger.dtype
+    counted: dict[torch.dtype, int] = {}
+    for slot, name in plan.base_names.items():
+        if slot in plan.slots and plan.base is not None:
+            tensor = plan.base.read(name)
+            if tensor.is_floating_point():
+                counted[tensor.dtype] = counted.get(tensor.dtype, 0) + tensor.numel()
+    return max(counted, key=lambda dtype: counted[dtype]) if counted else plan.merger.live_dtype
+
+
+def _enter_base(plan: MergePlan, base: BaseCheckpoint) -> None:
+    """The base's tensors in their order, then what the model has and the base has not."""
+    found, plan.converted = slots_of(plan.model, base.names, plan.slots)
+    plan.base_names = {slot: name for name, slot in found.items() if slot is not None}
+    new = [slot for slot in plan.slots if slot not in plan.base_names]
+    if plan.converted and any(plan.slots[slot].layers or plan.slots[slot].value.requires_grad for slot in new):
+        raise ExportError(
+            f"trained tensors of {type(plan.model).__name__} are stored in another layout ({', '.join(plan.converted[:3])}, ...); "
+            "merge with PEFT's merge_and_unload() and save with transformers' save_pretrained()"
+        )
+    plan.entries = list(found.items()) + ([] if plan.converted else [(slot, slot) for slot in new])
+
+
+def _tie(plan: MergePlan) -> None:
+    """Decides whether the head is still the embedding, and writes it once if so, twice if not."""
+    head, embedding = _head_and_embedding(plan)
+    plan.tied = bool(plan.model.config.tie_word_embeddings)
+    if head is None or embedding is None or not plan.tied:
+        return
+    if head not in plan.base_names and embedding in plan.base_names:
+        plan.base_names[head] = plan.base_names[embedding]
+    one, other = plan.slots[embedding], plan.slots[head]
+    plan.tied = same_source(one, other) or torch.equal(plan.merged(embedding, embedding), plan.merged(head, head))
+    if plan.tied:
+        plan.entries = [(name, slot) for name, slot in plan.entries if slot != head]
+    else:
+        log.warning("embedding and head differ after training, so the merged model holds both and is no longer tied")
+
+
+def _head_and_embedding(plan: MergePlan) -> tuple[str | None, str | None]:
+    """Slot names of the output and the input embedding's weights."""
+    names = {id(slot.module): name for name, slot in plan.slots.items() if slot.kind == "weight"}
+    found = []
+    for module in (plan.model.get_output_embeddings(), plan.model.get_input_embeddings()):
+        found.append(None if module is None else names.get(id(base_layer_of(module))))
+    return found[0], found[1]
+
+
+def _trained_copies(model: nn.Module) -> bool:
+    wrappers = [module for module in model.modules() if hasattr(module, "modules_to_save")]
+    return any(name in wrapper.modules_to_save for wrapper in wrappers for name in active_adapters(wrapper))  # pyright: ignore[reportOperatorIssue]
+
+
+def _warn_without_base(model: Any) -> None:
+    origin = model.config._name_or_path or "(built in memory)"
+    if getattr(model, "is_quantized", False):
+        log.warning(
+            "the unquantised weights of %s cannot be read, so the adapter is merged into the dequantised ones: the "
+            "result carries the quantisation error. Load from the 16-bit checkpoint for an exact merge",
+            origin,
+        )
+    else:
+        log.info("no base checkpoint of %s to copy from: all tensors come from the model", origin)

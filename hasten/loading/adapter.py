@@ -1,0 +1,148 @@
+"""Puts a saved adapter on a model: all of it or nothing.
+
+PEFT itself loads what fits and warns of the rest, so a renamed key leaves a model half trained. Here the file's header
+is compared with what PEFT would save for this model and this config, before the model is touched.
+"""
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from hasten.errors import CheckpointError
+from hasten.patching.contract import stock_class
+from hasten.patching.plan import causal_lm_of
+
+log = logging.getLogger(__name__)
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+Shapes = dict[str, tuple[int, ...]]
+
+
+def attach(
+    model: nn.Module,
+    folder_or_id: str | Path,
+    trainable: bool = True,
+    token: str | bool | None = None,
+    revision: str | None = None,
+) -> PeftModel:
+    """Returns PEFT's model around the causal LM `model`, with the adapter of a folder or hub repository on it.
+
+    trainable: False freezes the adapter and sets eval mode. Raises CheckpointError, with the model left exactly as it
+    was, for a missing, unexpected or misshapen tensor (all are listed), for a pickled adapter, and where there is none.
+    A base other than the one that the adapter was trained on is only warned of: it may be a copy under another name.
+    """
+    causal_lm = causal_lm_of(model)
+    if causal_lm is not model or getattr(model, "peft_config", None):
+        raise CheckpointError(
+            f"{folder_or_id} cannot be attached: the model already has an adapter; load the base again"
+        )
+    folder = _fetch(str(folder_or_id), token, revision)
+    config = _read_config(folder)
+    found = _read_header(folder / WEIGHTS)
+    required, optional = _expected(causal_lm, config)
+    problems = _compare(found, required, optional)
+    if problems:
+        listed = "\n  ".join(problems)
+        raise CheckpointError(f"the adapter in {folder} does not fit this model, nothing was attached:\n  {listed}")
+    _warn_of_other_base(causal_lm, config)
+    return PeftModel.from_pretrained(causal_lm, str(folder), is_trainable=trainable, config=config)
+
+
+def _fetch(source: str, token: str | bool | None, revision: str | None) -> Path:
+    """The local folder with config and weights. Only these two files are ever fetched."""
+    folder = Path(source)
+    if not folder.is_dir():
+        try:
+            path = hf_hub_download(source, CONFIG, revision=revision, token=token)
+            hf_hub_download(source, WEIGHTS, revision=revision, token=token)
+        except (EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError, HFValidationError) as error:
+            raise CheckpointError(
+                f"{source!r} is no folder, and the hub gave no {CONFIG} with {WEIGHTS} for it ({error}); pickled "
+                f"adapters ({PICKLE}) are not read, since loading one can run code"
+            ) from error
+        return Path(path).parent
+    if not (folder / WEIGHTS).is_file():
+        if (folder / PICKLE).is_file():
+            raise CheckpointError(
+                f"{folder} holds its adapter as a pickle ({PICKLE}), and loading one can run code. Convert it where you "
+                "trust it: load it with PEFT and save it again, which writes safetensors"
+            )
+        raise CheckpointError(f"{folder} holds no {WEIGHTS}, so it is no adapter")
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(f"{folder} holds {WEIGHTS} but no {CONFIG}")
+    return folder
+
+
+def _read_config(folder: Path) -> PeftConfig:
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{folder / CONFIG} cannot be read: {error}") from error
+    if config.is_prompt_learning or config.peft_type not in ("LORA", "TRAINABLE_TOKENS"):
+        raise CheckpointError(f"{folder} holds an adapter of type {config.peft_type}; hasten attaches LoRA adapters")
+    return config
+
+
+def _read_header(path: Path) -> Shapes:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); copy or download it again") from error
+
+
+def _expected(model: Any, config: PeftConfig) -> tuple[Shapes, Shapes]:
+    """(tensors that PEFT saves for this adapter, tensors that it may add when the vocabulary was resized).
+
+    Read off a copy of the architecture without memory (meta device), wrapped by PEFT just as the model will be.
+    """
+    config = copy.deepcopy(config)
+    if getattr(config, "init_lora_weights", None) not in (None, "mica"):  # a variant, not only an initialisation
+        config.init_lora_weights = False  # pyright: ignore[reportAttributeAccessIssue]
+    with torch.device("meta"):
+        bare: Any = stock_class(model)(copy.deepcopy(model.config))
+        bare.tie_weights()
+        try:
+            worn = get_peft_model(bare, config)
+        except ValueError as error:  # PEFT's own refusal: a target that matches nothing, a field out of range
+            raise CheckpointError(f"the adapter's config does not fit {type(model).__name__}: {error}") from error
+    required = _shapes(get_peft_model_state_dict(worn, save_embedding_layers=False))
+    both = _shapes(get_peft_model_state_dict(worn, save_embedding_layers=True))
+    return required, {name: shape for name, shape in both.items() if name not in required}
+
+
+def _shapes(tensors: dict[str, torch.Tensor]) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _compare(found: Shapes, required: Shapes, optional: Shapes) -> list[str]:
+    known = {**optional, **required}
+    problems = [f"missing: {name} {list(required[name])}" for name in required if name not in found]
+    problems += [f"unexpected: {name} {list(found[name])}" for name in found if name not in known]
+    for name, shape in found.items():
+        if name in known and shape != known[name]:
+            hint = " (load the base with resize_model_vocab of the first number)" if name in optional else ""
+            problems.append(f"wrong shape: {name} is {list(shape)}, the model needs {list(known[name])}{hint}")
+    return problems
+
+
+def _warn_of_other_base(model: Any, config: PeftConfig) -> None:
+    trained_on, loaded = config.base_model_name_or_path or "", model.config._name_or_path or ""
+    if not trained_on or not loaded:
+        return
+    same = Path(trained_on).resolve() == Path(loaded).resolve() if Path(loaded).exists() else trained_on == loaded
+    if not same:
+        log.warning("the adapter was trained on %s, and is attached to %s", trained_on, loaded)
