@@ -57,18 +57,13 @@ class MergePlan:
 
     def bytes_of(self, name: str, slot: str | None) -> int:
         """The size of one tensor as it will be written."""
-        if slot is None or slot in self.base_names:
-            assert self.base is not None
-            tensor = self.base.read(name if slot is None else self.base_names[slot])
-            width, count = tensor.element_size(), tensor.numel()
-        else:
-            width, count = self.merger.live_dtype.itemsize, 0
+        found = name if slot is None else self.base_names.get(slot)
+        base = self.base.read(found) if self.base is not None and found is not None else None
         if slot is None:
-            return width * count
-        held = self.slots[slot]
-        is_matrix = held.kind == "weight" and isinstance(held.module, nn.Linear)
-        live = held.module.in_features * held.module.out_features if is_matrix else held.value.numel()  # pyright: ignore[reportAttributeAccessIssue]
-        return max(count, live) * (self.merger.dtype.itemsize if self.merger.dtype else width)
+            assert base is not None
+            return base.numel() * base.element_size()
+        width = self.merger.dtype or (base.dtype if base is not None else self.merger.live_dtype)
+        return self.slots[slot].elements * width.itemsize
 
 
 def plan_merge(model: nn.Module, dtype: torch.dtype | None) -> MergePlan:

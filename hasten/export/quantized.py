@@ -103,8 +103,7 @@ def _kl(
     if rows is None:
         generator = torch.Generator().manual_seed(0)
         length = min(SYNTHETIC_LENGTH, config.get_text_config().max_position_embeddings)
-        rows = torch.randint(config.get_text_config().vocab_size, (NF4_SHARE = 0.3  # of a 16-bit weight: half a byte for each value, and a scale for each 64 of them
-SYNTHETIC_ROWS, length), generator=generator)
+        rows = torch.randint(config.get_text_config().vocab_size, (SYNTHETIC_ROWS, length), generator=generator)
     judge.load_state_dict(dense, strict=False, assign=True)
     judge.tie_weights()
     judge.eval()

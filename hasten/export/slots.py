@@ -28,6 +28,13 @@ class Slot:
         return getattr(self.module, self.kind)
 
     @property
+    def elements(self) -> int:
+        """How many values it stands for; a quantised weight packs several into one element."""
+        if self.kind == "weight" and isinstance(self.module, nn.Linear):
+            return self.module.in_features * self.module.out_features
+        return self.value.numel()
+
+    @property
     def changes(self) -> tuple[Any, ...]:
         """The layers that change this very tensor: all for a weight; for a bias those with a bias on LoRA's B."""
         if self.kind == "weight":
