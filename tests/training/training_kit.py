@@ -27,9 +27,17 @@ def lora(**changes: Any) -> LoraConfig:
     return LoraConfig(**{"task_type": "CAUSAL_LM", "r": 4, "target_modules": ALL_LINEAR, **changes})
 
 
-def small(model_type: str, hasten: bool, adapter: LoraConfig | None = None, nf4: bool = False, **changes: Any) -> Any:
+def small(
+    model_type: str,
+    hasten: bool,
+    adapter: LoraConfig | None = None,
+    nf4: bool = False,
+    attention: str = "eager",
+    **changes: Any,
+) -> Any:
     """A two-layer tiny model in training mode; with the same arguments the same weights, whether under overlays or not."""
     model = tiny_model(model_type, **{"num_hidden_layers": 2, "max_position_embeddings": 256, **changes})
+    model.set_attn_implementation(attention)
     if nf4:
         quantize_linears(model)
     if hasten:
@@ -175,12 +183,9 @@ def gradients_apart(ours: dict[str, torch.Tensor], stock: dict[str, torch.Tensor
 def preferences(count: int, seed: int = 0) -> Dataset:
     """Prompts with a chosen and a rejected completion, of ragged length, as text."""
     generator = torch.Generator().manual_seed(seed)
-
-    def text(longest: int) -> str:
-        length = int(torch.randint(2, longest, (1,), generator=generator))
-        return "".join(chr(97 + int(torch.randint(0, 26, (1,), generator=generator))) for _ in range(length))
-
-    return Dataset.from_list([{"prompt": text(10), "chosen": text(12), "rejected": text(14)} for _ in range(count)])
+    return Dataset.from_list(
+        [{name: _letters(generator, 2, 14) for name in ("prompt", "chosen", "rejected")} for _ in range(count)]
+    )
 
 
 def dpo(model: Any, data: Any, folder: Any, trainer: dict[str, Any] | None = None, **changes: Any) -> DPOTrainer:
@@ -188,3 +193,22 @@ def dpo(model: Any, data: Any, folder: Any, trainer: dict[str, Any] | None = Non
     extra = {"processing_class": tiny_tokenizer(), **(trainer or {})}
     settings = {"max_length": 64, **plain_settings(folder, **changes)}
     return on_cpu(DPOTrainer(model=model, args=DPOConfig(**settings), train_dataset=data, **extra))
+
+
+def _letters(generator: torch.Generator, shortest: int, longest: int) -> str:
+    length = int(torch.randint(shortest, longest, (1,), generator=generator))
+    return "".join(chr(97 + int(torch.randint(0, 26, (1,), generator=generator))) for _ in range(length))
+
+
+def texts(count: int, seed: int = 0) -> Dataset:
+    generator = torch.Generator().manual_seed(seed)
+    return Dataset.from_list([{"text": _letters(generator, 12, 28)} for _ in range(count)])
+
+
+def chats(count: int, seed: int = 0) -> Dataset:
+    """Conversations of two turns each side."""
+    generator = torch.Generator().manual_seed(seed)
+    roles = ("user", "assistant", "user", "assistant")
+    return Dataset.from_list(
+        [{"messages": [{"role": r, "content": _letters(generator, 2, 8)} for r in roles]} for _ in range(count)]
+    )
