@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hasten.errors import CheckpointError
 from hasten.loading.vocabulary import seeded
@@ -19,12 +19,13 @@ from hasten.options import LoadOptions
 
 @dataclass(frozen=True)
 class Reading:
-    """What the weights are read into: a config as it should be, a dtype and a place."""
+    """What the weights are read into: a config as it should be, a dtype, a place, and how they are quantised (or None)."""
 
     folder: Path
     config: Any
     dtype: torch.dtype
     device_map: Any
+    quantization: Any
     options: LoadOptions
 
 
@@ -32,9 +33,8 @@ def read_model(reading: Reading) -> PreTrainedModel:
     """The model in evaluation mode. Raises CheckpointError where the checkpoint left a weight without its values."""
     options = reading.options
     arguments = {n: v for n, v in options.extra.items() if n in MODEL_ARGUMENTS - {"config", "quantization_config"}}
-    quantization = quantization_config(options, reading)
-    if quantization is not None:
-        arguments["quantization_config"] = quantization
+    if reading.quantization is not None:
+        arguments["quantization_config"] = reading.quantization
     if options.attn_implementation is not None:
         arguments["attn_implementation"] = options.attn_implementation
     try:
@@ -55,6 +55,7 @@ def read_model(reading: Reading) -> PreTrainedModel:
             raise
         raise CheckpointError(f"The weights in {reading.folder} could not be read ({error})") from error
     model, info = loaded
+    _keep_codes(model)
     missing = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"])
     if missing:
         raise CheckpointError(
@@ -64,17 +65,12 @@ def read_model(reading: Reading) -> PreTrainedModel:
     return model
 
 
-def quantization_config(options: LoadOptions, reading: Reading) -> Any:
-    """What transformers needs to quantise while it reads; None for dense weights and checkpoints stored quantised."""
-    if options.quantization == "own":
-        return options.extra["quantization_config"]
-    if getattr(reading.config, "quantization_config", None) is not None or options.quantization == "none":
-        return None
-    if options.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=reading.dtype,
-    )
+def _keep_codes(model: PreTrainedModel) -> None:
+    """Has bitsandbytes leave 4-bit weights as they are read.
+
+    On CPUs with AVX512-BF16 its first forward in evaluation mode repacks the codes and rounds their scales to bf16: one
+    `generate` would change the weights that are trained on and merged, and shapes off a multiple of 64 fail.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportArgumentType]

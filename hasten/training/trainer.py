@@ -32,18 +32,23 @@ def sft_config(model: Any, **kwargs: Any) -> "SFTConfig":
     max_length: the model's `max_seq_length` (TRL would cut rows at 1024). None where nothing is cut: for a model without
     a limit, and for `padding_free` without packing, of which TRL demands it; rows that are too long then raise InputError.
     gradient_checkpointing: False, so that the trainer leaves the model as `use_gradient_checkpointing` set it.
-    bf16, fp16: on where the model computes in that dtype. Raises OptionError for a `max_length` beyond the model's limit
-    and for packing without any length.
+    bf16, fp16: on where the model computes in that dtype. use_cpu: on where the model is on the CPU. Raises OptionError
+    for a `max_length` beyond the model's limit and for packing without any length.
     """
     from trl import SFTConfig
 
     limit = longest_row(model)
     packing = bool(kwargs.get("packing", False))
     uncut = bool(kwargs.get("padding_free", False)) and not packing
-    settings = {"max_length": None if uncut else limit, "gradient_checkpointing": False, **kwargs}
+    base = causal_lm_of(model)
+    settings = {
+        "max_length": None if uncut else limit,
+        "gradient_checkpointing": False,
+        "use_cpu": base.device.type == "cpu",
+        **kwargs,
+    }
     if "bf16" not in kwargs and "fp16" not in kwargs:
-        dtype = causal_lm_of(model).dtype
-        settings |= {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
+        settings |= {"bf16": base.dtype == torch.bfloat16, "fp16": base.dtype == torch.float16}
     asked = settings["max_length"]
     problems = []
     if limit is not None and asked is not None and asked > limit:
