@@ -31,6 +31,7 @@ _HOMES = {
     "OptionError": "errors",
     "PatchError": "errors",
     "TokenizerError": "errors",
+    "TrainingError": "errors",
     "check_dataset": "training.trainer",
     "check_family": "testing",
     "estimate": "memory",

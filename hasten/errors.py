@@ -33,6 +33,10 @@ class DatasetError(HastenError):
     """A dataset has nothing to learn from: empty, or every label masked."""
 
 
+class TrainingError(HastenError):
+    """A training run cannot go on, or cannot be taken up again. The message names the step."""
+
+
 class PatchError(HastenError):
     """The model is not in a state in which overlays can be put on or taken off; nothing was changed."""
 
