@@ -57,7 +57,8 @@ def find_base(model: Any) -> BaseCheckpoint | None:
     revision = getattr(model.config, "_commit_hash", None) or getattr(options, "revision", None)
     if not origin:
         return None
-    source = _Source(origin, revision, getattr(options, "token", None))
+    extra = {name: value for name, value in getattr(options, "extra", {}).items() if name in ("subfolder", "cache_dir")}
+    source = _Source(origin, {"revision": revision, "token": getattr(options, "token", None), **extra})
     config_path = source.find("config.json")
     if config_path is None:
         return None
@@ -71,17 +72,19 @@ def find_base(model: Any) -> BaseCheckpoint | None:
 class _Source:
     """A folder, or a hub repository at one revision."""
 
-    def __init__(self, origin: str, revision: str | None, token: Any) -> None:
-        self.origin, self.revision, self.token = origin, revision, token
+    def __init__(self, origin: str, where: dict[str, Any]) -> None:
+        self.origin, self.where = origin, where
 
     def find(self, name: str) -> Path | None:
+        if Path(self.origin).is_dir():
+            found = Path(self.origin) / name
+            return found if found.is_file() else None
         for local in (True, False):
             try:
                 found = cached_file(
                     self.origin,
                     name,
-                    revision=self.revision,
-                    token=self.token,
+                    **self.where,
                     local_files_only=local,
                     _raise_exceptions_for_missing_entries=False,
                     _raise_exceptions_for_connection_errors=False,
@@ -91,8 +94,6 @@ class _Source:
                 return None
             if found is not None:
                 return Path(found)
-            if Path(self.origin).is_dir():
-                return None
         return None
 
 
