@@ -1,5 +1,6 @@
 """What the training tests share: the same tiny model stock and under overlays, ragged data, and trainers that record."""
 
+import functools
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,12 +10,13 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from trl.kernels import chunked_logprob
 from trl.trainer.utils import FusedCausalLMOutput
 
 from hasten.patching import apply, is_patched
 from hasten.patching.plan import causal_lm_of
+from hasten.surface import ModelSurface
 from hasten.testing import tiny_model, tiny_tokenizer
 from hasten.testing.quantize import quantize_linears
 
@@ -41,7 +43,7 @@ def small(
     if nf4:
         quantize_linears(model)
     if hasten:
-        apply(model)
+        apply(model, surface=ModelSurface)
     if adapter is not None:
         torch.manual_seed(1)
         model = get_peft_model(model, adapter)
@@ -104,12 +106,14 @@ def plain_settings(folder: Any, **changes: Any) -> dict[str, Any]:
     }
 
 
-def full_logits_forward(self: Any, *args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:
-    """TRL's protocol from stock's full logits, at temperature 1."""
+def full_logits_forward(
+    self: Any, *args: Any, temperature: float, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any
+) -> Any:
+    """TRL's protocol from stock's full logits."""
     stock = type(self).forward
     if not fused_lm_head:
         return stock(self, *args, labels=labels, **kwargs)
-    logits = stock(self, *args, **{**kwargs, "use_cache": False}).logits[:, :-1].float()
+    logits = stock(self, *args, **{**kwargs, "use_cache": False}).logits[:, :-1].float() / temperature
     log_p = logits.log_softmax(-1)
     targets = labels[:, 1:]
     mask = targets != -100
@@ -129,7 +133,8 @@ def on_cpu(trainer: Any) -> Any:
     """TRL 1.15 scores stock models with a Triton kernel even on the CPU, where none runs; full logits take its place."""
     base = causal_lm_of(trainer.model)
     if not is_patched(base) and not hasattr(chunked_logprob, "_use_triton"):
-        base.forward = types.MethodType(full_logits_forward, base)
+        temperature = getattr(trainer.args, "temperature", 1.0)
+        base.forward = types.MethodType(functools.partial(full_logits_forward, temperature=temperature), base)
     return trainer
 
 
@@ -212,3 +217,10 @@ def chats(count: int, seed: int = 0) -> Dataset:
     return Dataset.from_list(
         [{"messages": [{"role": r, "content": _letters(generator, 2, 8)} for r in roles]} for _ in range(count)]
     )
+
+
+def grpo(model: Any, data: Any, folder: Any, reward: Callable[..., list[float]], **changes: Any) -> GRPOTrainer:
+    """TRL's GRPO trainer, unmodified, ready to train."""
+    settings = {"num_generations": 4, "max_completion_length": 8, **plain_settings(folder, **changes)}
+    extra = {"processing_class": tiny_tokenizer(), "reward_funcs": reward}
+    return on_cpu(GRPOTrainer(model=model, args=GRPOConfig(**settings), train_dataset=data, **extra))
