@@ -34,7 +34,7 @@ _HOMES = {
     "TrainingError": "errors",
     "check_dataset": "training.trainer",
     "check_family": "testing",
-    "estimate": "memory",
+    "estimate": "estimation",
     "install_as_unsloth": "dropin",
     "patched": "patching",
     "report": "patching",

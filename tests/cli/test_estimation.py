@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hasten.errors import CheckpointError, OptionError
-from hasten.memory import ADAM_FP32_BYTES, Estimate, estimate
+from hasten.estimation import ADAM_FP32_BYTES, Estimate, estimate
 from hasten.testing.tiny import save_tiny, tiny_config, tiny_model
 
 
