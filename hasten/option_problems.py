@@ -118,11 +118,13 @@ def bad_values(o: "LoadOptions") -> dict[str, str]:
         found["rope_scaling"] = "is no dict; pass e.g. {'rope_type': 'linear', 'factor': 2.0}"
     if o.attn_implementation is not None and not isinstance(o.attn_implementation, str):
         found["attn_implementation"] = "is no name; pass e.g. 'sdpa', 'eager' or 'flash_attention_2'"
-    return {name: f"{name}={getattr(o, name)!r} {problem}" for name, problem in found.items()}
+    texts = {name: f"{name}={getattr(o, name)!r} {problem}" for name, problem in found.items()}
+    places = _device_problems(o.device_map)
+    return {**texts, "device_map": "; ".join(places)} if places else texts
 
 
 def _value_problems(o: "LoadOptions") -> list[str]:
-    return [*bad_values(o).values(), *_checkpointing_problems(o), *_device_problems(o.device_map)]
+    return [*bad_values(o).values(), *_checkpointing_problems(o)]
 
 
 def _device_problems(device_map: Any) -> list[str]:

@@ -1,15 +1,14 @@
 """What can only be judged with the checkpoint's config, its model class and its tokenizer at hand."""
 
 import copy
-import importlib.util
 import warnings
-from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from hasten.errors import CheckpointError, HastenError, MissingExtraError, OptionError, TokenizerError
+from hasten.errors import CheckpointError, HastenError, OptionError, TokenizerError
 from hasten.loading.resolve import Source
 from hasten.option_problems import HUB_ARGUMENTS, MODEL_ARGUMENTS, unknown_extra
 from hasten.options import LoadOptions
@@ -75,7 +74,7 @@ def build_empty(config: Any, options: LoadOptions, dtype: torch.dtype) -> PreTra
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=bool(options.trust_remote_code), **attention
+                copy.deepcopy(config), dtype=dtype, trust_remote_code=options.trust_remote_code, **attention
             )
     except (ImportError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         asked = f"attn_implementation={options.attn_implementation!r}, " if attention else ""
@@ -91,55 +90,18 @@ def config_problems(config: Any, family: Family | None, options: LoadOptions) ->
         found.append(
             f"this class loads {expected!r} models, the checkpoint is a {config.model_type!r}; use FastLanguageModel"
         )
+    if options.revision is not None and Path(options.model_name).expanduser().is_dir():
+        found.append(
+            f"revision={options.revision!r} names a state of a hub repository, {options.model_name!r} is a local folder; "
+            "leave it out"
+        )
     if options.dtype == torch.float16 and family is not None and not family.fp16_safe:
         found.append(
             f"dtype=torch.float16: activations of {config.model_type} leave fp16's range; use bfloat16 or float32"
         )
     if options.offload_embedding and config.get_text_config().tie_word_embeddings:
         found.append("offload_embedding: the embedding is also the head's weight, which the GPU needs; leave it out")
-    return [*found, *_stored_problems(config, options)]
-
-
-def stored_quantization(config: Any) -> str | None:
-    """How the checkpoint's own weights are quantised: "nf4", "fp4", "int8", another method's name, None = not at all."""
-    stored = getattr(config, "quantization_config", None)
-    if stored is None:
-        return None
-    record: Mapping[str, Any] = stored if isinstance(stored, Mapping) else stored.to_dict()
-    method = str(record.get("quant_method", "unknown"))
-    if method != "bitsandbytes":
-        return method
-    return "int8" if record.get("load_in_8bit") else str(record.get("bnb_4bit_quant_type", "nf4"))
-
-
-def _stored_problems(config: Any, options: LoadOptions) -> list[str]:
-    stored = stored_quantization(config)
-    if stored is None:
-        return []
-    if stored == "fp8":
-        return ["the checkpoint holds fp8 weights, which a later version of hasten reads; use its dense original"]
-    fits = {"nf4": "load_in_4bit", "fp4": "load_in_4bit", "int8": "load_in_8bit"}.get(stored)
-    other = [name for name in options.asked_storage if name != fits]
-    if fits != "load_in_4bit" and options.load_in_4bit is False:
-        other = [name for name in other if name != "load_in_4bit"]
-    elif options.load_in_4bit is False:
-        other.append("load_in_4bit=False")
-    if options.full_finetuning:
-        other.append("full_finetuning")
-    if not other:
-        return []
-    return [
-        f"{', '.join(other)} was asked for, but the checkpoint is stored as {stored} already; leave it out to load it as "
-        "it is, or pass the dense original"
-    ]
-
-
-def need_bitsandbytes(options: LoadOptions, config: Any) -> MissingExtraError | None:
-    """An error where quantised weights are wanted or found and bitsandbytes is not installed."""
-    wanted = options.quantization in ("nf4", "int8") or stored_quantization(config) in ("nf4", "fp4", "int8")
-    if not wanted or importlib.util.find_spec("bitsandbytes") is not None:
-        return None
-    return MissingExtraError("Holding weights in 4 or 8 bits (load_in_4bit is on by default)", "bitsandbytes", "train")
+    return found
 
 
 def vocabulary_error(needed: int, base: int, rows: int, options: LoadOptions) -> HastenError | None:

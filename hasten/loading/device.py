@@ -41,3 +41,8 @@ def resolve_device_map(device_map: Any) -> tuple[Any, list[str]]:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         return {"": device}, [f"device: {device}, the GPU of this process's local rank"]
     return device_map, []
+
+
+def is_all_cpu(device_map: Any) -> bool:
+    """Whether a resolved device map puts nothing on an accelerator."""
+    return isinstance(device_map, Mapping) and all(str(device) in ("cpu", "disk") for device in device_map.values())

@@ -8,9 +8,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hasten.errors import CheckpointError, HastenError, OptionError
-from hasten.loading import checks, shards
+from hasten.loading import checks, quantization, shards
 from hasten.loading import tokenizer as tokens
-from hasten.loading.device import default_dtype, resolve_device_map
+from hasten.loading.device import default_dtype, is_all_cpu, resolve_device_map
 from hasten.loading.embedding import keep_embedding_on_host
 from hasten.loading.read import Reading, read_model
 from hasten.loading.resolve import Source, fetch_weights, resolve
@@ -42,6 +42,8 @@ class Preparation:
     config: Any
     empty: PreTrainedModel
     dtype: torch.dtype
+    device_map: Any
+    quantization: Any
     tokenizer: PreTrainedTokenizerBase
     fixes: tokens.TokenizerPlan | None
     notes: list[str] = field(default_factory=list)
@@ -74,9 +76,8 @@ def load(options: LoadOptions) -> Loaded:
     if options.use_safetensors is not False:
         stored = shards.read_checkpoint(source.folder, options.extra.get("variant"))
         shards.check_tensors(stored, ready.empty, source.folder)
-    device_map, notes = resolve_device_map(options.device_map)
-    model = read_model(Reading(source.folder, ready.config, ready.dtype, device_map, options))
-    notes = [*source.notes(), *ready.notes, *notes, *_finish(model, ready, options)]
+    model = read_model(Reading(source.folder, ready.config, ready.dtype, ready.device_map, ready.quantization, options))
+    notes = [*source.notes(), *ready.notes, *_finish(model, ready, options)]
     for holder in (model, model.config, ready.tokenizer):
         # The snapshot's folder on this machine would otherwise be written into adapters as their base.
         holder.name_or_path = source.name
@@ -86,9 +87,9 @@ def load(options: LoadOptions) -> Loaded:
 def _prepare(source: Source, options: LoadOptions, findings: checks.Findings) -> Preparation | None:
     """Reads config and tokenizer and plans rope, dtype and tokenizer fixes; None where that much cannot be had."""
     config: Any = _attempt(findings, checks.read_config, source, options)
-    tokenizer: Any = _attempt(findings, tokens.read_tokenizer, source.tokenizer, options.trust_remote_code)
     if config is None:
         return None
+    tokenizer: Any = _attempt(findings, tokens.read_tokenizer, source.tokenizer, options.trust_remote_code)
     findings.problems += checks.set_fields(config, options)
     empty: Any = _attempt(findings, checks.build_empty, config, options, options.dtype or torch.float32)
     if empty is None and options.attn_implementation is not None:
@@ -99,7 +100,10 @@ def _prepare(source: Source, options: LoadOptions, findings: checks.Findings) ->
         return None
     family = family_of(empty)
     findings.problems += checks.config_problems(config, family, options)
-    if missing := checks.need_bitsandbytes(options, config):
+    place, place_notes = resolve_device_map(options.device_map)
+    on_cpu = is_all_cpu(place)
+    findings.problems += quantization.stored_problems(config, empty, on_cpu, options)
+    if missing := quantization.need_bitsandbytes(options, config):
         findings.add(missing)
     rope = plan_rope(config.get_text_config(), family, options.rope_scaling, options.max_seq_length)
     findings.problems += rope.problems
@@ -109,7 +113,9 @@ def _prepare(source: Source, options: LoadOptions, findings: checks.Findings) ->
         return None
     fixes = _plan_tokenizer(tokenizer, empty, source, options)
     dtype, notes = _choose_dtype(options, family is None or family.fp16_safe)
-    ready = Preparation(config, empty, dtype, tokenizer, fixes, [*notes, *rope.notes, *_unused(options)])
+    settings, quantization_notes = quantization.plan_quantization(config, empty, dtype, on_cpu, options)
+    notes += [*quantization_notes, *rope.notes, *place_notes, *_unused(options)]
+    ready = Preparation(config, empty, dtype, place, settings, tokenizer, fixes, notes)
     error = checks.vocabulary_error(ready.rows_needed, tokenizer.vocab_size, rows_of(empty), options)
     if isinstance(error, OptionError):
         findings.problems += error.problems

@@ -23,6 +23,7 @@ from hasten.errors import CheckpointError
 from hasten.options import LoadOptions
 
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json", "*.model", "*.tiktoken")
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -65,8 +66,7 @@ def resolve(options: LoadOptions) -> Source:
         )
     base = _locate(_beside(recorded["base_model_name_or_path"], found), recorded.get("revision"), options)
     _need_config(base)
-    own_tokenizer = any((found.folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-    tokenizer = found.folder if own_tokenizer else base.tokenizer
+    tokenizer = found.folder if has_tokenizer(found.folder) else base.tokenizer
     at = f" at revision {found.revision}" if found.revision else ""
     return replace(base, tokenizer=tokenizer, adapter=found.folder, adapter_name=found.name + at)
 
@@ -76,6 +76,11 @@ def fetch_weights(source: Source, options: LoadOptions) -> None:
     if source.revision is not None:
         kind = "*.bin" if options.use_safetensors is False else "*.safetensors"
         _download(source.name, source.revision, options, [kind])
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a vocabulary lies in `folder`. Without one transformers makes an empty tokenizer of the model's kind."""
+    return any(path.is_file() for pattern in TOKENIZER_FILES for path in folder.glob(pattern))
 
 
 def _locate(name: str, revision: str | None, options: LoadOptions) -> Source:

@@ -2,8 +2,8 @@
 
 transformers holds the parameters in `config.rope_parameters`: one dict, or one per kind of layer (Gemma 3). What two
 fields mean depends on the scaling type, by convention of the published checkpoints:
-- "linear" and "dynamic" in one dict: `max_position_embeddings` stays the length before scaling;
-- the others, and every dict per kind of layer: it is the length after scaling.
+- "dynamic", and "linear" in one dict for all layers: `max_position_embeddings` stays the length before scaling;
+- the others, and "linear" in a dict per kind of layer: it is the length after scaling.
 """
 
 import copy
@@ -75,7 +75,12 @@ def _original(limit: int, rope: Mapping[str, Any], nested: bool) -> int:
     """The length before any scaling."""
     if rope.get("original_max_position_embeddings"):
         return rope["original_max_position_embeddings"]
-    return round(limit / float(rope.get("factor") or 1.0)) if nested else limit
+    return limit if _states_unscaled(_type_of(rope), nested) else round(limit / float(rope.get("factor") or 1.0))
+
+
+def _states_unscaled(kind: str, nested: bool) -> bool:
+    """Whether `max_position_embeddings` stays the length before scaling (transformers' dynamic formula needs it so)."""
+    return kind == "dynamic" or (kind == "linear" and not nested)
 
 
 def _reach(limit: int, rope: Mapping[str, Any], nested: bool) -> int:
@@ -85,7 +90,7 @@ def _reach(limit: int, rope: Mapping[str, Any], nested: bool) -> int:
         return limit
     if _type_of(rope) in NEEDS_ORIGINAL:
         return max(limit, int(_original(limit, rope, nested) * factor))
-    return limit if nested else int(limit * factor)
+    return int(limit * factor) if _states_unscaled(_type_of(rope), nested) else limit
 
 
 def _plan_scaling(config: Any, plan: RopePlan, scaling: dict[str, Any], parameters: dict[str, Any]) -> None:
@@ -111,11 +116,10 @@ def _plan_scaling(config: Any, plan: RopePlan, scaling: dict[str, Any], paramete
         plan.problems.append(f"rope_scaling has factor={factor!r}; pass a number from 1 on")
         return
     length = config.max_position_embeddings
-    if kind in NEEDS_ORIGINAL or nested:
-        base = rope.get("original_max_position_embeddings", original)
-        length = int(base * float(factor or 1.0)) if factor else length
-    elif kind != "default":
+    if _states_unscaled(kind, nested) or kind == "default":
         length = original
+    elif factor:
+        length = int(rope.get("original_max_position_embeddings", original) * float(factor))
     plan.changes = {"rope_parameters": parameters, "max_position_embeddings": length}
     if missing := _refused_by_transformers(config, plan.changes):
         plan.problems.append(f"rope_scaling={scaling!r} is not complete: {missing}; add what is missing")
@@ -173,7 +177,7 @@ def _plan_extension(
             f"extended; use max_seq_length={reach} or less"
         )
         return
-    kept = not nested and _type_of(rope) in ("linear", "dynamic")
+    kept = _states_unscaled(_type_of(rope), nested)
     plan.changes = {"rope_parameters": parameters, "max_position_embeddings": limit if kept else length}
     plan.notes.append(f"rope: extended from {reach} to {length} positions, {_described(rope)}")
 

@@ -13,6 +13,7 @@ import jinja2
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from hasten.errors import TokenizerError
+from hasten.loading.resolve import TOKENIZER_FILES, has_tokenizer
 
 # In order of preference. Reserved tokens stand for nothing in any text that the model has seen.
 PAD_NAMES = (
@@ -37,11 +38,13 @@ class TokenizerPlan:
 
 def read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`; nothing is asked of the network. Raises TokenizerError if there is none to read."""
+    if not has_tokenizer(folder) and not trust_remote_code:
+        raise TokenizerError(f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}). Save the model's tokenizer there")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TokenizerError(
-            f"{folder} has no tokenizer that can be read ({type(error).__name__}: {error}). Save the model's tokenizer there"
+            f"The tokenizer in {folder} cannot be read ({type(error).__name__}: {error}). Save the model's own there again"
         ) from error
 
 
