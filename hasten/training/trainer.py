@@ -107,7 +107,7 @@ def check_dataset(
         return DatasetCounts(rows=None)
     if trainer is not None:
         max_length = _cut_of(trainer.args)
-        dataset = _tokenized(dataset, first, trainer, name)
+        dataset = tokenized(dataset, trainer, name)
     elif "input_ids" not in first:
         return DatasetCounts(rows=len(dataset))
     counts = _count(dataset, max_length)
@@ -128,8 +128,9 @@ def _cut_of(args: Any) -> int | None:
     return None if splits else getattr(args, "max_length", None)
 
 
-def _tokenized(dataset: Any, first: Mapping[str, Any], trainer: Any, name: str) -> Any:
+def tokenized(dataset: Any, trainer: Any, name: str) -> Any:
     """The dataset with `input_ids` and `labels`, uncut, by the trainer's own preparation."""
+    first = next(iter(dataset))
     if "input_ids" in first:
         return dataset
     prepare = getattr(trainer, "_prepare_dataset", None)

@@ -1,0 +1,198 @@
+"""A training job as a YAML file: five sections, every key of which takes effect or is named in one error."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+
+from hasten.errors import MissingExtraError, OptionError
+from hasten.option_problems import HUB_ARGUMENTS, MODEL_ARGUMENTS
+from hasten.options import AdapterOptions, LoadOptions
+
+INSTEAD = {
+    "max_length": "model.max_seq_length",
+    "model_init_kwargs": "the model section",
+    "trust_remote_code": "model.trust_remote_code",
+    "gradient_checkpointing": "model.use_gradient_checkpointing (or the adapter section's)",
+    "gradient_checkpointing_kwargs": "model.use_gradient_checkpointing (or the adapter section's)",
+    "truncation_mode": "data.too_long",
+    "dataset_text_field": "data.text_field",
+    "dataset_kwargs": "the data section",
+    "resume_from_checkpoint": "hasten train --resume",
+    "disable_tqdm": "nothing: hasten draws its own progress line",
+}
+"""SFTConfig's fields that the other sections decide, and where."""
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """path: a .jsonl, .json, .parquet or .csv file, a folder saved by `datasets`, or a hub id (`name`: its config).
+
+    split, eval_split: as `datasets` spells them ("train", "train[:90%]"). eval_path: a second file for evaluation.
+    text_field: the column of plain text to train on. Without it the columns decide: `messages` (chat), `prompt` and
+    `completion`, or `text`. too_long: what becomes of rows longer than max_seq_length: "truncate" (counted and
+    reported), "drop" (likewise), or "error".
+    """
+
+    path: str
+    name: str | None = None
+    revision: str | None = None
+    split: str = "train"
+    eval_path: str | None = None
+    eval_split: str | None = None
+    text_field: str | None = None
+    too_long: Literal["truncate", "drop", "error"] = "truncate"
+
+
+@dataclass(frozen=True)
+class SaveOptions:
+    """method: "lora", "merged_16bit" or "merged_4bit"; None = "lora" with an adapter, "merged_16bit" without.
+
+    folder: default: `model` beside the run's metrics.
+    """
+
+    method: str | None = None
+    folder: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A read and checked file. adapter: None = no such section. output: where metrics, curve and checkpoints go."""
+
+    model: Mapping[str, Any]
+    adapter: Mapping[str, Any] | None
+    data: DataOptions
+    train: Mapping[str, Any]
+    save: SaveOptions
+    output: Path
+
+
+def read_job(path: str | Path) -> Job:
+    """Reads a job file. Relative paths in it count from its own folder, or are hub ids if nothing is there.
+
+    Raises OptionError with every problem found: what is not YAML, missing or unknown sections and keys (with near
+    names), values outside of their choices.
+    """
+    path = Path(path)
+    call = f"train {path}"
+    sections = _read_yaml(path, call)
+    problems = _unknown("section", sections, ("model", "adapter", "data", "train", "save"))
+    problems += [f"section {name!r} is missing" for name in ("model", "data") if name not in sections]
+    for name, value in sections.items():
+        if value is not None and not isinstance(value, dict):
+            problems.append(f"section {name!r} must hold names and values, found {value!r}")
+    if problems:
+        raise OptionError(call, problems)
+    parts: dict[str, dict[str, Any]] = {name: dict(value or {}) for name, value in sections.items()}
+    train = {name: _number(value) for name, value in parts.get("train", {}).items()}
+    load = (*_fields(LoadOptions, "extra", "expected_model_type"), *HUB_ARGUMENTS, *MODEL_ARGUMENTS)
+    problems += _unknown("model", parts["model"], load)
+    problems += _unknown("adapter", parts.get("adapter", {}), (*_fields(AdapterOptions, "extra"), *_lora_fields()))
+    problems += _unknown("data", parts["data"], _fields(DataOptions))
+    problems += _unknown("train", train, (*_sft_fields(), *INSTEAD))
+    problems += _unknown("save", parts.get("save", {}), _fields(SaveOptions))
+    problems += [f"train.{name} is decided elsewhere: use {INSTEAD[name]}" for name in train if name in INSTEAD]
+    problems += _values(parts)
+    if problems:
+        raise OptionError(call, problems)
+    return _job(path, parts, train)
+
+
+def _job(path: Path, parts: Mapping[str, dict[str, Any]], train: dict[str, Any]) -> Job:
+    home = path.resolve().parent
+    model, data = parts["model"], parts["data"]
+    model["model_name"] = _local(model["model_name"], home)
+    if "dtype" in model and model["dtype"] is not None:
+        model["dtype"] = getattr(torch, model["dtype"])
+    for name in ("path", "eval_path"):
+        if data.get(name):
+            data[name] = _local(data[name], home)
+    output = home / (train.pop("output_dir", None) or f"runs/{path.stem}")
+    save = parts.get("save", {})
+    if save.get("folder"):
+        save["folder"] = str(home / save["folder"])
+    return Job(model, parts.get("adapter"), DataOptions(**data), train, SaveOptions(**save), output)
+
+
+def _read_yaml(path: Path, call: str) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OptionError(call, [f"the file cannot be read: {error.strerror}; give the path of a YAML file"]) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise OptionError(call, [f"the file is not YAML: {error}"]) from error
+    if not isinstance(found, dict):
+        raise OptionError(call, ["the file holds no sections; it needs at least model: and data:"])
+    return found
+
+
+def _values(parts: Mapping[str, dict[str, Any]]) -> list[str]:
+    """What is wrong with values that only this file can get wrong; the rest is judged by those who take them."""
+    problems = []
+    model, data = parts["model"], parts["data"]
+    problems += [
+        f"{name} is missing; it must name {what}"
+        for name, value, what in (
+            ("model.model_name", model.get("model_name"), "a hub id or a folder"),
+            ("data.path", data.get("path"), "a file, a folder or a hub id"),
+        )
+        if not isinstance(value, str) or not value
+    ]
+    dtype = model.get("dtype")
+    if dtype is not None and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+        problems.append(f"model.dtype={dtype!r} is no dtype of torch; use bfloat16, float16 or float32")
+    if data.get("too_long", "truncate") not in ("truncate", "drop", "error"):
+        problems.append(f"data.too_long={data['too_long']!r} is none of 'truncate', 'drop', 'error'")
+    if model.get("full_finetuning") and "adapter" in parts:
+        problems.append("model.full_finetuning trains all weights, and there is an adapter section; remove one of them")
+    return problems
+
+
+def _unknown(section: str, found: Iterable[Any], known: Iterable[str]) -> list[str]:
+    known = sorted(set(known))
+    problems = []
+    for name in found:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=3)
+            hint = f"; near names: {', '.join(near)}" if near else f"; known: {', '.join(known)}"
+            where = "section" if section == "section" else f"key of {section}:"
+            problems.append(f"unknown {where} {name!r}" + (hint if near or len(known) < 12 else ""))
+    return problems
+
+
+def _fields(kind: type, *without: str) -> tuple[str, ...]:
+    return tuple(f.name for f in dataclasses.fields(kind) if f.name not in without)
+
+
+def _lora_fields() -> tuple[str, ...]:
+    from peft import LoraConfig
+
+    return _fields(LoraConfig)
+
+
+def _sft_fields() -> tuple[str, ...]:
+    try:
+        from trl import SFTConfig
+    except ImportError as error:
+        raise MissingExtraError("hasten train", "trl", "train") from error
+    return tuple(f.name for f in dataclasses.fields(SFTConfig) if f.init)
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 2e-4, which everybody writes, as text; it needs 2.0e-4. A number in text is meant as a number."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def _local(name: str, home: Path) -> str:
+    """The path from the file's own folder if something is there; else the name as it stands."""
+    return str(home / name) if (home / name).exists() else name

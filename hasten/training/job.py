@@ -1,0 +1,136 @@
+"""From a checked job file to a trained, saved model. TRL's SFTTrainer trains; this only puts the parts together."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers.trainer_utils import get_last_checkpoint
+
+from hasten.errors import DatasetError, MissingExtraError, OptionError, TrainingError
+from hasten.training.config import Job
+from hasten.training.data import drop_long, read_rows
+from hasten.training.metrics import counting
+from hasten.training.progress import TrainingMonitor
+from hasten.training.trainer import DatasetCounts, check_dataset, sft_config
+
+DEFAULTS = {
+    "logging_steps": 1,
+    "logging_nan_inf_filter": False,  # it would hide the very numbers at which a run must stop
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """loss: mean over the run. counts: what became of the rows. folder: metrics.jsonl, loss.png, summary.json.
+
+    saved: the model's folder. dropped: rows left out for being too long.
+    """
+
+    model: Any
+    tokenizer: Any
+    steps: int
+    loss: float
+    counts: DatasetCounts
+    dropped: int
+    folder: Path
+    saved: Path
+
+
+def run(
+    job: Job,
+    load: Callable[..., tuple[Any, Any]],
+    adapt: Callable[..., Any],
+    console: Console | None = None,
+    resume: bool = False,
+) -> Finished:
+    """Trains and saves. load, adapt: `FastLanguageModel.from_pretrained` and `.get_peft_model`.
+
+    resume: go on from the newest checkpoint of `job.output`. Data are read before the model is; what is wrong with
+    either raises before step 1. Raises DatasetError, OptionError, CheckpointError, TrainingError, ExportError.
+    """
+    checkpoint = _last_checkpoint(job.output) if resume else None
+    train_rows, eval_rows = read_rows(job.data)
+    model, tokenizer = load(**job.model)
+    if not job.model.get("full_finetuning") and (job.adapter is not None or not hasattr(model, "peft_config")):
+        model = adapt(model, **(job.adapter or {}))
+    trainer = make_trainer(model, tokenizer, job, train_rows, eval_rows)
+    counts, dropped = _apply_too_long(trainer, train_rows, job.data.too_long)
+    title = f"{Path(str(job.model['model_name'])).name}: training loss"
+    with counting(model) as counter, TrainingMonitor(job.output, counter, console, title) as monitor:
+        result = monitor.watch(trainer).train(resume_from_checkpoint=checkpoint)
+    method = job.save.method or ("lora" if hasattr(model, "peft_config") else "merged_16bit")
+    saved = Path(job.save.folder or job.output / "model")
+    model.save_pretrained_merged(saved, tokenizer, save_method=method)
+    finished = Finished(model, tokenizer, result.global_step, result.training_loss, counts, dropped, job.output, saved)
+    _write_summary(finished, method)
+    return finished
+
+
+def make_trainer(model: Any, tokenizer: Any, job: Job, train_rows: Any, eval_rows: Any) -> Any:
+    """TRL's SFTTrainer for `job`. Raises OptionError for settings that TRL or transformers refuses."""
+    try:
+        from trl import SFTTrainer
+    except ImportError as error:
+        raise MissingExtraError("hasten train", "trl", "train") from error
+    settings = {**DEFAULTS, "eval_strategy": "no" if eval_rows is None else "epoch", **job.train}
+    if job.data.text_field:
+        settings["dataset_text_field"] = job.data.text_field
+    if eval_rows is None and settings["eval_strategy"] != "no":
+        problem = f"train.eval_strategy={settings['eval_strategy']!r}, but data has neither eval_split nor eval_path"
+        raise OptionError("train", [problem])
+    try:
+        config = sft_config(model, output_dir=str(job.output), **settings)
+        return SFTTrainer(
+            model=model, args=config, train_dataset=train_rows, eval_dataset=eval_rows, processing_class=tokenizer
+        )
+    except OptionError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise OptionError("train", [f"the trainer refuses these settings or data: {error}"]) from error
+
+
+def _apply_too_long(trainer: Any, rows: Any, policy: str) -> tuple[DatasetCounts, int]:
+    """Counts, and what `data.too_long` asks for. TRL has already cut what the trainer holds."""
+    counts = check_dataset(rows, trainer)
+    if not counts.truncated:
+        return counts, 0
+    if policy == "error":
+        raise DatasetError(
+            f"{counts.truncated} of {counts.rows} rows are longer than max_seq_length={trainer.args.max_length} "
+            f"({counts.lost} tokens too many), and too_long is 'error'; raise model.max_seq_length, or use "
+            "too_long: truncate or drop"
+        )
+    if policy == "drop":
+        drop_long(trainer, rows)
+        return counts, counts.truncated
+    return counts, 0
+
+
+def _last_checkpoint(folder: Path) -> str:
+    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if found is None:
+        raise TrainingError(
+            f"{folder} holds no checkpoint to resume from; train without --resume, with train.save_steps set so that "
+            "there is one the next time"
+        )
+    return found
+
+
+def _write_summary(finished: Finished, method: str) -> None:
+    summary = {
+        "steps": finished.steps,
+        "mean_loss": finished.loss,
+        "rows": asdict(finished.counts),
+        "dropped_too_long": finished.dropped,
+        "saved": str(finished.saved),
+        "save_method": method,
+    }
+    path = finished.folder / "summary.json"
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    part.replace(path)
