@@ -12,6 +12,8 @@ from hasten.ops.linear_cross_entropy import OPTIONAL_SCORES
 from hasten.testing import relative_error
 
 TOKENS, WIDTH, WORDS = 37, 16, 101
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+both = pytest.mark.parametrize("backend", ["reference", "triton"])
 RULES = {
     "plain": {},
     "scaled": {"logit_scale": 0.25},
@@ -49,7 +51,10 @@ def inputs(dtype: torch.dtype, lora: bool, bias: bool) -> dict[str, torch.Tensor
     shapes = {"hidden": (TOKENS, WIDTH), "weight": (WORDS, WIDTH)}
     shapes |= {"a": (3, WIDTH), "b": (WORDS, 3)} if lora else {}
     shapes |= {"bias": (WORDS,)} if bias else {}
-    return {name: torch.randn(shape, generator=generator).to(dtype).requires_grad_() for name, shape in shapes.items()}
+    return {
+        name: (torch.randn(shape, generator=generator) * 0.4).to(DEVICE, dtype).requires_grad_()
+        for name, shape in shapes.items()
+    }
 
 
 def raw_logits(t: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -57,30 +62,31 @@ def raw_logits(t: dict[str, torch.Tensor]) -> torch.Tensor:
     return raw + 0.5 * (t["hidden"] @ t["a"].T) @ t["b"].T if "a" in t else raw
 
 
-def fused(t: dict[str, torch.Tensor], labels: torch.Tensor, rule: ScoreRule) -> Any:
+def fused(t: dict[str, torch.Tensor], labels: torch.Tensor, rule: ScoreRule, backend: Any = None) -> Any:
     lora = LoraHead(t["a"], t["b"], 0.5) if "a" in t else None
-    return linear_cross_entropy(t["hidden"], t["weight"], labels, rule, t.get("bias"), lora)
+    return linear_cross_entropy(t["hidden"], t["weight"], labels, rule, t.get("bias"), lora, backend)
 
 
 def make_labels() -> torch.Tensor:
     labels = torch.randint(0, WORDS, (TOKENS,), generator=torch.Generator().manual_seed(12))
     labels[::4], labels[3] = -100, 5
-    return labels
+    return labels.to(DEVICE)
 
 
+@both
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize(("lora", "bias"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("chunk", [8, 1024])
-def test_scores_and_gradients(name: str, lora: bool, bias: bool, chunk: int) -> None:
+def test_scores_and_gradients(name: str, lora: bool, bias: bool, chunk: int, backend: Any) -> None:
     rule = ScoreRule(**RULES[name], want=OPTIONAL_SCORES, chunk=chunk)
     labels = make_labels()
     if rule.ignore_index != -100:
         labels = labels.where(labels != -100, rule.ignore_index)
     mine, exact = inputs(torch.float32, lora, bias), inputs(torch.float64, lora, bias)
-    scores, reference = fused(mine, labels, rule), full_scores(raw_logits(exact), labels, rule)
+    scores, reference = fused(mine, labels, rule, backend), full_scores(raw_logits(exact), labels, rule)
     for score, expected in reference.items():
         assert relative_error(getattr(scores, score), expected) < 3e-6, score
-    weights = torch.randn(3, TOKENS, generator=torch.Generator().manual_seed(13))
+    weights = torch.randn(3, TOKENS, generator=torch.Generator().manual_seed(13)).to(DEVICE)
     pick = ("loss", "log_prob", "entropy")
     total = sum((w * getattr(scores, s)).sum() for w, s in zip(weights, pick, strict=True))
     wanted = sum((w.double() * reference[s]).sum() for w, s in zip(weights, pick, strict=True))
@@ -98,10 +104,11 @@ def test_scores_from_logits_are_the_same() -> None:
         torch.testing.assert_close(getattr(ours, name), expected)
 
 
+@both
 @pytest.mark.parametrize("trained", ["hidden", "weight", "a", "b", "bias"])
-def test_only_what_trains_gets_a_gradient(trained: str) -> None:
+def test_only_what_trains_gets_a_gradient(trained: str, backend: Any) -> None:
     t = {name: x.detach().requires_grad_(name == trained) for name, x in inputs(torch.float32, True, True).items()}
-    fused(t, make_labels(), ScoreRule()).loss.sum().backward()
+    fused(t, make_labels(), ScoreRule(), backend).loss.sum().backward()
     assert {name for name, x in t.items() if x.grad is not None} == {trained}
     assert float(t[trained].grad.norm()) > 0  # pyright: ignore[reportOptionalMemberAccess]
 
@@ -113,40 +120,47 @@ def test_gradcheck() -> None:
     )
 
     def function(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        scores = fused(dict(zip(t, values, strict=True)), make_labels(), rule)
+        scores = fused(dict(zip(t, values, strict=True)), make_labels(), rule, "reference")
         return scores.loss, scores.log_prob, scores.entropy
 
     assert torch.autograd.gradcheck(function, tuple(t.values()))
 
 
-def test_bf16_weight_gradient_is_summed_in_fp32() -> None:
+@both
+def test_bf16_weight_gradient_is_summed_in_fp32(backend: Any) -> None:
     """Many small chunks: sums kept in bf16 would lose what fp32 keeps."""
     generator = torch.Generator().manual_seed(3)
-    hidden = torch.randn(4096, WIDTH, generator=generator).bfloat16()
-    weight = torch.randn(WORDS, WIDTH, generator=generator).bfloat16().requires_grad_()
-    labels = torch.randint(0, WORDS, (4096,), generator=generator)
-    linear_cross_entropy(hidden, weight, labels, ScoreRule(chunk=16)).loss.sum().backward()
+    hidden = torch.randn(1024, WIDTH, generator=generator).to(DEVICE, torch.bfloat16)
+    weight = torch.randn(WORDS, WIDTH, generator=generator).to(DEVICE, torch.bfloat16).requires_grad_()
+    labels = torch.randint(0, WORDS, (1024,), generator=generator).to(DEVICE)
+    linear_cross_entropy(hidden, weight, labels, ScoreRule(chunk=16), backend=backend).loss.sum().backward()
     exact = weight.detach().double().requires_grad_()
     F.cross_entropy(hidden.double() @ exact.T, labels, reduction="sum").backward()
     assert weight.grad is not None and exact.grad is not None
     assert relative_error(weight.grad, exact.grad) < 6e-3
 
 
-def test_all_ignored_gives_zero_and_zero_gradients() -> None:
+@both
+def test_all_ignored_gives_zero_and_zero_gradients(backend: Any) -> None:
     t = inputs(torch.float32, False, False)
-    scores = fused(t, torch.full((TOKENS,), -100), ScoreRule(want=OPTIONAL_SCORES))
+    scores = fused(t, torch.full((TOKENS,), -100, device=DEVICE), ScoreRule(want=OPTIONAL_SCORES), backend)
     assert float(scores.loss.abs().sum()) == 0.0
     scores.loss.sum().backward()
     assert t["hidden"].grad is not None and float(t["hidden"].grad.abs().sum()) == 0.0
 
 
-def test_what_is_refused() -> None:
+@both
+def test_what_is_refused(backend: Any) -> None:
     t = inputs(torch.float32, False, False)
     with pytest.raises(ValueError, match="no such token score"):
-        fused(t, make_labels(), ScoreRule(want=frozenset({"perplexity"})))
-    with pytest.raises(IndexError, match="labels run from"):
-        fused(t, torch.full((TOKENS,), WORDS), ScoreRule())
-    loss = fused(t, make_labels(), ScoreRule()).loss.square().sum()
+        fused(t, make_labels(), ScoreRule(want=frozenset({"perplexity"})), backend)
+    beyond = torch.full((TOKENS,), WORDS, device=DEVICE)
+    if backend == "triton":
+        assert bool(fused(t, beyond, ScoreRule(), backend).loss.isnan().all())
+    else:
+        with pytest.raises(IndexError, match="labels run from"):
+            fused(t, beyond, ScoreRule(), backend)
+    loss = fused(t, make_labels(), ScoreRule(), backend).loss.square().sum()
     (first,) = torch.autograd.grad(loss, t["hidden"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
@@ -167,8 +181,9 @@ class _LargestLogits(TorchDispatchMode):
         return out
 
 
-def test_no_tensor_of_all_tokens_by_vocabulary_ever_lives() -> None:
+@both
+def test_no_tensor_of_all_tokens_by_vocabulary_ever_lives(backend: Any) -> None:
     t = inputs(torch.float32, True, False)
     with _LargestLogits() as watched:
-        fused(t, make_labels(), ScoreRule(chunk=16, want=OPTIONAL_SCORES)).loss.sum().backward()
+        fused(t, make_labels(), ScoreRule(chunk=16, want=OPTIONAL_SCORES), backend).loss.sum().backward()
     assert watched.rows == 16  # b.T is (3, WORDS), a chunk's logits (16, WORDS)

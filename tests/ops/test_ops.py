@@ -1,6 +1,7 @@
 """Each op against an independent formula in fp64: output, every gradient, odd, strided and empty shapes, gradcheck."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from hasten.ops.glu import ACTIVATIONS
 from hasten.testing import relative_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+both = pytest.mark.parametrize("backend", ["reference", "triton"])
 
 
 def assert_as_good_as_torch(
@@ -20,15 +23,15 @@ def assert_as_good_as_torch(
     dtype: torch.dtype,
 ) -> None:
     """err(ours, fp64) <= 2 x err(the formula at `dtype`, fp64) + a rounding, for the output and each gradient."""
-    exact = [x.detach().to(dtype).double().requires_grad_() for x in inputs]
-    low = [x.detach().to(dtype).requires_grad_() for x in inputs]
-    mine = [x.detach().to(dtype).requires_grad_() for x in inputs]
+    exact = [x.detach().to(DEVICE, dtype).double().requires_grad_() for x in inputs]
+    low = [x.detach().to(DEVICE, dtype).requires_grad_() for x in inputs]
+    mine = [x.detach().to(DEVICE, dtype).requires_grad_() for x in inputs]
     results = []
     upstream = None
     for function, values in ((formula, exact), (formula, low), (ours, mine)):
         out = function(*values)
         upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)) if upstream is None else upstream
-        results.append([out, *torch.autograd.grad(out, values, upstream.to(out.dtype))])
+        results.append([out, *torch.autograd.grad(out, values, upstream.to(out.device, out.dtype))])
     for index, (reference, torchs, hastens) in enumerate(zip(*results, strict=True)):
         assert hastens.shape == reference.shape
         limit = 2 * relative_error(torchs, reference) + 2 * torch.finfo(dtype).eps
@@ -39,44 +42,51 @@ def rms_formula(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=1e-5) * w
 
 
+@both
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(3, 5, 64), (1, 1, 1), (7, 33), (2, 3, 4, 24)])
 @pytest.mark.parametrize("fp32_weight", [False, True])
-def test_rms_norm(dtype: torch.dtype, shape: tuple[int, ...], fp32_weight: bool) -> None:
+def test_rms_norm(dtype: torch.dtype, shape: tuple[int, ...], fp32_weight: bool, backend: Any) -> None:
     inputs = [torch.randn(shape) * 3, torch.randn(shape[-1])]
-    assert_as_good_as_torch(lambda x, w: norm(x, w, 1e-5, fp32_weight=fp32_weight), rms_formula, inputs, dtype)
+    assert_as_good_as_torch(
+        lambda x, w: norm(x, w, 1e-5, fp32_weight=fp32_weight, backend=backend), rms_formula, inputs, dtype
+    )
     offset = [inputs[0], inputs[1] - 1]
-    shifted = lambda x, w: norm(x, w, 1e-5, unit_offset=True, fp32_weight=fp32_weight)  # noqa: E731
+    shifted = lambda x, w: norm(x, w, 1e-5, unit_offset=True, fp32_weight=fp32_weight, backend=backend)  # noqa: E731
     assert_as_good_as_torch(shifted, lambda x, w: rms_formula(x, 1 + w), offset, dtype)
 
 
+@both
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weight_shape", [(24,), (4, 24)])
-def test_layer_norm_with_one_and_two_dimensional_weights(dtype: torch.dtype, weight_shape: tuple[int, ...]) -> None:
+def test_layer_norm_with_one_and_two_dimensional_weights(
+    dtype: torch.dtype, weight_shape: tuple[int, ...], backend: Any
+) -> None:
     inputs = [torch.randn(2, 5, 4, 24) * 3 + 1, torch.randn(weight_shape)]
-    ours = lambda x, w: norm(x, w, 1e-5, "layer", fp32_weight=True)  # noqa: E731
+    ours = lambda x, w: norm(x, w, 1e-5, "layer", fp32_weight=True, backend=backend)  # noqa: E731
     assert_as_good_as_torch(ours, lambda x, w: F.layer_norm(x, x.shape[-1:], eps=1e-5) * w, inputs, dtype)
 
 
 def complex_rotation(x: torch.Tensor, angles: torch.Tensor, interleaved: bool) -> torch.Tensor:
     """Rotation as multiplication of complex numbers: independent of how the reference pairs channels."""
     first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    cos, sin = angles.cos().to(x), angles.sin().to(x)
     turned = (first * cos - second * sin, first * sin + second * cos)
     return torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
 
 
+@both
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rotation", ["half", "interleaved"])
 @pytest.mark.parametrize("fp32", [False, True])
-def test_qk_rope(dtype: torch.dtype, rotation: str, fp32: bool) -> None:
+def test_qk_rope(dtype: torch.dtype, rotation: str, fp32: bool, backend: Any) -> None:
     q, k = torch.randn(2, 7, 4, 16), torch.randn(2, 7, 2, 16)
     angles = torch.arange(7)[None, :, None] * torch.rand(8)[None, None]
     doubled = angles.repeat_interleave(2, -1) if rotation == "interleaved" else torch.cat((angles, angles), -1)
 
     def ours(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        tables = (doubled.cos().to(q.dtype), doubled.sin().to(q.dtype))
-        return torch.cat(qk_rope(q, k, tables, rotation, fp32), dim=2)  # pyright: ignore[reportArgumentType]
+        tables = (doubled.cos().to(q), doubled.sin().to(q))
+        return torch.cat(qk_rope(q, k, tables, rotation, fp32, backend=backend), dim=2)  # pyright: ignore[reportArgumentType]
 
     def formula(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         return torch.cat([complex_rotation(x, angles[:, :, None], rotation == "interleaved") for x in (q, k)], dim=2)
@@ -94,9 +104,10 @@ def test_qk_rope_without_positions_returns_its_inputs_and_norms_first() -> None:
     torch.testing.assert_close(normed_k, rms_formula(k, weights.k_weight), atol=1e-4, rtol=1e-4)
 
 
+@both
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "relu"])
-def test_glu(dtype: torch.dtype, activation: str) -> None:
+def test_glu(dtype: torch.dtype, activation: str, backend: Any) -> None:
     formulas = {
         "silu": lambda g: g * torch.sigmoid(g),
         "gelu": lambda g: g * 0.5 * (1 + torch.erf(g / 2**0.5)),
@@ -104,7 +115,9 @@ def test_glu(dtype: torch.dtype, activation: str) -> None:
         "relu": lambda g: g.clamp(min=0),
     }
     inputs = [torch.randn(3, 33) * 2, torch.randn(3, 33)]
-    assert_as_good_as_torch(lambda g, u: glu(g, u, activation), lambda g, u: formulas[activation](g) * u, inputs, dtype)
+    assert_as_good_as_torch(
+        lambda g, u: glu(g, u, activation, backend), lambda g, u: formulas[activation](g) * u, inputs, dtype
+    )
 
 
 def test_glu_names_are_transformers_names() -> None:
@@ -121,7 +134,7 @@ def test_glu_names_are_transformers_names() -> None:
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_attend(dtype: torch.dtype, softcap: float | None) -> None:
     q, k, v = torch.randn(2, 4, 9, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16)
-    visible = torch.ones(9, 9, dtype=torch.bool).tril()
+    visible = torch.ones(9, 9, dtype=torch.bool, device=DEVICE).tril()
 
     def formula(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         k, v = (x.unflatten(1, (2, 1)).expand(-1, -1, 2, -1, -1).flatten(1, 2) for x in (k, v))
@@ -131,18 +144,75 @@ def test_attend(dtype: torch.dtype, softcap: float | None) -> None:
         return torch.einsum("bhts,bhsd->bthd", weights, v)
 
     assert_as_good_as_torch(lambda *qkv: attend(*qkv, visible, 0.3, softcap)[0], formula, [q, k, v], dtype)
-    additive = torch.zeros(1, 1, 9, 9).masked_fill(~visible, torch.finfo(torch.float32).min)
-    torch.testing.assert_close(attend(q, k, v, additive, 0.3, softcap)[0], attend(q, k, v, visible, 0.3, softcap)[0])
+    additive = torch.zeros(1, 1, 9, 9).masked_fill(~visible.cpu(), torch.finfo(torch.float32).min)
+    masks = additive, visible.cpu()
+    outputs = [attend(q, k, v, mask, 0.3, softcap)[0] for mask in masks]
+    torch.testing.assert_close(*outputs)
 
 
-def test_strided_and_empty_inputs() -> None:
-    base = torch.randn(6, 4, 40)
-    strided, w = base.transpose(0, 1)[:, ::2, ::2], torch.randn(20)
+@both
+def test_qk_rope_with_norms(backend: Any) -> None:
+    """Both weight shapes and both kinds, against norm and rotation done one after the other."""
+    for kind, weight_shapes in (("rms", ((16,), (16,))), ("layer", ((4, 16), (2, 16)))):
+        q, k = torch.randn(2, 7, 4, 16, device=DEVICE), torch.randn(2, 7, 2, 16, device=DEVICE)
+        weights = [torch.randn(shape, device=DEVICE) for shape in weight_shapes]
+        table = torch.rand(1, 7, 8, device=DEVICE).repeat(1, 1, 2)
+        tables = (table.cos(), table.sin())
+        inputs = [t.requires_grad_() for t in (q, k, *weights)]
+        fused = qk_rope(q, k, tables, qk_norm=QKNorm(*weights, 1e-5, kind, True, True), backend=backend)
+        normed = [norm(x, w, 1e-5, kind, True, True, "reference") for x, w in zip((q, k), weights, strict=True)]
+        apart = qk_rope(*normed, tables, backend="reference")
+        upstream = [torch.randn_like(x) for x in fused]
+        ours, theirs = (torch.autograd.grad(out, inputs, upstream) for out in (fused, apart))
+        for mine, expected in zip((*fused, *ours), (*apart, *theirs), strict=True):
+            assert relative_error(mine, expected) < 2e-6
+
+
+@both
+def test_nothing_is_left_unwritten(backend: Any) -> None:
+    """Freshly allocated memory is full of NaN here; any element that a kernel leaves out shows."""
+    torch.utils.deterministic.fill_uninitialized_memory, kept = (
+        True,
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        x = torch.randn(5, 3, 37, device=DEVICE, requires_grad=True)
+        w = torch.randn(37, device=DEVICE, requires_grad=True)
+        q = torch.randn(2, 3, 5, 6, device=DEVICE, requires_grad=True)
+        table = torch.randn(1, 3, 3, device=DEVICE).repeat(1, 1, 2)
+        outputs = [norm(x, w, 1e-5, backend=backend), glu(x, x * 2, "silu", backend)]
+        outputs += qk_rope(q, q * 2, (table, table), backend=backend)
+        for out in outputs:
+            grads = torch.autograd.grad(out.sum(), [x, w, q], allow_unused=True, retain_graph=True)
+            for tensor in (out, *(g for g in grads if g is not None)):
+                assert bool(tensor.isfinite().all())
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = kept
+
+
+@both
+def test_strided_and_empty_inputs(backend: Any) -> None:
+    base = torch.randn(6, 4, 40, device=DEVICE)
+    strided, w = base.transpose(0, 1)[:, ::2, ::2], torch.randn(20, device=DEVICE)
+    dense, empty = strided.contiguous(), torch.empty(0, 20, device=DEVICE)
     assert not strided.is_contiguous()
-    torch.testing.assert_close(norm(strided, w, 1e-5), norm(strided.contiguous(), w, 1e-5))
-    torch.testing.assert_close(glu(strided, strided, "silu"), glu(strided.contiguous(), strided.contiguous(), "silu"))
-    assert norm(torch.empty(0, 20), w, 1e-5).shape == (0, 20)
-    assert glu(torch.empty(0, 3), torch.empty(0, 3), "silu").shape == (0, 3)
+    torch.testing.assert_close(norm(strided, w, 1e-5, backend=backend), norm(dense, w, 1e-5, backend="reference"))
+    torch.testing.assert_close(glu(strided, strided, "silu", backend), glu(dense, dense, "silu", "reference"))
+    halves = torch.randn(5, 2, 8, device=DEVICE).flatten(1).chunk(2, -1)
+    torch.testing.assert_close(glu(*halves, "silu", backend), glu(*halves, "silu", "reference"))
+    packed = torch.randn(2, 3, 8, 6, device=DEVICE)
+    table = torch.randn(2, 3, 3, device=DEVICE).repeat(1, 1, 2)
+    pair = packed[:, :, :5], packed[:, :, 5:7]
+    for ours, expected in zip(
+        qk_rope(*pair, (table, table), backend=backend),
+        qk_rope(*pair, (table, table), backend="reference"),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, expected)
+    assert norm(empty, w, 1e-5, backend=backend).shape == (0, 20)
+    assert glu(empty, empty, "silu", backend).shape == (0, 20)
 
 
 def test_ops_leave_their_inputs_alone() -> None:

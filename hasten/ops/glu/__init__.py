@@ -2,15 +2,20 @@
 
 import torch
 
+from hasten.ops.backend import Backend, backend_for
 from hasten.ops.glu import reference
 
 ACTIVATIONS = reference.ACTIVATIONS
 
 
-def glu(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+def glu(gate: torch.Tensor, up: torch.Tensor, activation: str, backend: Backend | None = None) -> torch.Tensor:
     """act(gate) * up, elementwise.
 
     gate, up: same shape and dtype. activation: transformers' name, one of ACTIVATIONS; another raises KeyError.
     Returns a new tensor of that shape and dtype. Gradients: gate, up.
     """
+    if backend_for(gate, backend) == "triton":
+        from hasten.ops.glu import kernel
+
+        return kernel.glu(gate, up, activation)
     return reference.glu(gate, up, activation)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hasten.ops.backend import Backend, backend_for
 from hasten.ops.linear_cross_entropy import reference
 
 
@@ -61,18 +62,25 @@ def linear_cross_entropy(
     rule: ScoreRule,
     bias_V: torch.Tensor | None = None,
     lora: LoraHead | None = None,
+    backend: Backend | None = None,
 ) -> TokenScores:
     """Scores every token's label, in chunks of `rule.chunk` tokens.
 
     hidden_NE: (N, E). weight_VE: (V, E). labels_N: (N,) int64, in [0, V) or rule.ignore_index. bias_V: (V,).
     Hidden, weight, bias and LoRA share a dtype and a device. Gradients: hidden, weight, bias, lora.a, lora.b (each
     summed over chunks in fp32); differentiable once. Peak extra memory: a few fp32 buffers of chunk x V.
-    Raises ValueError for a score name that does not exist, IndexError for a label outside of the vocabulary.
+    Raises ValueError for a score name that does not exist, IndexError for a label outside of
+    the vocabulary (on a GPU, where looking would wait for the device, that token's scores are NaN instead).
     """
     unknown = rule.want - OPTIONAL_SCORES
     if unknown:
         raise ValueError(f"no such token score: {sorted(unknown)}; there are {sorted(OPTIONAL_SCORES)}")
-    loss, log_prob, *optional = reference.score_tokens(hidden_NE, weight_VE, labels_N, rule, bias_V, lora)
+    run = reference.score_tokens
+    if backend_for(hidden_NE, backend) == "triton":
+        from hasten.ops.linear_cross_entropy import kernel
+
+        run = kernel.score_tokens
+    loss, log_prob, *optional = run(hidden_NE, weight_VE, labels_N, rule, bias_V, lora)
     return TokenScores(loss, log_prob, *optional)
 
 

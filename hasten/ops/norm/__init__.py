@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from hasten.ops.backend import Backend, backend_for
 from hasten.ops.norm import reference
 
 
@@ -21,11 +22,16 @@ def norm(
     kind: Literal["rms", "layer"] = "rms",
     unit_offset: bool = False,
     fp32_weight: bool = False,
+    backend: Backend | None = None,
 ) -> torch.Tensor:
     """Normalises `x` over its last axis and scales it.
 
     x: (..., D), any floating dtype. weight: (D,), or (H, D) for one weight per head with x (..., H, D).
     Returns x's shape; x's dtype, or the promotion of both dtypes where fp32_weight is False (as transformers does).
-    Gradients: x, weight.
+    Gradients: x, weight. backend: None = by x's device.
     """
+    if backend_for(x, backend) == "triton":
+        from hasten.ops.norm import kernel
+
+        return kernel.norm(x, weight, eps, kind, unit_offset, fp32_weight)
     return reference.norm(x, weight, eps, kind, unit_offset, fp32_weight)

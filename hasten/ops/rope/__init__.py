@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from hasten.ops.backend import Backend, backend_for
 from hasten.ops.rope import reference
 
 
@@ -31,6 +32,7 @@ def qk_rope(
     rotation: Literal["half", "interleaved"] = "half",
     fp32: bool = False,
     qk_norm: QKNorm | None = None,
+    backend: Backend | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Norms (where given) and rotates queries and keys.
 
@@ -38,4 +40,8 @@ def qk_rope(
     fp32: rotate in fp32 and cast back, else in the promoted dtype of x and cos. Returns new tensors of the same shapes.
     Gradients: q, k and the norm's weights; none for cos and sin.
     """
+    if backend_for(q_BTHD, backend) == "triton":
+        from hasten.ops.rope import kernel
+
+        return kernel.qk_rope(q_BTHD, k_BTHD, position, rotation, fp32, qk_norm)
     return reference.qk_rope(q_BTHD, k_BTHD, position, rotation, fp32, qk_norm)

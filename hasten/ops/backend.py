@@ -1,0 +1,14 @@
+"""Which implementation of an op runs: by the tensor's device, or by name, strictly. Nothing is probed, nothing falls back."""
+
+from typing import Literal
+
+import torch
+
+Backend = Literal["reference", "triton"]
+
+
+def backend_for(x: torch.Tensor, wanted: Backend | None = None) -> Backend:
+    """`wanted` where given, else "triton" for a CUDA tensor and "reference" for any other."""
+    if wanted is not None:
+        return wanted
+    return "triton" if x.is_cuda else "reference"

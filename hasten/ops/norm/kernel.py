@@ -1,0 +1,221 @@
+"""RMSNorm and LayerNorm in one pass over a row, forward and backward. One program holds one row in registers.
+
+Bytes: forward reads x and writes y (and, with a residual, reads it and writes the sum); backward reads dy and x and
+writes dx. The weight's gradient, where it trains, is summed per program in fp32 and added up in a second, small pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+
+@triton.jit
+def _norm_fwd(
+    x_ptr,
+    residual_ptr,
+    w_ptr,
+    y_ptr,
+    sum_ptr,
+    rstd_ptr,
+    mean_ptr,
+    stride_x,
+    D,
+    HEADS,
+    eps,
+    LAYER: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr,
+    FP32_WEIGHT: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < D
+    x = tl.load(x_ptr + row * stride_x + cols, mask=mask, other=0.0)
+    if ADD:
+        residual = tl.load(residual_ptr + row * D + cols, mask=mask, other=0.0)
+        x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
+        tl.store(sum_ptr + row * D + cols, x, mask=mask)
+    wide = x.to(tl.float32)
+    if LAYER:
+        mean = tl.sum(wide, axis=0) / D
+        wide = tl.where(mask, wide - mean, 0.0)
+        tl.store(mean_ptr + row, mean)
+    rstd = 1.0 / tl.sqrt(tl.sum(wide * wide, axis=0) / D + eps)
+    tl.store(rstd_ptr + row, rstd)
+    w = tl.load(w_ptr + (row % HEADS) * D + cols, mask=mask, other=0.0)
+    normed = wide * rstd
+    if FP32_WEIGHT:
+        scale = w.to(tl.float32)
+        if UNIT_OFFSET:
+            scale = 1.0 + scale
+        y = normed * scale
+    else:
+        if UNIT_OFFSET:
+            w = (1.0 + w.to(tl.float32)).to(w.dtype)
+        y = normed.to(x.dtype).to(tl.float32) * w.to(tl.float32)
+    tl.store(y_ptr + row * D + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _norm_bwd(
+    dy_ptr,
+    x_ptr,
+    w_ptr,
+    rstd_ptr,
+    mean_ptr,
+    dsum_ptr,
+    dx_ptr,
+    dw_ptr,
+    stride_dy,
+    stride_x,
+    rows,
+    D,
+    HEADS,
+    STEP,
+    LAYER: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr,
+    ADD: tl.constexpr,
+    TRAIN_W: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program p takes the rows p, p + STEP, ...; STEP is a multiple of HEADS, so they share one weight row."""
+    program = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < D
+    w = tl.load(w_ptr + (program % HEADS) * D + cols, mask=mask, other=0.0).to(tl.float32)
+    if UNIT_OFFSET:
+        w = 1.0 + w
+    dw = tl.zeros((BLOCK,), dtype=tl.float32)
+    row = program
+    while row < rows:
+        dy = tl.load(dy_ptr + row * stride_dy + cols, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + row * stride_x + cols, mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row)
+        if LAYER:
+            x = tl.where(mask, x - tl.load(mean_ptr + row), 0.0)
+        normed = x * rstd
+        g = dy * w
+        centre = tl.sum(g * normed, axis=0) / D
+        dx = g - normed * centre
+        if LAYER:
+            dx = dx - tl.sum(g, axis=0) / D
+        dx = dx * rstd
+        if ADD:
+            dx += tl.load(dsum_ptr + row * D + cols, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + row * D + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if TRAIN_W:
+            dw += dy * normed
+        row += STEP
+    if TRAIN_W:
+        tl.store(dw_ptr + program * D + cols, dw, mask=mask)
+
+
+def _warps(block: int) -> int:
+    return min(max(block // 512, 1), 16)
+
+
+def norm_fwd(
+    x_ND: torch.Tensor, residual_ND: torch.Tensor | None, weight: torch.Tensor, rule: tuple[float, str, bool, bool]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(y, x + residual, rstd, mean) of rows whose last axis is contiguous. rule: eps, kind, unit_offset, fp32_weight."""
+    eps, kind, unit_offset, fp32_weight = rule
+    rows, width = x_ND.shape
+    y = torch.empty(
+        rows,
+        width,
+        device=x_ND.device,
+        dtype=x_ND.dtype if fp32_weight else torch.promote_types(x_ND.dtype, weight.dtype),
+    )
+    total = x_ND if residual_ND is None else torch.empty(rows, width, device=x_ND.device, dtype=x_ND.dtype)
+    rstd = torch.empty(rows, device=x_ND.device, dtype=torch.float32)
+    mean = torch.empty_like(rstd) if kind == "layer" else rstd
+    block = triton.next_power_of_2(width)
+    if rows:
+        _norm_fwd[(rows,)](
+            x_ND, residual_ND if residual_ND is not None else x_ND, weight, y, total, rstd, mean, x_ND.stride(0), width,
+            weight.numel() // width, eps,
+            LAYER=kind == "layer", UNIT_OFFSET=unit_offset, FP32_WEIGHT=fp32_weight, ADD=residual_ND is not None,
+            BLOCK=block, num_warps=_warps(block),
+        )  # fmt: skip
+    return y, total, rstd, mean
+
+
+def norm_bwd(
+    dy_ND: torch.Tensor,
+    x_ND: torch.Tensor,
+    weight: torch.Tensor,
+    stats: tuple[torch.Tensor, torch.Tensor],
+    rule: tuple[float, str, bool, bool],
+    dsum_ND: torch.Tensor | None,
+    train_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(dx, dw or None). dsum: gradient that reaches x past the norm, added to dx in the same pass."""
+    _, kind, unit_offset, _ = rule
+    rows, width = x_ND.shape
+    heads = weight.numel() // width
+    dx = torch.empty(rows, width, device=x_ND.device, dtype=x_ND.dtype)
+    block = triton.next_power_of_2(width)
+    programs = rows if not train_weight else min(rows, heads * max(1, 512 // heads))
+    programs -= programs % heads
+    dw = torch.empty(programs, width, device=x_ND.device, dtype=torch.float32) if train_weight else dx
+    if rows:
+        _norm_bwd[(programs,)](
+            dy_ND, x_ND, weight, *stats, dsum_ND if dsum_ND is not None else dx, dx, dw, dy_ND.stride(0), x_ND.stride(0),
+            rows, width, heads, programs,
+            LAYER=kind == "layer", UNIT_OFFSET=unit_offset, ADD=dsum_ND is not None, TRAIN_W=train_weight,
+            BLOCK=block, num_warps=_warps(block),
+        )  # fmt: skip
+    if not train_weight:
+        return dx, None
+    return dx, dw.view(-1, heads, width).sum(0).view(weight.shape).to(weight.dtype)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(-1) == 1 else flat.contiguous()
+
+
+class NormFunction(torch.autograd.Function):
+    """y = norm(x + residual); also gives the sum. Saves the sum and one or two statistics a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, rule: Any) -> Any:
+        flat = _rows(x)
+        y, total, rstd, mean = norm_fwd(flat, None if residual is None else _rows(residual), weight.contiguous(), rule)
+        ctx.save_for_backward(total, weight, rstd, mean)
+        ctx.rule, ctx.has_residual = rule, residual is not None
+        y = y.view(x.shape)
+        return (y, total.view(x.shape)) if residual is not None else y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor, dsum: torch.Tensor | None = None) -> Any:
+        total, weight, rstd, mean = ctx.saved_tensors
+        past = _rows(dsum) if ctx.has_residual and dsum is not None else None
+        dx, dw = norm_bwd(_rows(dy), total, weight.contiguous(), (rstd, mean), ctx.rule, past, ctx.needs_input_grad[2])
+        dx = dx.view(dy.shape)
+        return dx, dx if ctx.has_residual else None, dw, None
+
+
+def norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, kind: str, unit_offset: bool, fp32_weight: bool
+) -> torch.Tensor:
+    return NormFunction.apply(x, None, weight, (eps, kind, unit_offset, fp32_weight))  # pyright: ignore[reportReturnType]
+
+
+def add_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    kind: str,
+    unit_offset: bool,
+    fp32_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return NormFunction.apply(x, residual, weight, (eps, kind, unit_offset, fp32_weight))  # pyright: ignore[reportReturnType]

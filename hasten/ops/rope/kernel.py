@@ -1,0 +1,262 @@
+"""Norm over each head and rotation of queries and keys, in one launch, forward and backward.
+
+One program takes one token and a block of heads of q or of k; the token's cos and sin are read once per block. Bytes:
+forward reads and writes q and k once; the backward reads the gradients (and, with a norm, q and k) and writes once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+if TYPE_CHECKING:
+    from hasten.ops.rope import QKNorm
+
+
+@triton.jit
+def _load_tables(cos_ptr, sin_ptr, token, T, stride_table, i, half_mask, D, INTERLEAVED: tl.constexpr):
+    """cos and sin of each pair of channels; both members of a pair have the same angle."""
+    step: tl.constexpr = 2 if INTERLEAVED else 1
+    row = (token // T) * stride_table + (token % T) * D
+    cos = tl.load(cos_ptr + row + i * step, mask=half_mask, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + row + i * step, mask=half_mask, other=0.0).to(tl.float32)
+    return cos, sin
+
+
+@triton.jit
+def _qk_rope_fwd(
+    x_ptr, out_ptr, w_ptr, cos_ptr, sin_ptr,
+    stride_token, stride_head, T, H, D, stride_table, stride_w, eps,
+    token, block,
+    ROPE: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, LAYER: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr, FP32_WEIGHT: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    heads = block * HEADS + tl.arange(0, HEADS)
+    i = tl.arange(0, HALF)
+    half_mask = i < D // 2
+    mask = (heads < H)[:, None] & half_mask[None, :]
+    first = tl.where(INTERLEAVED, 2 * i, i)
+    second = tl.where(INTERLEAVED, 2 * i + 1, i + D // 2)
+    base = x_ptr + token * stride_token + heads[:, None].to(tl.int64) * stride_head
+    raw1 = tl.load(base + first[None, :], mask=mask, other=0.0)
+    raw2 = tl.load(base + second[None, :], mask=mask, other=0.0)
+    x1, x2 = raw1.to(tl.float32), raw2.to(tl.float32)
+    if NORM:
+        if LAYER:
+            mean = (tl.sum(x1, axis=1) + tl.sum(x2, axis=1)) / D
+            x1 = tl.where(mask, x1 - mean[:, None], 0.0)
+            x2 = tl.where(mask, x2 - mean[:, None], 0.0)
+        rstd = 1.0 / tl.sqrt((tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)) / D + eps)
+        w_base = w_ptr + heads[:, None] * stride_w
+        w1 = tl.load(w_base + first[None, :], mask=mask, other=0.0).to(tl.float32)
+        w2 = tl.load(w_base + second[None, :], mask=mask, other=0.0).to(tl.float32)
+        if UNIT_OFFSET:
+            w1, w2 = 1.0 + w1, 1.0 + w2
+        x1, x2 = x1 * rstd[:, None], x2 * rstd[:, None]
+        if not FP32_WEIGHT:
+            x1, x2 = x1.to(raw1.dtype).to(tl.float32), x2.to(raw1.dtype).to(tl.float32)
+        x1, x2 = (x1 * w1).to(raw1.dtype).to(tl.float32), (x2 * w2).to(raw1.dtype).to(tl.float32)
+    if ROPE:
+        cos, sin = _load_tables(cos_ptr, sin_ptr, token, T, stride_table, i, half_mask, D, INTERLEAVED)
+        x1, x2 = x1 * cos[None, :] - x2 * sin[None, :], x2 * cos[None, :] + x1 * sin[None, :]
+    out = out_ptr + token * H * D + heads[:, None] * D
+    tl.store(out + first[None, :], x1.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out + second[None, :], x2.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _qk_rope_bwd(
+    d_ptr, x_ptr, out_ptr, w_ptr, dw_ptr, cos_ptr, sin_ptr,
+    stride_d_token, stride_d_head, stride_token, stride_head, T, H, D, stride_table, stride_w, eps,
+    token, block,
+    ROPE: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, LAYER: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr, TRAIN_W: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    heads = block * HEADS + tl.arange(0, HEADS)
+    i = tl.arange(0, HALF)
+    half_mask = i < D // 2
+    mask = (heads < H)[:, None] & half_mask[None, :]
+    first = tl.where(INTERLEAVED, 2 * i, i)
+    second = tl.where(INTERLEAVED, 2 * i + 1, i + D // 2)
+    d_base = d_ptr + token * stride_d_token + heads[:, None].to(tl.int64) * stride_d_head
+    g1 = tl.load(d_base + first[None, :], mask=mask, other=0.0).to(tl.float32)
+    g2 = tl.load(d_base + second[None, :], mask=mask, other=0.0).to(tl.float32)
+    if ROPE:
+        cos, sin = _load_tables(cos_ptr, sin_ptr, token, T, stride_table, i, half_mask, D, INTERLEAVED)
+        g1, g2 = g1 * cos[None, :] + g2 * sin[None, :], g2 * cos[None, :] - g1 * sin[None, :]
+    if NORM:
+        base = x_ptr + token * stride_token + heads[:, None].to(tl.int64) * stride_head
+        x1 = tl.load(base + first[None, :], mask=mask, other=0.0).to(tl.float32)
+        x2 = tl.load(base + second[None, :], mask=mask, other=0.0).to(tl.float32)
+        if LAYER:
+            mean = (tl.sum(x1, axis=1) + tl.sum(x2, axis=1)) / D
+            x1 = tl.where(mask, x1 - mean[:, None], 0.0)
+            x2 = tl.where(mask, x2 - mean[:, None], 0.0)
+        rstd = 1.0 / tl.sqrt((tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)) / D + eps)[:, None]
+        x1, x2 = x1 * rstd, x2 * rstd
+        w_base = w_ptr + heads[:, None] * stride_w
+        w1 = tl.load(w_base + first[None, :], mask=mask, other=0.0).to(tl.float32)
+        w2 = tl.load(w_base + second[None, :], mask=mask, other=0.0).to(tl.float32)
+        if UNIT_OFFSET:
+            w1, w2 = 1.0 + w1, 1.0 + w2
+        if TRAIN_W:
+            dw = dw_ptr + token * H * D + heads[:, None] * D
+            tl.store(dw + first[None, :], g1 * x1, mask=mask)
+            tl.store(dw + second[None, :], g2 * x2, mask=mask)
+        g1, g2 = g1 * w1, g2 * w2
+        centre = ((tl.sum(g1 * x1, axis=1) + tl.sum(g2 * x2, axis=1)) / D)[:, None]
+        shift = ((tl.sum(g1, axis=1) + tl.sum(g2, axis=1)) / D)[:, None]
+        g1, g2 = g1 - x1 * centre, g2 - x2 * centre
+        if LAYER:
+            g1, g2 = g1 - shift, g2 - shift
+        g1, g2 = g1 * rstd, g2 * rstd
+    out = out_ptr + token * H * D + heads[:, None] * D
+    tl.store(out + first[None, :], g1.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out + second[None, :], g2.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _both_fwd(
+    q_ptr, k_ptr, q_out, k_out, wq_ptr, wk_ptr, cos_ptr, sin_ptr,
+    sq_token, sq_head, sk_token, sk_head, T, HQ, HK, D, stride_table, stride_w, eps, q_blocks,
+    ROPE: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, LAYER: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr, FP32_WEIGHT: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    if block < q_blocks:
+        _qk_rope_fwd(
+            q_ptr, q_out, wq_ptr, cos_ptr, sin_ptr, sq_token, sq_head, T, HQ, D, stride_table, stride_w, eps,
+            token, block, ROPE, INTERLEAVED, NORM, LAYER, UNIT_OFFSET, FP32_WEIGHT, HEADS, HALF,
+        )  # fmt: skip
+    else:
+        _qk_rope_fwd(
+            k_ptr, k_out, wk_ptr, cos_ptr, sin_ptr, sk_token, sk_head, T, HK, D, stride_table, stride_w, eps,
+            token, block - q_blocks, ROPE, INTERLEAVED, NORM, LAYER, UNIT_OFFSET, FP32_WEIGHT, HEADS, HALF,
+        )  # fmt: skip
+
+
+@triton.jit
+def _both_bwd(
+    dq_ptr, dk_ptr, q_ptr, k_ptr, dq_out, dk_out, wq_ptr, wk_ptr, dwq_ptr, dwk_ptr, cos_ptr, sin_ptr,
+    sdq_token, sdq_head, sdk_token, sdk_head, sq_token, sq_head, sk_token, sk_head,
+    T, HQ, HK, D, stride_table, stride_w, eps, q_blocks,
+    ROPE: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, LAYER: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr, TRAIN_W: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    if block < q_blocks:
+        _qk_rope_bwd(
+            dq_ptr, q_ptr, dq_out, wq_ptr, dwq_ptr, cos_ptr, sin_ptr, sdq_token, sdq_head, sq_token, sq_head,
+            T, HQ, D, stride_table, stride_w, eps, token, block,
+            ROPE, INTERLEAVED, NORM, LAYER, UNIT_OFFSET, TRAIN_W, HEADS, HALF,
+        )  # fmt: skip
+    else:
+        _qk_rope_bwd(
+            dk_ptr, k_ptr, dk_out, wk_ptr, dwk_ptr, cos_ptr, sin_ptr, sdk_token, sdk_head, sk_token, sk_head,
+            T, HK, D, stride_table, stride_w, eps, token, block - q_blocks,
+            ROPE, INTERLEAVED, NORM, LAYER, UNIT_OFFSET, TRAIN_W, HEADS, HALF,
+        )  # fmt: skip
+
+
+def _plan(q: torch.Tensor, k: torch.Tensor) -> tuple[tuple[int, int], dict[str, int], int]:
+    tokens, (hq, hk, d) = q.shape[0] * q.shape[1], (q.shape[2], k.shape[2], q.shape[3])
+    half = triton.next_power_of_2(d // 2)
+    heads = min(triton.next_power_of_2(max(hq, hk)), max(1, 2048 // half))
+    q_blocks = triton.cdiv(hq, heads)
+    return (tokens, q_blocks + triton.cdiv(hk, heads)), {"HEADS": heads, "HALF": half, "num_warps": 4}, q_blocks
+
+
+def _flat(x: torch.Tensor) -> torch.Tensor:
+    """Rows of one token each: (B, T, H, D) whose B and T strides fold into one and whose channels are contiguous."""
+    foldable = x.stride(3) == 1 and (x.shape[0] == 1 or x.stride(0) == x.stride(1) * x.shape[1])
+    return x if foldable else x.contiguous()
+
+
+def _table_stride(table: torch.Tensor) -> int:
+    return 0 if table.shape[0] == 1 else table.stride(0)
+
+
+class QKRopeFunction(torch.autograd.Function):
+    """Saves cos and sin, and with a norm also q and k as they came."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, wq: Any, wk: Any, cos: Any, sin: Any, rule: Any) -> Any:
+        interleaved, eps, kind, unit_offset, fp32_weight = rule
+        q, k = _flat(q), _flat(k)
+        q_out, k_out = (
+            torch.empty(q.shape, device=q.device, dtype=q.dtype),
+            torch.empty(k.shape, device=k.device, dtype=k.dtype),
+        )
+        grid, meta, q_blocks = _plan(q, k)
+        rope, normed = cos is not None, wq is not None
+        cos, sin = (cos.contiguous(), sin.contiguous()) if rope else (q, q)
+        wq, wk = (wq.contiguous(), wk.contiguous()) if normed else (q, k)
+        if grid[0]:
+            _both_fwd[grid](
+                q, k, q_out, k_out, wq, wk, cos, sin, q.stride(1), q.stride(2), k.stride(1), k.stride(2), q.shape[1],
+                q.shape[2], k.shape[2], q.shape[3], _table_stride(cos) if rope else 0,
+                q.shape[3] if normed and wq.dim() == 2 else 0, eps, q_blocks,
+                ROPE=rope, INTERLEAVED=interleaved, NORM=normed, LAYER=kind == "layer", UNIT_OFFSET=unit_offset,
+                FP32_WEIGHT=fp32_weight, **meta,
+            )  # fmt: skip
+        ctx.save_for_backward(*((q, k, wq, wk) if normed else (None,) * 4), *((cos, sin) if rope else (None,) * 2))
+        ctx.rule, ctx.shapes = rule, (q.shape, k.shape)
+        return q_out, k_out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dq: torch.Tensor, dk: torch.Tensor) -> Any:
+        q, k, wq, wk, cos, sin = ctx.saved_tensors
+        interleaved, eps, kind, unit_offset, _ = ctx.rule
+        dq, dk = _flat(dq), _flat(dk)
+        dq_out, dk_out = (
+            torch.empty(ctx.shapes[0], device=dq.device, dtype=dq.dtype),
+            torch.empty(ctx.shapes[1], device=dk.device, dtype=dk.dtype),
+        )
+        grid, meta, q_blocks = _plan(dq, dk)
+        rope, normed = cos is not None, wq is not None
+        train = normed and (ctx.needs_input_grad[2] or ctx.needs_input_grad[3])
+        partial = [torch.empty(s, device=dq.device, dtype=torch.float32) if train else dq for s in ctx.shapes]
+        x = (q, k) if normed else (dq, dk)
+        if grid[0]:
+            _both_bwd[grid](
+                dq, dk, *x, dq_out, dk_out, wq if normed else dq, wk if normed else dk, *partial,
+                cos if rope else dq, sin if rope else dq,
+                dq.stride(1), dq.stride(2), dk.stride(1), dk.stride(2),
+                x[0].stride(1), x[0].stride(2), x[1].stride(1), x[1].stride(2),
+                dq.shape[1], dq.shape[2], dk.shape[2], dq.shape[3], _table_stride(cos) if rope else 0,
+                dq.shape[3] if normed and wq.dim() == 2 else 0, eps, q_blocks,
+                ROPE=rope, INTERLEAVED=interleaved, NORM=normed, LAYER=kind == "layer", UNIT_OFFSET=unit_offset,
+                TRAIN_W=train, **meta,
+            )  # fmt: skip
+        dwq, dwk = (_sum_to(p, w) for p, w in zip(partial, (wq, wk), strict=True)) if train else (None, None)
+        return dq_out, dk_out, dwq, dwk, None, None, None
+
+
+def _sum_to(partial: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    total = partial.sum((0, 1)) if weight.dim() == 2 else partial.sum((0, 1, 2))
+    return total.to(weight.dtype)
+
+
+def qk_rope(
+    q_BTHD: torch.Tensor,
+    k_BTHD: torch.Tensor,
+    position: tuple[torch.Tensor, torch.Tensor] | None,
+    rotation: str,
+    fp32: bool,
+    qk_norm: QKNorm | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`fp32` needs no case of its own: everything between reading and writing is fp32 here."""
+    cos, sin = position if position is not None else (None, None)
+    interleaved = rotation == "interleaved"
+    if qk_norm is None:
+        rule = (interleaved, 0.0, "rms", False, False)
+        return QKRopeFunction.apply(q_BTHD, k_BTHD, None, None, cos, sin, rule)  # pyright: ignore[reportReturnType]
+    rule = (interleaved, qk_norm.eps, qk_norm.kind, qk_norm.unit_offset, qk_norm.fp32_weight)
+    return QKRopeFunction.apply(q_BTHD, k_BTHD, qk_norm.q_weight, qk_norm.k_weight, cos, sin, rule)  # pyright: ignore[reportReturnType]
