@@ -15,7 +15,9 @@ from hasten.testing import save_tiny
 
 
 def main(checkpoint: str, output: str) -> None:
-    model, tokenizer = FastLanguageModel.from_pretrained(checkpoint, max_seq_length=128, load_in_4bit=False)
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        checkpoint, max_seq_length=128, load_in_4bit=False, dtype=torch.float32
+    )
     model = FastLanguageModel.get_peft_model(
         model, r=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "embed_tokens", "lm_head"]
     )
@@ -38,7 +40,7 @@ def main(checkpoint: str, output: str) -> None:
     tokenizer.save_pretrained(output)
 
     # Base and adapter in one call; training could go on from here.
-    again, _ = FastLanguageModel.from_pretrained(output, max_seq_length=128, load_in_4bit=False)
+    again, _ = FastLanguageModel.from_pretrained(output, max_seq_length=128, load_in_4bit=False, dtype=torch.float32)
     ids = tokenizer("glorp 3 blick", return_tensors="pt").input_ids
     model, again = FastLanguageModel.for_inference(model), FastLanguageModel.for_inference(again)
     with torch.no_grad():

@@ -55,7 +55,7 @@ class _Submodules(importlib.abc.MetaPathFinder):
         """None for every other package. Raises DropInError for `unsloth.<name>`."""
         if fullname.startswith(f"{NAME}.") and isinstance(sys.modules.get(NAME), _Unsloth):
             name = fullname.split(".")[1]
-            raise DropInError(f"{fullname} was imported; hasten stands in for {NAME}. {_instead(name)}", name=fullname)
+            raise DropInError(f"{fullname} was imported; hasten stands in for {NAME}. {_instead(name)}")
 
 
 def install_as_unsloth() -> ModuleType:
