@@ -1,9 +1,10 @@
 """Methods that a hasten model has beyond transformers' and PEFT's own. Mixed into the instance's class when it is patched."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import nn
 
 from hasten.inference import for_inference, generate
 from hasten.overlays import Overlay
@@ -53,19 +54,34 @@ class ModelSurface(Surface):
 
 
 class PeftSurface(Surface, Overlay):
-    """For the PeftModel. `adapter_dtype`: in which dtype LoRA weights train, whatever a trainer casts them to."""
+    """For the PeftModel. Keeps the dtypes in which its weights train, whatever a trainer casts them to.
+
+    TRL's trainers cast every trained weight of a quantised model to bf16 on construction, whose steps lose small updates.
+    """
 
     runs = "adapter"
 
     def train(self, mode: bool = True) -> Any:
-        """As torch's. Entering training gives LoRA weights the dtype that `float32_mixed_precision` promised.
-
-        TRL's trainers cast the adapters of quantised models to bf16 on construction, whose steps lose small updates.
-        """
+        """As torch's. Entering training gives trained weights their dtypes back."""
         super().train(mode)
-        dtype: torch.dtype | None = self.__dict__.get("_hasten_adapter_dtype")
-        if mode and dtype is not None:
-            for name, parameter in self.named_parameters():
-                if parameter.requires_grad and "lora_" in name and parameter.dtype != dtype:
-                    parameter.data = parameter.data.to(dtype)
+        if mode:
+            self._keep_dtypes()
         return self
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """As PEFT's, into weights of their own dtypes: a trainer resumes with it before it enters training."""
+        self._keep_dtypes()
+        return super().load_adapter(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _keep_dtypes(self) -> None:
+        """LoRA weights as `float32_mixed_precision` promised, trained copies of modules as the modules themselves."""
+        dtype: torch.dtype | None = self.__dict__.get("_hasten_adapter_dtype")
+        if dtype is None:
+            return
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad and "lora_" in name and parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
+        for module in self.modules():
+            if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
+                original: Any = module.original_module
+                cast(nn.Module, module.modules_to_save).to(next(original.parameters()).dtype)
