@@ -7,14 +7,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    rename_source_key,
-    revert_weight_conversion,
-)
+from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import cached_file
 
 from hasten.errors import ExportError
@@ -137,17 +131,26 @@ def slots_of(model: Any, names: Iterable[str], slots: Iterable[str]) -> tuple[di
     return found, converted
 
 
-def disk_names_of(model: nn.Module, slots: Iterable[str]) -> dict[str, str]:
+def disk_names_of(model: Any, slots: Iterable[str]) -> dict[str, str]:
     """{tensor name as transformers writes it: name in the model}, for a model without a base checkpoint to copy.
 
-    Raises ExportError for models whose tensors are stored in another layout.
+    The renamings of loading, backwards. Raises ExportError for models whose tensors are stored in another layout.
     """
-    marks = {slot: torch.empty(0, device="meta") for slot in slots}
-    written = revert_weight_conversion(model, marks)  # pyright: ignore[reportArgumentType]
-    by_mark = {id(mark): slot for slot, mark in marks.items()}
-    if set(map(id, written.values())) != set(by_mark):
-        raise ExportError(
-            f"{type(model).__name__} stores its tensors in another layout than it runs them in, and its base checkpoint "
-            "cannot be read; merge with PEFT's merge_and_unload() and save with transformers' save_pretrained()"
-        )
-    return {name: by_mark[id(mark)] for name, mark in written.items()}
+    rules = get_model_conversion_mapping(model, add_legacy=False)
+    layouts: list[Any] = [rule.reverse_transform() for rule in rules if isinstance(rule, WeightConverter)]
+    used = getattr(model, "_weight_conversions", None)  # what loading applied; a prefix is undone only if it was there
+    if used is None:
+        used = [rule for rule in rules if not isinstance(rule, PrefixChange)]
+    renamings: list[Any] = [rule.reverse_transform() for rule in used[::-1] if isinstance(rule, WeightRenaming)]
+    found = {}
+    for slot in slots:
+        if any(layout.rename_source_key(slot)[1] is not None for layout in layouts):
+            raise ExportError(
+                f"{type(model).__name__} stores {slot} in another layout than it runs it in, and its base checkpoint "
+                "cannot be read; merge with PEFT's merge_and_unload() and save with transformers' save_pretrained()"
+            )
+        name = slot
+        for renaming in renamings:
+            name = renaming.rename_source_key(name)[0]
+        found[name] = slot
+    return found
