@@ -20,14 +20,16 @@ def share_of_letters(completions: list[str], **kwargs: object) -> list[float]:
 
 def main(checkpoint: str, output: str) -> None:
     model, tokenizer = FastLanguageModel.from_pretrained(checkpoint, max_seq_length=256, load_in_4bit=True)
-    model = FastLanguageModel.get_peft_model(model, r=16)
+    # The head trains fully: a random base has little else that could change what it writes. Others need no such help.
+    model = FastLanguageModel.get_peft_model(model, r=16, target_modules=["q_proj", "o_proj", "down_proj", "lm_head"])
     args = GRPOConfig(
         output_dir=output,
-        max_steps=6,
-        per_device_train_batch_size=8,
-        num_generations=8,
+        max_steps=12,
+        per_device_train_batch_size=16,
+        num_generations=16,
         max_completion_length=12,
         learning_rate=2e-2,
+        lr_scheduler_type="constant",
         bf16=False,
         gradient_checkpointing=False,  # the model was loaded with its own
         logging_steps=1,

@@ -81,7 +81,7 @@ def test_dpo(example: Callable[[str], str], tmp_path: Path) -> None:
 
 def test_grpo(example: Callable[[str], str], tmp_path: Path) -> None:
     first, last = before_and_after(example("grpo"), "reward")
-    assert 0.0 <= first <= 1.0 and 0.0 <= last <= 1.0
+    assert first < 0.3 and last > 0.6
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
