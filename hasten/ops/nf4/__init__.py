@@ -1,0 +1,43 @@
+"""NF4 weights with doubly quantised scales (Dettmers et al. 2023, arXiv:2305.14314), in bitsandbytes' layout.
+
+dequantize(w)[i] == CODE[nibble i] * scale(i // 64)
+scale(b) == scale_code[scale_index[b]] * scale_of_scales[b // 256] + offset         (or absmax[b] where scales are plain)
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from hasten.ops.backend import Backend, backend_for
+from hasten.ops.nf4 import reference
+
+
+@dataclass(frozen=True)
+class NF4Weight:
+    """What a bitsandbytes 4-bit Linear stores.
+
+    packed: uint8, two codes a byte, the first in the high half. code: (16,) fp32. shape: (out, in). block: codes a scale.
+    scales: (blocks,) fp32, or uint8 indices into scale_code (256,), with scale_of_scales (blocks / 256,) and offset ().
+    """
+
+    packed: torch.Tensor
+    code: torch.Tensor
+    shape: tuple[int, int]
+    scales: torch.Tensor
+    scale_code: torch.Tensor | None = None
+    scale_of_scales: torch.Tensor | None = None
+    offset: torch.Tensor | None = None
+    block: int = 64
+    scale_block: int = 256
+
+
+def dequantize_nf4(
+    weight: NF4Weight, dtype: torch.dtype, out: torch.Tensor | None = None, backend: Backend | None = None
+) -> torch.Tensor:
+    """The dense (out, in) matrix in `dtype`; into `out` where given: that shape, channels contiguous, rows may be apart."""
+    if backend_for(weight.packed, backend) == "triton":
+        from hasten.ops.nf4 import kernel
+
+        return kernel.dequantize_nf4(weight, dtype, out)
+    dense = reference.dequantize_nf4(weight, dtype)
+    return dense if out is None else out.copy_(dense)
