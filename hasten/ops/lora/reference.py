@@ -1,0 +1,29 @@
+"""LoRA linears and the gated MLP in plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from hasten.ops.glu.reference import glu
+
+if TYPE_CHECKING:
+    from hasten.ops.lora import LoraLinear
+
+
+def lora_linears(x: torch.Tensor, linears: Sequence[LoraLinear]) -> tuple[torch.Tensor, ...]:
+    return tuple(_linear(x, linear) for linear in linears)
+
+
+def _linear(x: torch.Tensor, linear: LoraLinear) -> torch.Tensor:
+    y = torch.nn.functional.linear(x, linear.weight.dense(x.dtype), linear.bias)
+    if linear.a is None or linear.b is None:
+        return y
+    return y + linear.scale * ((x @ linear.a.to(x.dtype).T) @ linear.b.to(x.dtype).T)
+
+
+def lora_mlp(x: torch.Tensor, linears: tuple[LoraLinear, LoraLinear, LoraLinear], activation: str) -> torch.Tensor:
+    gate, up, down = linears
+    return _linear(glu(_linear(x, gate), _linear(x, up), activation), down)
