@@ -39,11 +39,10 @@ def generate(model: Any, stock_generate: Callable[..., Any], *args: Any, **kwarg
         if prompt.needs_realigning():
             prompt = prompt.left_padded()
             changed |= {**prompt.tensors, "attention_mask": prompt.mask_BS}
-    for name, value in changed.items():
-        home = call.arguments if name in call.signature.parameters else call.arguments.setdefault(catch_all or "", {})
-        home[name] = value
+    call.arguments.update({name: value for name, value in changed.items() if name in call.signature.parameters})
+    others = {name: value for name, value in changed.items() if name not in call.signature.parameters}
     with evaluating(model):
-        return stock_generate(*call.args, **call.kwargs)
+        return stock_generate(*call.args, **{**call.kwargs, **others})
 
 
 def _setting(model: Any, named: dict[str, Any], name: str) -> Any:
