@@ -1,0 +1,272 @@
+"""The demo from end to end, told while it happens. Raises AccuracyError where a promise was not kept."""
+
+import json
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.syntax import Syntax
+from rich.table import Table
+
+import hasten
+from hasten.demo.base import BaseSize, pretrain
+from hasten.demo.corpus import Corpus, Question, build
+from hasten.demo.evaluate import Score, score
+from hasten.demo.verify import Agreement, compare_in_plain_transformers
+from hasten.errors import AccuracyError
+from hasten.model import FastLanguageModel
+from hasten.training.config import read_job
+from hasten.training.curve import sparkline
+from hasten.training.job import Finished, run
+from hasten.training.metrics import MetricsFile, losses
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much the demo does. facts: of the standard library. epochs: passes of the fine-tuning over its questions."""
+
+    facts: int
+    base: BaseSize
+    epochs: int
+    rank: int
+    learning_rate: float = 2e-3
+    batch: int = 16
+
+
+FULL = Size(facts=300, base=BaseSize(hidden=256, layers=4, vocabulary=2048, steps=700), epochs=10, rank=32)
+QUICK = Size(facts=60, base=BaseSize(hidden=128, layers=2, vocabulary=768, steps=60), epochs=6, rank=16)
+
+SETS = {
+    "reworded": "facts that were taught, in a wording that was not",
+    "untaught": "facts that were never taught (the base has only read their documentation)",
+}
+SHOWN = 4
+
+
+@dataclass
+class Story:
+    """What is known so far. seconds: wall time of each chapter."""
+
+    out: Path
+    size: Size
+    console: Console
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def base(self) -> Path:
+        return self.out / "base"
+
+    @contextmanager
+    def chapter(self, title: str) -> Iterator[None]:
+        """A heading, and the time that what follows it takes."""
+        self.console.rule(f"[bold]{len(self.seconds) + 1}. {title}", align="left")
+        start = time.monotonic()
+        yield
+        self.seconds[title] = round(time.monotonic() - start, 1)
+
+
+def tell(out: Path, console: Console, size: Size = FULL) -> dict[str, Any]:
+    """Runs the demo, leaves its artefacts in `out`, and returns what summary.json holds.
+
+    Artefacts: base/ and model/ (adapter) and merged/, train.jsonl, job.yaml, metrics.jsonl, loss.png, answers.json,
+    report.txt, logits.json, summary.json. Raises AccuracyError where a held-out loss did not fall or the merged model's
+    logits are not those of base + adapter.
+    """
+    story = Story(out.resolve(), size, console)
+    story.out.mkdir(parents=True, exist_ok=True)
+    with story.chapter("Questions and answers from this machine's own Python"):
+        corpus = _collect(story)
+    with story.chapter("A base model, from random weights"):
+        _pretrain(story, corpus)
+    with story.chapter("What the base answers, loaded in 4 bits"):
+        before = _before(story, corpus)
+    with story.chapter("QLoRA: TRL's SFTTrainer on a hasten model"):
+        finished = _finetune(story)
+    with story.chapter("What it answers now"):
+        after = _after(story, corpus, finished, before)
+    with story.chapter("Merged to 16 bits, reloaded in plain transformers"):
+        agreement = _merge(story, corpus, finished)
+    summary = _summary(story, before, after, agreement)
+    _check(before, after, agreement)
+    console.print(f"\n[bold green]Done in {sum(story.seconds.values()):.0f} s.[/] Everything is in {out}")
+    return summary
+
+
+def _collect(story: Story) -> Corpus:
+    corpus = build(story.size.facts)
+    with (story.out / "train.jsonl").open("w", encoding="utf-8") as file:
+        for question in corpus.train:
+            file.write(json.dumps({"messages": question.messages()}) + "\n")
+    first = corpus.train[len(corpus.train) // 2]
+    lines = [
+        f"[bold]{len(corpus.train)}[/] questions to learn from, nothing downloaded. One of them:",
+        f"  [cyan]{first.question}[/]  ->  {first.answer}",
+        *(f"held out: [bold]{len(getattr(corpus, name))}[/] {what}" for name, what in SETS.items()),
+    ]
+    story.console.print("\n".join(lines))
+    return corpus
+
+
+def _pretrain(story: Story, corpus: Corpus) -> None:
+    size = story.size.base
+    parameters = sum(p.numel() for p in _shape(size).parameters())
+    story.console.print(
+        f"Llama with {size.layers} layers of width {size.hidden}, {parameters / 1e6:.1f} M parameters, byte-level BPE; "
+        f"it reads {len(corpus.documents)} short pages of documentation again and again."
+    )
+    columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(24), TextColumn("loss {task.fields[loss]}"))
+    with Progress(*columns, console=story.console) as progress:
+        task = progress.add_task("", total=size.steps, loss="")
+        curve = pretrain(
+            corpus.documents,
+            size,
+            story.base,
+            lambda step, loss: progress.update(task, completed=step, loss=f"{loss:.3f}"),
+        )
+    story.console.print(f"loss {curve[0]:.2f} {sparkline(curve)} {curve[-1]:.2f}")
+
+
+def _before(story: Story, corpus: Corpus) -> dict[str, Score]:
+    model, tokenizer = FastLanguageModel.from_pretrained(str(story.base), **_model_options())
+    scores = _scores(FastLanguageModel.for_inference(model), tokenizer, corpus)
+    for question, answer in _shown(corpus, scores)[:2]:
+        story.console.print(f"  [cyan]{question.question}[/]  ->  [red]{answer or '(nothing)'}[/]")
+    story.console.print("It has read the documentation, but nobody taught it to answer.")
+    return scores
+
+
+def _finetune(story: Story) -> Finished:
+    job = {
+        "model": {"model_name": "base", **_model_options()},
+        "adapter": {
+            "r": story.size.rank,
+            "lora_alpha": 2 * story.size.rank,
+            "use_gradient_checkpointing": False,
+        },
+        "data": {"path": "train.jsonl", "too_long": "error"},
+        "train": {
+            "output_dir": ".",
+            "assistant_only_loss": True,
+            "num_train_epochs": story.size.epochs,
+            "per_device_train_batch_size": story.size.batch,
+            "learning_rate": story.size.learning_rate,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 10,
+            "save_strategy": "no",
+            "seed": 3407,
+        },
+    }
+    path = story.out / "job.yaml"
+    path.write_text(yaml.safe_dump(job, sort_keys=False), encoding="utf-8")
+    shown = Syntax(path.read_text(encoding="utf-8"), "yaml", background_color="default")
+    story.console.print(Panel(shown, title=f"hasten train {path.name}", title_align="left", expand=False))
+    finished = run(read_job(path), FastLanguageModel.from_pretrained, FastLanguageModel.get_peft_model, story.console)
+    curve = [loss for _, loss in losses(MetricsFile(story.out / "metrics.jsonl").rows())]
+    story.console.print(f"loss {curve[0]:.2f} {sparkline(curve)} {curve[-1]:.2f}   {finished.counts}")
+    return finished
+
+
+def _after(story: Story, corpus: Corpus, finished: Finished, before: dict[str, Score]) -> dict[str, Score]:
+    after = _scores(FastLanguageModel.for_inference(finished.model), finished.tokenizer, corpus)
+    table = Table("question (held out)", "documented answer", "before", "after", show_lines=True)
+    for (question, old), (_, new) in zip(_shown(corpus, before), _shown(corpus, after), strict=True):
+        colour = "green" if new == question.answer else "yellow"
+        table.add_row(f"[cyan]{question.question}[/]", question.answer, f"[red]{old}[/]", f"[{colour}]{new}[/]")
+    story.console.print(table)
+    figures = Table("held-out set", "loss before", "loss after", "to the letter before", "to the letter after")
+    for name, what in SETS.items():
+        old, new = before[name], after[name]
+        exact = [f"{score.exact} of {score.total}" for score in (old, new)]
+        figures.add_row(what, f"{old.loss:.3f}", f"[bold]{new.loss:.3f}[/]", *exact)
+    story.console.print(figures)
+    answers = [
+        {"set": name, **asdict(question), "before": old, "after": new}
+        for name in SETS
+        for question, old, new in zip(getattr(corpus, name), before[name].answers, after[name].answers, strict=True)
+    ]
+    _write_json(story.out / "answers.json", answers)
+    report = str(hasten.report(finished.model))
+    (story.out / "report.txt").write_text(report + "\n", encoding="utf-8")
+    story.console.print(Panel(report, title="hasten.report(model)", title_align="left", expand=False))
+    return after
+
+
+def _merge(story: Story, corpus: Corpus, finished: Finished) -> Agreement:
+    merged = story.out / "merged"
+    finished.model.save_pretrained_merged(merged, finished.tokenizer, save_method="merged_16bit")
+    agreement = compare_in_plain_transformers(
+        story.base, finished.saved, merged, finished.tokenizer, [*corpus.reworded, *corpus.untaught], story.out
+    )
+    story.console.print(
+        f"{agreement.tokens} tokens, a fresh process without hasten: logits of the merged model are at most "
+        f"[bold]{agreement.max_difference:.4f}[/] from base + adapter (the adapter moves them by up to "
+        f"{agreement.max_effect_of_adapter:.1f}); {agreement.share:.2%} of its effect is rounding to 16 bits; "
+        f"the most likely token is the same at {agreement.same_argmax:.2%} of positions"
+    )
+    return agreement
+
+
+def _summary(story: Story, before: Any, after: Any, agreement: Agreement) -> dict[str, Any]:
+    def figures(scores: dict[str, Score]) -> dict[str, Any]:
+        return {name: {"loss": s.loss, "exact": s.exact, "total": s.total} for name, s in scores.items()}
+
+    summary = {
+        "held_out": {"before": figures(before), "after": figures(after)},
+        "merge": {**asdict(agreement), "share": agreement.share},
+        "seconds": {**story.seconds, "total": round(sum(story.seconds.values()), 1)},
+        "size": asdict(story.size),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    _write_json(story.out / "summary.json", summary)
+    return summary
+
+
+def _check(before: dict[str, Score], after: dict[str, Score], agreement: Agreement) -> None:
+    for name in SETS:
+        if not after[name].loss < before[name].loss:
+            raise AccuracyError(
+                f"fine-tuning did not help: loss on the {name} questions was {before[name].loss:.4f} before and is "
+                f"{after[name].loss:.4f} after"
+            )
+    agreement.check()
+
+
+def _model_options() -> dict[str, Any]:
+    """Rows are short, so no activation needs to be recomputed."""
+    return {"max_seq_length": 128, "load_in_4bit": True, "use_gradient_checkpointing": False}
+
+
+def _scores(model: Any, tokenizer: Any, corpus: Corpus) -> dict[str, Score]:
+    return {name: score(model, tokenizer, getattr(corpus, name)) for name in SETS}
+
+
+def _shown(corpus: Corpus, scores: dict[str, Score]) -> list[tuple[Question, str]]:
+    """Some questions of each set, with the answers given."""
+    counts = {"reworded": SHOWN, "untaught": SHOWN // 2}
+    return [
+        pair
+        for name, count in counts.items()
+        for pair in list(zip(getattr(corpus, name), scores[name].answers, strict=True))[:count]
+    ]
+
+
+def _shape(size: BaseSize) -> Any:
+    from transformers import LlamaForCausalLM
+
+    with torch.device("meta"):
+        return LlamaForCausalLM(size.config())
+
+
+def _write_json(path: Path, value: Sequence[Any] | dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
