@@ -9,6 +9,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hasten.ops import QKNorm, attend, qk_rope
 from hasten.overlays.base import Overlay
+from hasten.overlays.fused_linears import linears
 from hasten.overlays.norm import NormFacts
 
 
@@ -40,16 +41,17 @@ class AttentionOverlay(Overlay):
         """hidden_states: (B, T, E); cos and sin: (B or 1, T, D). Returns (B, T, E) and the weights, if the backend has them."""
         facts = self.facts
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q, k, v = linears(hidden_states, (self.q_proj, self.k_proj, self.v_proj), self.training)
         q_BTHD, k_BTHD = qk_rope(
-            self.q_proj(hidden_states).view(heads),
-            self.k_proj(hidden_states).view(heads),
+            q.view(heads),
+            k.view(heads),
             position_embeddings if facts.use_rope else None,
             facts.rotation,
             facts.rope_fp32,
             self._qk_norm(),
         )
         query, key = q_BTHD.transpose(1, 2), k_BTHD.transpose(1, 2)
-        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        value = v.view(heads).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
@@ -62,7 +64,8 @@ class AttentionOverlay(Overlay):
         attended, weights = backend(
             self, query, key, value, attention_mask, dropout=dropout, scaling=facts.scale, **kwargs
         )
-        return self.o_proj(attended.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
+        (out,) = linears(attended.reshape(*hidden_states.shape[:-1], -1), (self.o_proj,), self.training)
+        return out, weights
 
     def _qk_norm(self) -> QKNorm | None:
         facts = self.facts.qk_norm

@@ -37,7 +37,7 @@ def unwrap(module: Any) -> tuple[nn.Module, list[Any]]:
             return module, layers[::-1]
 
 
-def base_layer_of(module: nn.Module) -> nn.Module:
+def base_layer_of(module: Any) -> nn.Module:
     """The layer that PEFT wrapped, through any number of wrappers; a trained copy where `modules_to_save` made one."""
     return unwrap(module)[0]
 
@@ -50,7 +50,7 @@ def active_adapters(layer: nn.Module) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
 
 
-def read_lora(module: nn.Module, training: bool) -> tuple[LoraPair | None, str | None]:
+def read_lora(module: Any, training: bool) -> tuple[LoraPair | None, str | None]:
     """(pair, None) for a plain LoRA, (None, None) where no adapter acts, (None, reason) for what must go through PEFT.
 
     `training`: whether dropout acts. Reasons name what stands in the way of the fused path: several adapters, DoRA or
@@ -70,7 +70,7 @@ def read_lora(module: nn.Module, training: bool) -> tuple[LoraPair | None, str |
     return _read_layer(acting[0], training) if acting else (None, None)
 
 
-def read_linear(module: nn.Module, training: bool) -> tuple[nn.Module | None, LoraPair | None, str | None]:
+def read_linear(module: Any, training: bool) -> tuple[nn.Linear | None, LoraPair | None, str | None]:
     """(base Linear, LoRA or None, None) where both together are all that `module` computes, else (None, None, reason)."""
     pair, reason = read_lora(module, training)
     base = base_layer_of(module)

@@ -1,0 +1,38 @@
+"""Chooses between a module's own forward and the fused LoRA ops, anew at each call: adapters come and go.
+
+The ops run on a GPU, where every projection that reads the input is a frozen weight with at most one plain LoRA. What
+stands in the way of one projection is named by `weights.frozen_linear`, and the report shows it.
+"""
+
+from typing import Any
+
+import torch
+
+from hasten.ops.backend import backend_for
+from hasten.ops.lora import LoraLinear, lora_linears
+from hasten.weights import frozen_linear
+
+
+def fused_input(
+    x: torch.Tensor, modules: tuple[Any, ...], training: bool
+) -> tuple[torch.Tensor, tuple[LoraLinear, ...]] | None:
+    """(x in the dtype to multiply in, the linears), or None where the modules' own forwards must run."""
+    if backend_for(x) != "triton":
+        return None
+    found = []
+    for module in modules:
+        linear, reason = frozen_linear(module, training)
+        if linear is None or reason is not None:
+            return None
+        found.append(linear)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return x, tuple(found)
+
+
+def linears(x: torch.Tensor, modules: tuple[Any, ...], training: bool) -> tuple[torch.Tensor, ...]:
+    """Each module's output for x (..., in): by one fused op, or by their own forwards."""
+    fused = fused_input(x, modules, training)
+    if fused is None:
+        return tuple(module(x) for module in modules)
+    return lora_linears(*fused)
