@@ -84,13 +84,17 @@ def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
     return model.eval()(ids).logits.float()
 
 
-def fresh_logits(folders: list[Any], scratch: Path, ids: torch.Tensor = IDS, cwd: Path | None = None) -> list[torch.Tensor]:
+def fresh_logits(
+    folders: list[Any], scratch: Path, ids: torch.Tensor = IDS, cwd: Path | None = None
+) -> list[torch.Tensor]:
     """Logits of each (folder, adapter or None) in a new process with plain transformers and PEFT, offline, in fp32."""
     out = scratch / "fresh.safetensors"
     pairs = [(str(f[0]), str(f[1]) if f[1] else None) if isinstance(f, tuple) else (str(f), None) for f in folders]
     job = json.dumps({"folders": pairs, "ids": ids.tolist(), "out": str(out)})
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-    done = subprocess.run([sys.executable, "-c", FRESH, job], env=env, cwd=cwd or scratch, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH, job], env=env, cwd=cwd or scratch, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = load_file(out)
     return [found[str(number)] for number in range(len(folders))]

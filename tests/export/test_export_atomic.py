@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -43,11 +42,11 @@ from hasten.errors import ExportError
 from hasten.export import save_merged
 model = adapt(load(Path(sys.argv[2])))
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
-try:
-    save_merged(model, sys.argv[3], max_shard_size="60KB", save_method=sys.argv[4])
-except ExportError as error:
-    print(error)
-    sys.exit(3)
+for method in ("merged_16bit", "merged_4bit", "lora"):
+    try:
+        save_merged(model, sys.argv[3], max_shard_size="60KB", save_method=method)
+    except ExportError as error:
+        print(method, error)
 """
 
 
@@ -70,54 +69,43 @@ def _loads(folder: Path) -> bool:
     return True
 
 
-@pytest.mark.parametrize("replacing", [False, True])
-def test_killed_in_the_middle(tmp_path: Path, replacing: bool) -> None:
+def test_killed_in_the_middle_of_a_replacement(tmp_path: Path) -> None:
+    """A living writer's folder is left alone by others; a dead one's does not look valid, and is cleared away."""
     base = base_folder(tmp_path / "base")
     home = tmp_path / "home"
-    home.mkdir()
     model = adapt(load(base))
-    if replacing:
-        save_merged(model, home / "out")
+    save_merged(model, home / "out")
     before = contents(home)
     process = _run(KILLED, base, home / "out")
     assert process.stdout is not None
-    written = process.stdout.readline()
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    left = Path(written.strip()).parent
-    assert left.parent == home, "the script was not killed while it wrote"
+    left = Path(process.stdout.readline().strip()).parent
+    try:
+        assert left.parent == home, "the script does not write where it should"
+        assert contents(home / "out") == {k.removeprefix("out/"): v for k, v in before.items()}
+        save_merged(model, home / "other")
+        save_merged(model, home / "out")
+        assert list(left.iterdir())
+        shutil.rmtree(home / "other")
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
     assert list(left.iterdir())
     assert not _loads(left)
     assert not (left / "config.json").exists()
-    assert (home / "out").exists() is replacing
     assert {k: v for k, v in contents(home).items() if not k.startswith(left.name)} == before
     save_merged(model, home / "out")  # clears away what the killed one left
     assert [path.name for path in home.iterdir()] == ["out"]
     assert _loads(home / "out")
 
 
-def test_living_writer_is_left_alone(tmp_path: Path) -> None:
-    base = base_folder(tmp_path / "base")
-    process = _run(KILLED, base, tmp_path / "out")
-    assert process.stdout is not None
-    left = Path(process.stdout.readline().strip()).parent
-    try:
-        save_merged(adapt(load(base)), tmp_path / "out")
-        assert left.is_dir()
-        assert list(left.iterdir())
-    finally:
-        process.kill()
-        process.communicate()
-
-
-@pytest.mark.parametrize("method", ["merged_16bit", "merged_4bit", "lora"])
-def test_disk_full_in_the_middle(tmp_path: Path, method: str) -> None:
+def test_disk_full_in_the_middle(tmp_path: Path) -> None:
     base = base_folder(tmp_path / "base")
     home = tmp_path / "home"
     home.mkdir()
-    out, errors = (process := _run(FULL, base, home / "out", method)).communicate()
-    assert process.returncode == 3, errors[-2000:]
-    assert "could not be written" in out
+    out, errors = (process := _run(FULL, base, home / "out")).communicate()
+    assert process.returncode == 0, errors[-2000:]
+    for method in ("merged_16bit", "merged_4bit", "lora"):
+        assert f"{method} {home / 'out'} could not be written" in out
     assert list(home.iterdir()) == []
 
 
@@ -262,13 +250,11 @@ print(peak[0] - before)
 
 
 def test_memory_stays_under_two_shards(tmp_path: Path) -> None:
-    """24 matrices of 4 MiB a layer group, 16 MiB shards; the checkpoint is many times what may be held at once."""
-    shard = 16 * 2**20
+    """Matrices of 4 MiB in shards of 16 MB; the checkpoint is many times what may be held at once."""
+    shard = 16 * 10**6
     sizes = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 8, "head_dim": 128}
-    base = base_folder(tmp_path / "base", dtype=torch.bfloat16, max_shard_size=str(shard), **sizes)
+    base = base_folder(tmp_path / "base", dtype=torch.bfloat16, max_shard_size="16MB", **sizes)
     assert sum(path.stat().st_size for path in base.glob("*.safetensors")) > 6 * shard
-    started = time.monotonic()
     out, errors = (process := _run(MEMORY, base, tmp_path / "out", shard)).communicate()
     assert process.returncode == 0, errors[-2000:]
     assert int(out) < 2 * shard, f"{int(out) / shard:.2f} shards above the model"
-    assert time.monotonic() - started < 60
