@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from hasten.errors import CheckpointError
+from hasten.loading.vocabulary import seeded
 from hasten.patching.contract import stock_class
 from hasten.patching.plan import causal_lm_of
 
@@ -58,7 +59,8 @@ def attach(
         listed = "\n  ".join(problems)
         raise CheckpointError(f"the adapter in {folder} does not fit this model, nothing was attached:\n  {listed}")
     _warn_of_other_base(causal_lm, config)
-    return PeftModel.from_pretrained(causal_lm, str(folder), is_trainable=trainable, config=config)
+    with seeded(0):  # PEFT draws an adapter before it reads one; the caller's generators stay as they are
+        return PeftModel.from_pretrained(causal_lm, str(folder), is_trainable=trainable, config=config)
 
 
 def _fetch(source: str, token: str | bool | None, revision: str | None) -> Path:

@@ -73,10 +73,12 @@ def read_lora(module: Any, training: bool) -> tuple[LoraPair | None, str | None]
 def read_linear(module: Any, training: bool) -> tuple[nn.Linear | None, LoraPair | None, str | None]:
     """(base Linear, LoRA or None, None) where both together are all that `module` computes, else (None, None, reason)."""
     pair, reason = read_lora(module, training)
+    if reason is not None:
+        return None, None, reason
     base = base_layer_of(module)
-    if reason is None and type(base) is not nn.Linear:
-        reason = f"held as {type(base).__name__}"
-    return (None, None, reason) if reason is not None else (base, pair, None)
+    if type(base) is not nn.Linear:
+        return None, None, f"held as {type(base).__name__}"
+    return base, pair, None
 
 
 def _acting_copy(wrapper: Any) -> nn.Module | None:

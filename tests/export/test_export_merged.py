@@ -68,7 +68,7 @@ def test_every_target_is_the_fp32_sum_cast_once_and_all_else_is_the_base(tmp_pat
     model = adapt(load(base, NF4), target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 2})
     save_merged(model, tmp_path / "out", max_shard_size="50KB")
     old, new = tensors(base), tensors(tmp_path / "out")
-    assert list(sorted(old)) == list(sorted(new))
+    assert sorted(old) == sorted(new)
     changed = 0
     for name, tensor in old.items():
         assert new[name].dtype == dtype

@@ -86,6 +86,14 @@ def test_every_kind_comes_back_as_it_was(tmp_path: Path, kind: str) -> None:
     assert {name for name, p in again.named_parameters() if p.requires_grad} == trained
 
 
+def test_the_callers_random_numbers_go_on(tmp_path: Path) -> None:
+    _, folder = _adapter(tmp_path)
+    model = _base(tmp_path / "base")
+    state = torch.random.get_rng_state()
+    attach(model, folder)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
 def test_frozen_when_not_trainable(tmp_path: Path) -> None:
     _, folder = _adapter(tmp_path, "trained copies")
     model = attach(_base(tmp_path / "base"), str(folder), trainable=False)
