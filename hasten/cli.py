@@ -1,0 +1,247 @@
+"""The `hasten` command. Every command is a few lines on top of the library; what is printed is printed here."""
+
+import logging
+import sys
+import warnings
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from typer.core import TyperGroup
+
+from hasten.errors import HastenError
+
+FAILED = 2
+"""Exit code of every error that hasten raises on purpose. 1 is the doctor's, for a machine with a fault."""
+COLOURS = {"ok": "green", "note": "yellow", "fault": "bold red"}
+
+
+class Commands(TyperGroup):
+    """Errors meant for users end a command with their message, not with a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command; `--debug` lets its errors through."""
+        try:
+            return super().invoke(ctx)
+        except HastenError as error:
+            if ctx.params.get("debug"):
+                raise
+            Console(stderr=True).print(f"[bold red]{type(error).__name__}:[/] [red]{escape(str(error))}[/]")
+            raise typer.Exit(FAILED) from error
+
+
+class Storage(StrEnum):
+    """How the weights are held."""
+
+    four = "4bit"
+    eight = "8bit"
+    sixteen = "16bit"
+
+
+class Method(StrEnum):
+    """What is written, as in `save_pretrained_merged`."""
+
+    sixteen = "merged_16bit"
+    four = "merged_4bit"
+    lora = "lora"
+
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+ModelName = Annotated[str, typer.Argument(help="A folder or hub id: a model, or an adapter (its base is loaded too).")]
+Held = Annotated[Storage, typer.Option("--load", help="How the weights are held.")]
+
+
+@app.callback()
+def main(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")] = False,
+) -> None:
+    """Fast, lean and exact fine-tuning of Hugging Face causal language models."""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
+    quick: Annotated[bool, typer.Option(help="A much smaller model: half a minute, and poor answers.")] = False,
+) -> None:
+    """Make a small language model, teach it with QLoRA, test it, merge it and check the merge. Downloads nothing."""
+    quiet()
+    from hasten.demo.story import FULL, QUICK, tell
+
+    tell(out, Console(), QUICK if quick else FULL)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML file with model:, adapter:, data:, train: and save:.")],
+    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint of the run.")] = False,
+) -> None:
+    """Fine-tune a model as a YAML file says."""
+    quiet()
+    from hasten.model import FastLanguageModel
+    from hasten.training.config import read_job
+    from hasten.training.job import run as run_job
+
+    console = Console()
+    done = run_job(
+        read_job(config), FastLanguageModel.from_pretrained, FastLanguageModel.get_peft_model, console, resume
+    )
+    console.print(f"{done.steps} steps, mean loss {done.loss:.4f}; {done.counts}")
+    if done.dropped:
+        console.print(f"[yellow]{done.dropped} rows were dropped for being too long[/]")
+    console.print(f"model: {done.saved}\nmetrics and curve: {done.folder}", soft_wrap=True)
+
+
+@app.command()
+def generate(
+    model: ModelName,
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One or more prompts, each answered.")],
+    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 = always the most likely token.")] = 0.0,
+    raw: Annotated[bool, typer.Option(help="Continue the text as it is, without the chat template.")] = False,
+    max_seq_length: Annotated[int, typer.Option(help="Prompt and answer together.")] = 2048,
+    load: Held = Storage.four,
+) -> None:
+    """Answer prompts, token by token."""
+    quiet()
+    from transformers import TextStreamer
+
+    class Printer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            typer.echo(text, nl=stream_end)
+
+    network, tokenizer = _load(model, load, max_seq_length)
+    network.for_inference()
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    for prompt in prompts:
+        if raw or not tokenizer.chat_template:
+            inputs = tokenizer(prompt, return_tensors="pt")
+        else:
+            inputs = tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+        network.generate(
+            input_ids=inputs["input_ids"].to(network.device),
+            attention_mask=inputs["attention_mask"].to(network.device),
+            max_new_tokens=max_new_tokens,
+            streamer=Printer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            **sampling,
+        )
+
+
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(help="A folder or hub id that holds an adapter.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    method: Annotated[Method, typer.Option(help="What to write.")] = Method.sixteen,
+) -> None:
+    """Merge an adapter into its base and write an ordinary checkpoint."""
+    quiet()
+    from hasten.model import FastLanguageModel
+
+    network, tokenizer = FastLanguageModel.from_pretrained(adapter, load_in_16bit=True, device_map="cpu")
+    done: Any = network.save_pretrained_merged(out, tokenizer, save_method=method.value)
+    divergence = "" if done.kl is None else f", KL divergence from 16 bits {done.kl:.4g} nats per token"
+    Console().print(f"{done.folder}: {done.method}, {_size(done.bytes)}{divergence}", soft_wrap=True)
+
+
+@app.command()
+def report(model: ModelName, load: Held = Storage.four) -> None:
+    """Load a model and show what runs in each of its modules, and why."""
+    quiet()
+    from hasten.patching import report as report_of
+
+    network, _ = _load(model, load, 2048)
+    typer.echo(str(report_of(network)))
+
+
+@app.command()
+def estimate(
+    model: Annotated[str, typer.Argument(help="A folder or hub id; only its config is read.")],
+    seq_len: Annotated[int, typer.Option(help="Tokens of a row.")] = 2048,
+    batch_size: Annotated[int, typer.Option(help="Rows of a step.")] = 1,
+    rank: Annotated[int, typer.Option(help="Rank of the LoRA on all Linears.")] = 16,
+    load: Held = Storage.four,
+    checkpointing: Annotated[bool, typer.Option(help="Recompute layers in the backward.")] = True,
+    full_finetuning: Annotated[bool, typer.Option(help="All weights train.")] = False,
+) -> None:
+    """Estimate the peak memory of a training step from the config alone."""
+    quiet()
+    from hasten.estimation import estimate as estimate_of
+
+    dense = full_finetuning or load is Storage.sixteen
+    found = estimate_of(
+        model,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        rank=rank,
+        quantization=None if dense else "4bit" if load is Storage.four else "8bit",
+        checkpointing=checkpointing,
+        full_finetuning=full_finetuning,
+    )
+    table = Table("part", "memory", title=f"{model}: one step of {batch_size} x {seq_len} tokens")
+    for part, size in found.parts().items():
+        table.add_row(part, _size(size))
+    table.add_section()
+    table.add_row("[bold]total", f"[bold]{_size(found.total)}")
+    Console().print(table)
+
+
+@app.command()
+def doctor() -> None:
+    """Check versions, GPU, disk and optional parts. Exits with 1 if something is at fault, and says how to mend it."""
+    from hasten.doctor import examine, faults, look
+
+    findings = examine(look())
+    table = Table("", "", "found", "what to do")
+    for finding in findings:
+        level = f"[{COLOURS[finding.level]}]{finding.level}[/]"
+        table.add_row(level, finding.subject, escape(finding.found), escape(finding.mend))
+    Console().print(table)
+    if count := len(faults(findings)):
+        Console(stderr=True).print(f"[bold red]{count} fault{'s' if count > 1 else ''}[/]")
+        raise typer.Exit(1)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def run(ctx: typer.Context, script: Annotated[Path, typer.Argument(help="A Python script.")]) -> None:
+    """Run a script written for unsloth, with its arguments, on hasten."""
+    from hasten.dropin import run as run_script
+
+    run_script(script, ctx.args)
+
+
+def quiet() -> None:
+    """Leaves the terminal to the command: no progress bars and no advice from the libraries below, only errors."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    logging.getLogger("hasten").handlers = [handler]
+    try:
+        import datasets
+    except ImportError:
+        return  # only `train` and `demo` need it, and say so
+    datasets.disable_progress_bars()
+
+
+def _load(model: str, storage: Storage, max_seq_length: int) -> tuple[Any, Any]:
+    from hasten.model import FastLanguageModel
+
+    options: dict[str, Any] = {f"load_in_{storage.value}": True}
+    return FastLanguageModel.from_pretrained(model, max_seq_length, **options)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
