@@ -1,7 +1,6 @@
 """The `hasten` command. Every command is a few lines on top of the library; what is printed is printed here."""
 
 import logging
-import sys
 import warnings
 from enum import StrEnum
 from pathlib import Path
@@ -226,9 +225,6 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    logging.getLogger("hasten").handlers = [handler]
     try:
         import datasets
     except ImportError:
