@@ -41,12 +41,11 @@ def sft_config(model: Any, **kwargs: Any) -> "SFTConfig":
     packing = bool(kwargs.get("packing", False))
     uncut = bool(kwargs.get("padding_free", False)) and not packing
     base = causal_lm_of(model)
-    settings = {
-        "max_length": None if uncut else limit,
-        "gradient_checkpointing": False,
-        "use_cpu": base.device.type == "cpu",
-        **kwargs,
-    }
+    settings = {"max_length": None if uncut else limit, "use_cpu": base.device.type == "cpu", **kwargs}
+    # Renamed in transformers 5.23; the old name warns there, and stays the one that callers know.
+    new = "activation_checkpointing"
+    name = new if new in SFTConfig.__dataclass_fields__ else "gradient_checkpointing"
+    settings.setdefault(name, settings.pop("gradient_checkpointing", False))
     if "bf16" not in kwargs and "fp16" not in kwargs:
         settings |= {"bf16": base.dtype == torch.bfloat16, "fp16": base.dtype == torch.float16}
     asked = settings["max_length"]

@@ -1,6 +1,7 @@
 """From a dataset to what the model learns: packing, masks, padding, and what is refused or counted before step one."""
 
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,9 @@ def test_sft_config_takes_its_length_from_the_model(tmp_path: Path) -> None:
 
 def test_sft_config_follows_the_models_dtype_and_checkpointing(tmp_path: Path) -> None:
     folder = str(tmp_path)
-    plain = sft_config(limited(48), output_dir=folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        plain = sft_config(limited(48), output_dir=folder)
     half = sft_config(limited(48, torch.bfloat16), output_dir=folder, use_cpu=True)
     asked = sft_config(limited(48), output_dir=folder, use_cpu=True, bf16=True, gradient_checkpointing=True)
     assert (plain.bf16, plain.fp16, plain.gradient_checkpointing) == (False, False, False)
