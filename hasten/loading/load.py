@@ -73,14 +73,17 @@ def load(options: LoadOptions) -> Loaded:
     findings.refuse()
     assert ready is not None  # nothing was found, so everything is there
     fetch_weights(source, options)
+    stored: dict[str, shards.StoredTensor] = {}
     if options.use_safetensors is not False:
         stored = shards.read_checkpoint(source.folder, options.extra.get("variant"))
         shards.check_tensors(stored, ready.empty, source.folder)
-    model = read_model(Reading(source.folder, ready.config, ready.dtype, ready.device_map, ready.quantization, options))
+    place, how = ready.device_map, ready.quantization
+    model = read_model(Reading(source.folder, ready.config, ready.dtype, place, how, options, ready.empty, stored))
     notes = [*source.notes(), *ready.notes, *_finish(model, ready, options)]
     for holder in (model, model.config, ready.tokenizer):
         # The snapshot's folder on this machine would otherwise be written into adapters as their base.
         holder.name_or_path = source.name
+    model.config._commit_hash = source.revision  # an export reads the same commit again, and an adapter records it
     return Loaded(model, ready.tokenizer, notes, source.adapter, source)
 
 

@@ -1,9 +1,6 @@
-"""Reads the weights, through transformers' own loader, which takes tensors from the mapped shards one after the other.
+"""Reads the weights: through transformers' own loader, or row by row where they are quantised into host memory."""
 
-On-the-fly quantisation there is sequential, so host memory holds the result and one dense tensor at a time; a test
-measures it (tests/loading/test_memory.py).
-"""
-
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hasten.errors import CheckpointError
+from hasten.loading.device import is_all_cpu
+from hasten.loading.read_rows import FLOATS, read_rows
+from hasten.loading.shards import StoredTensor, is_converted
 from hasten.loading.vocabulary import seeded
 from hasten.option_problems import MODEL_ARGUMENTS
 from hasten.options import LoadOptions
@@ -19,7 +19,10 @@ from hasten.options import LoadOptions
 
 @dataclass(frozen=True)
 class Reading:
-    """What the weights are read into: a config as it should be, a dtype, a place, and how they are quantised (or None)."""
+    """What the weights are read into: a config as it should be, a dtype, a place, and how they are quantised (or None).
+
+    empty: the model on the meta device. stored: the headers of its safetensors, none for pickle.
+    """
 
     folder: Path
     config: Any
@@ -27,10 +30,37 @@ class Reading:
     device_map: Any
     quantization: Any
     options: LoadOptions
+    empty: PreTrainedModel
+    stored: Mapping[str, StoredTensor]
+
+    @property
+    def goes_by_rows(self) -> bool:
+        """Whether weights are quantised on the CPU, from a dense checkpoint that transformers loads name by name."""
+        model = self.empty
+        simple = not set(self.options.extra) & {"key_mapping", "generation_config", "quantization_config"}
+        dense = bool(self.stored) and all(entry.dtype in FLOATS for entry in self.stored.values())
+        on_cpu = is_all_cpu(self.device_map) and "disk" not in self.device_map.values()
+        plain = type(model).__module__.startswith("transformers.") and not is_converted(model)
+        fp32 = getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None)
+        return self.quantization is not None and simple and dense and on_cpu and plain and not fp32
 
 
 def read_model(reading: Reading) -> PreTrainedModel:
     """The model in evaluation mode. Raises CheckpointError where the checkpoint left a weight without its values."""
+    with seeded(reading.options.random_state):
+        if reading.goes_by_rows:
+            attention = reading.options.attn_implementation
+            model = read_rows(
+                reading.folder, reading.config, attention, reading.dtype, reading.quantization, reading.stored
+            )
+        else:
+            model = _read_whole(reading)
+    _keep_codes(model)
+    return model
+
+
+def _read_whole(reading: Reading) -> PreTrainedModel:
+    """transformers' loader, which takes one tensor after the other from the mapped shards."""
     options = reading.options
     arguments = {n: v for n, v in options.extra.items() if n in MODEL_ARGUMENTS - {"config", "quantization_config"}}
     if reading.quantization is not None:
@@ -38,24 +68,22 @@ def read_model(reading: Reading) -> PreTrainedModel:
     if options.attn_implementation is not None:
         arguments["attn_implementation"] = options.attn_implementation
     try:
-        with seeded(options.random_state):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                reading.folder,
-                config=reading.config,
-                dtype=reading.dtype,
-                device_map=reading.device_map,
-                use_safetensors=options.use_safetensors is not False,
-                trust_remote_code=options.trust_remote_code,
-                local_files_only=True,
-                output_loading_info=True,
-                **arguments,
-            )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            reading.folder,
+            config=reading.config,
+            dtype=reading.dtype,
+            device_map=reading.device_map,
+            use_safetensors=options.use_safetensors is not False,
+            trust_remote_code=options.trust_remote_code,
+            local_files_only=True,
+            output_loading_info=True,
+            **arguments,
+        )
     except (OSError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise CheckpointError(f"The weights in {reading.folder} could not be read ({error})") from error
     model, info = loaded
-    _keep_codes(model)
     missing = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"])
     if missing:
         raise CheckpointError(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from hasten.errors import CheckpointError
 
@@ -85,23 +86,13 @@ def check_tensors(stored: Mapping[str, StoredTensor], model: PreTrainedModel, fo
     Tensors that the model does not need are left alone, as transformers does. A model whose tensors transformers
     renames or fuses while loading is compared after loading instead, by what transformers reports.
     """
-    # Private nowhere, but without a stable place: PEFT imports it from here too.
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    converted = any(
-        type(c).__name__ == "WeightConverter" for c in get_model_conversion_mapping(model, add_legacy=False)
-    )
-    if converted:
+    if is_converted(model):
         return
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
-    prefix = f"{model.base_model_prefix}."
     bad: list[str] = []
     for name, expected in model.state_dict().items():
-        entry = _find(name, stored, prefix)
-        if entry is None and name in tied:
-            entry = _find(tied[name], stored, prefix)
-        if entry is None and name not in tied and any(name == source for source in tied.values()):
-            entry = next((e for t, s in tied.items() if s == name and (e := _find(t, stored, prefix))), None)
+        key = find(name, stored, tied, model.base_model_prefix)
+        entry = stored[key] if key is not None else None
         if entry is None:
             bad.append(f"{name} {tuple(expected.shape)} is missing")
         elif entry.shape != tuple(expected.shape) and not _packed(name, stored, entry, expected.numel()):
@@ -111,9 +102,20 @@ def check_tensors(stored: Mapping[str, StoredTensor], model: PreTrainedModel, fo
         raise CheckpointError(_listed(asked, bad, "Use the config.json that belongs to these weights"))
 
 
-def _find(name: str, stored: Mapping[str, StoredTensor], prefix: str) -> StoredTensor | None:
-    """transformers reads a backbone's checkpoint into a causal LM and the other way round."""
-    return stored.get(name) or stored.get(name.removeprefix(prefix)) or stored.get(prefix + name)
+def is_converted(model: PreTrainedModel) -> bool:
+    """Whether transformers renames or fuses checkpoint tensors into this model's, so that names need not agree."""
+    return bool(get_model_conversion_mapping(model, add_legacy=False))
+
+
+def find(name: str, stored: Mapping[str, StoredTensor], tied: Mapping[str, str], prefix: str) -> str | None:
+    """The key under which a checkpoint holds the model's tensor `name`, or one that is tied to it.
+
+    tied: {tensor: the one whose weight it shares}. prefix: the backbone's name in the model; transformers reads a
+    backbone's own checkpoint into a causal LM and the other way round.
+    """
+    sharing = [name, *([tied[name]] if name in tied else []), *(t for t, source in tied.items() if source == name)]
+    names = [n for one in sharing for n in (one, one.removeprefix(f"{prefix}."), f"{prefix}.{one}")]
+    return next((n for n in names if n in stored), None)
 
 
 def _packed(name: str, stored: Mapping[str, StoredTensor], entry: StoredTensor, count: int) -> bool:

@@ -39,7 +39,9 @@ class TokenizerPlan:
 def read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`; nothing is asked of the network. Raises TokenizerError if there is none to read."""
     if not has_tokenizer(folder) and not trust_remote_code:
-        raise TokenizerError(f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}). Save the model's tokenizer there")
+        raise TokenizerError(
+            f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}). Save the model's tokenizer there"
+        )
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
