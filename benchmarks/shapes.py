@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hasten.testing import tiny_tokenizer
+
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-1b": {
         "model_type": "llama", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
@@ -43,6 +45,7 @@ def checkpoint(name: str, folder: Path) -> Path:
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config_of(name), dtype=torch.bfloat16)
     model.save_pretrained(target, max_shard_size="4GB")
+    tiny_tokenizer().save_pretrained(target)
     del model
     torch.cuda.empty_cache()
     return target

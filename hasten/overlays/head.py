@@ -78,19 +78,22 @@ class HeadOverlay(Overlay):
         fused_lm_head = kwargs.pop("fused_lm_head", False)
         return_dict = kwargs.pop("return_dict", None)
         loss_kwargs = {k: kwargs.pop(k) for k in ("num_items_in_batch", "ignore_index", "shift_labels") if k in kwargs}
+        fused_loss = not fused_lm_head and self._wants_fused_loss(labels, loss_kwargs, logits_to_keep)
+        if fused_lm_head or (fused_loss and use_cache is None):
+            use_cache = False  # a cache of keys and values that no decoding will ever read
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            use_cache=False if fused_lm_head else use_cache,
+            use_cache=use_cache,
             return_dict=True,
             **kwargs,
         )
         if fused_lm_head:
             return self._fused_scores(outputs.last_hidden_state, labels, **loss_kwargs)
-        if self._wants_fused_loss(labels, loss_kwargs, logits_to_keep):
+        if fused_loss:
             loss, logits, kind = (
                 self._fused_loss(outputs.last_hidden_state, labels, **loss_kwargs),
                 None,

@@ -28,6 +28,35 @@ def _load_tables(cos_ptr, sin_ptr, token, T, stride_table, i, half_mask, D, INTE
 
 
 @triton.jit
+def _load_pairs(base, row_mask, D, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr):
+    """Both members of each pair of channels, (HEADS, HALF) each; neighbouring channels are read as one stretch."""
+    i = tl.arange(0, HALF)
+    if INTERLEAVED:
+        cols = tl.arange(0, 2 * HALF)
+        x = tl.load(base + cols[None, :], mask=row_mask[:, None] & (cols < D)[None, :], other=0.0)
+        return tl.split(tl.reshape(x, (HEADS, HALF, 2)))
+    else:
+        mask = row_mask[:, None] & (i < D // 2)[None, :]
+        return (
+            tl.load(base + i[None, :], mask=mask, other=0.0),
+            tl.load(base + (i + D // 2)[None, :], mask=mask, other=0.0),
+        )
+
+
+@triton.jit
+def _store_pairs(base, x1, x2, row_mask, D, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr):
+    i = tl.arange(0, HALF)
+    if INTERLEAVED:
+        cols = tl.arange(0, 2 * HALF)
+        x = tl.reshape(tl.join(x1, x2), (HEADS, 2 * HALF))
+        tl.store(base + cols[None, :], x.to(base.dtype.element_ty), mask=row_mask[:, None] & (cols < D)[None, :])
+    else:
+        mask = row_mask[:, None] & (i < D // 2)[None, :]
+        tl.store(base + i[None, :], x1.to(base.dtype.element_ty), mask=mask)
+        tl.store(base + (i + D // 2)[None, :], x2.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _qk_rope_fwd(
     x_ptr, out_ptr, w_ptr, cos_ptr, sin_ptr,
     stride_token, stride_head, T, H, D, stride_table, stride_w, eps,
@@ -38,12 +67,10 @@ def _qk_rope_fwd(
     heads = block * HEADS + tl.arange(0, HEADS)
     i = tl.arange(0, HALF)
     half_mask = i < D // 2
-    mask = (heads < H)[:, None] & half_mask[None, :]
-    first = tl.where(INTERLEAVED, 2 * i, i)
-    second = tl.where(INTERLEAVED, 2 * i + 1, i + D // 2)
+    known = heads < H
+    mask = known[:, None] & half_mask[None, :]
     base = x_ptr + token * stride_token + heads[:, None].to(tl.int64) * stride_head
-    raw1 = tl.load(base + first[None, :], mask=mask, other=0.0)
-    raw2 = tl.load(base + second[None, :], mask=mask, other=0.0)
+    raw1, raw2 = _load_pairs(base, known, D, INTERLEAVED, HEADS, HALF)
     x1, x2 = raw1.to(tl.float32), raw2.to(tl.float32)
     if NORM:
         if LAYER:
@@ -52,8 +79,8 @@ def _qk_rope_fwd(
             x2 = tl.where(mask, x2 - mean[:, None], 0.0)
         rstd = 1.0 / tl.sqrt((tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)) / D + eps)
         w_base = w_ptr + heads[:, None] * stride_w
-        w1 = tl.load(w_base + first[None, :], mask=mask, other=0.0).to(tl.float32)
-        w2 = tl.load(w_base + second[None, :], mask=mask, other=0.0).to(tl.float32)
+        w1, w2 = _load_pairs(w_base, known, D, INTERLEAVED, HEADS, HALF)
+        w1, w2 = w1.to(tl.float32), w2.to(tl.float32)
         if UNIT_OFFSET:
             w1, w2 = 1.0 + w1, 1.0 + w2
         x1, x2 = x1 * rstd[:, None], x2 * rstd[:, None]
@@ -64,8 +91,7 @@ def _qk_rope_fwd(
         cos, sin = _load_tables(cos_ptr, sin_ptr, token, T, stride_table, i, half_mask, D, INTERLEAVED)
         x1, x2 = x1 * cos[None, :] - x2 * sin[None, :], x2 * cos[None, :] + x1 * sin[None, :]
     out = out_ptr + token * H * D + heads[:, None] * D
-    tl.store(out + first[None, :], x1.to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(out + second[None, :], x2.to(out_ptr.dtype.element_ty), mask=mask)
+    _store_pairs(out, x1, x2, known, D, INTERLEAVED, HEADS, HALF)
 
 
 @triton.jit
@@ -79,19 +105,18 @@ def _qk_rope_bwd(
     heads = block * HEADS + tl.arange(0, HEADS)
     i = tl.arange(0, HALF)
     half_mask = i < D // 2
-    mask = (heads < H)[:, None] & half_mask[None, :]
-    first = tl.where(INTERLEAVED, 2 * i, i)
-    second = tl.where(INTERLEAVED, 2 * i + 1, i + D // 2)
+    known = heads < H
+    mask = known[:, None] & half_mask[None, :]
     d_base = d_ptr + token * stride_d_token + heads[:, None].to(tl.int64) * stride_d_head
-    g1 = tl.load(d_base + first[None, :], mask=mask, other=0.0).to(tl.float32)
-    g2 = tl.load(d_base + second[None, :], mask=mask, other=0.0).to(tl.float32)
+    g1, g2 = _load_pairs(d_base, known, D, INTERLEAVED, HEADS, HALF)
+    g1, g2 = g1.to(tl.float32), g2.to(tl.float32)
     if ROPE:
         cos, sin = _load_tables(cos_ptr, sin_ptr, token, T, stride_table, i, half_mask, D, INTERLEAVED)
         g1, g2 = g1 * cos[None, :] + g2 * sin[None, :], g2 * cos[None, :] - g1 * sin[None, :]
     if NORM:
         base = x_ptr + token * stride_token + heads[:, None].to(tl.int64) * stride_head
-        x1 = tl.load(base + first[None, :], mask=mask, other=0.0).to(tl.float32)
-        x2 = tl.load(base + second[None, :], mask=mask, other=0.0).to(tl.float32)
+        x1, x2 = _load_pairs(base, known, D, INTERLEAVED, HEADS, HALF)
+        x1, x2 = x1.to(tl.float32), x2.to(tl.float32)
         if LAYER:
             mean = (tl.sum(x1, axis=1) + tl.sum(x2, axis=1)) / D
             x1 = tl.where(mask, x1 - mean[:, None], 0.0)
@@ -99,14 +124,13 @@ def _qk_rope_bwd(
         rstd = 1.0 / tl.sqrt((tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)) / D + eps)[:, None]
         x1, x2 = x1 * rstd, x2 * rstd
         w_base = w_ptr + heads[:, None] * stride_w
-        w1 = tl.load(w_base + first[None, :], mask=mask, other=0.0).to(tl.float32)
-        w2 = tl.load(w_base + second[None, :], mask=mask, other=0.0).to(tl.float32)
+        w1, w2 = _load_pairs(w_base, known, D, INTERLEAVED, HEADS, HALF)
+        w1, w2 = w1.to(tl.float32), w2.to(tl.float32)
         if UNIT_OFFSET:
             w1, w2 = 1.0 + w1, 1.0 + w2
         if TRAIN_W:
             dw = dw_ptr + token * H * D + heads[:, None] * D
-            tl.store(dw + first[None, :], g1 * x1, mask=mask)
-            tl.store(dw + second[None, :], g2 * x2, mask=mask)
+            _store_pairs(dw, g1 * x1, g2 * x2, known, D, INTERLEAVED, HEADS, HALF)
         g1, g2 = g1 * w1, g2 * w2
         centre = ((tl.sum(g1 * x1, axis=1) + tl.sum(g2 * x2, axis=1)) / D)[:, None]
         shift = ((tl.sum(g1, axis=1) + tl.sum(g2, axis=1)) / D)[:, None]
@@ -115,8 +139,7 @@ def _qk_rope_bwd(
             g1, g2 = g1 - shift, g2 - shift
         g1, g2 = g1 * rstd, g2 * rstd
     out = out_ptr + token * H * D + heads[:, None] * D
-    tl.store(out + first[None, :], g1.to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(out + second[None, :], g2.to(out_ptr.dtype.element_ty), mask=mask)
+    _store_pairs(out, g1, g2, known, D, INTERLEAVED, HEADS, HALF)
 
 
 @triton.jit
