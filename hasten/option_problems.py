@@ -3,12 +3,11 @@
 import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping, Set
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from hasten.options import AdapterOptions, LoadOptions
+LoadOptions = AdapterOptions = Any  # of hasten.options, which imports this file
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLACEMENTS = ("sequential", "auto", "balanced", "balanced_low_0")
@@ -44,12 +43,12 @@ REFUSED_ARGUMENTS = {
 }
 
 
-def load_problems(o: "LoadOptions") -> list[str]:
+def load_problems(o: LoadOptions) -> list[str]:
     """Every reason why a `from_pretrained` call cannot be done that shows without the checkpoint's config."""
     return [*_value_problems(o), *_storage_problems(o), *_later_problems(o), *_extra_problems(o)]
 
 
-def adapter_problems(o: "AdapterOptions") -> list[str]:
+def adapter_problems(o: AdapterOptions) -> list[str]:
     """Every reason why a `get_peft_model` call cannot be done that shows without the model."""
     found = [*_rank_problems(o), *_name_list_problems(o), *_checkpointing_problems(o)]
     if o.bias not in BIASES:
@@ -83,7 +82,7 @@ def _unknown(given: Iterable[str], suggest: Set[str], known: Set[str], kind: str
     ]
 
 
-def unknown_extra(options: "LoadOptions", config_fields: Iterable[str]) -> list[str]:
+def unknown_extra(options: LoadOptions, config_fields: Iterable[str]) -> list[str]:
     """A problem for each keyword argument that is no argument of transformers' and no field of the config."""
     known = HUB_ARGUMENTS | MODEL_ARGUMENTS | REFUSED_ARGUMENTS.keys() | set(config_fields) | {"low_cpu_mem_usage"}
     return _unknown(options.extra, known | set(options.__dataclass_fields__), set(known), "a field of the config")
@@ -97,7 +96,7 @@ def _is_whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def bad_values(o: "LoadOptions") -> dict[str, str]:
+def bad_values(o: LoadOptions) -> dict[str, str]:
     """{argument: problem} for each argument whose value means nothing by itself."""
     found = {}
     if not isinstance(o.model_name, str) or not o.model_name.strip():
@@ -123,7 +122,7 @@ def bad_values(o: "LoadOptions") -> dict[str, str]:
     return {**texts, "device_map": "; ".join(places)} if places else texts
 
 
-def _value_problems(o: "LoadOptions") -> list[str]:
+def _value_problems(o: LoadOptions) -> list[str]:
     return [*bad_values(o).values(), *_checkpointing_problems(o)]
 
 
@@ -145,7 +144,7 @@ def _device_problems(device_map: Any) -> list[str]:
     return found
 
 
-def _storage_problems(o: "LoadOptions") -> list[str]:
+def _storage_problems(o: LoadOptions) -> list[str]:
     asked = o.asked_storage
     found = []
     if len(asked) > 1:
@@ -160,7 +159,7 @@ def _storage_problems(o: "LoadOptions") -> list[str]:
     return found
 
 
-def _later_problems(o: "LoadOptions") -> list[str]:
+def _later_problems(o: LoadOptions) -> list[str]:
     later = {
         "load_in_fp8": "use load_in_4bit, load_in_8bit or load_in_16bit",
         "fast_inference": "leave it out; model.generate runs transformers' own decoding",
@@ -172,7 +171,7 @@ def _later_problems(o: "LoadOptions") -> list[str]:
     return [_later(f"{name}={getattr(o, name)!r}", later[name]) for name in asked]
 
 
-def _checkpointing_problems(o: "LoadOptions | AdapterOptions") -> list[str]:
+def _checkpointing_problems(o: Any) -> list[str]:
     mode = o.use_gradient_checkpointing
     if mode == "offload":
         return [_later("use_gradient_checkpointing='offload'", "use 'auto' or True, which recompute each layer")]
@@ -183,14 +182,14 @@ def _checkpointing_problems(o: "LoadOptions | AdapterOptions") -> list[str]:
     return []
 
 
-def _extra_problems(o: "LoadOptions") -> list[str]:
+def _extra_problems(o: LoadOptions) -> list[str]:
     found = [f"{name} is not taken: {REFUSED_ARGUMENTS[name]}" for name in o.extra if name in REFUSED_ARGUMENTS]
     if o.extra.get("low_cpu_mem_usage", True) is not True:
         found.append("low_cpu_mem_usage=False is not taken: weights are always read shard by shard; leave it out")
     return found
 
 
-def _rank_problems(o: "AdapterOptions") -> list[str]:
+def _rank_problems(o: AdapterOptions) -> list[str]:
     found = []
     if not _is_whole(o.r, 1):
         found.append(f"r={o.r!r} is no rank; pass a positive whole number")
@@ -203,7 +202,7 @@ def _rank_problems(o: "AdapterOptions") -> list[str]:
     return found
 
 
-def _name_list_problems(o: "AdapterOptions") -> list[str]:
+def _name_list_problems(o: AdapterOptions) -> list[str]:
     found = []
     targets, saved, layers = o.target_modules, o.modules_to_save, o.layers_to_transform
     if not targets or not (isinstance(targets, str) or all(isinstance(name, str) for name in targets)):

@@ -8,8 +8,47 @@ import torch
 from hasten.errors import OptionError
 from hasten.options import AdapterOptions, LoadOptions, none_if_left_out
 
-SEED_ORDER = ["model_name", "max_seq_length", "dtype", "load_in_4bit", "load_in_8bit", "load_in_16bit", "full_finetuning", "token", "device_map", "rope_scaling", "fix_tokenizer", "trust_remote_code", "use_gradient_checkpointing", "resize_model_vocab", "revision", "use_exact_model_name", "offload_embedding", "float32_mixed_precision", "fast_inference", "gpu_memory_utilization", "float8_kv_cache", "random_state", "max_lora_rank", "disable_log_stats", "qat_scheme", "load_in_fp8", "unsloth_tiled_mlp"]
-ADAPTER_ORDER = ["r", "target_modules", "lora_alpha", "lora_dropout", "bias", "use_gradient_checkpointing", "random_state", "use_rslora", "loftq_config", "modules_to_save"]
+SEED_ORDER = [
+    "model_name",
+    "max_seq_length",
+    "dtype",
+    "load_in_4bit",
+    "load_in_8bit",
+    "load_in_16bit",
+    "full_finetuning",
+    "token",
+    "device_map",
+    "rope_scaling",
+    "fix_tokenizer",
+    "trust_remote_code",
+    "use_gradient_checkpointing",
+    "resize_model_vocab",
+    "revision",
+    "use_exact_model_name",
+    "offload_embedding",
+    "float32_mixed_precision",
+    "fast_inference",
+    "gpu_memory_utilization",
+    "float8_kv_cache",
+    "random_state",
+    "max_lora_rank",
+    "disable_log_stats",
+    "qat_scheme",
+    "load_in_fp8",
+    "unsloth_tiled_mlp",
+]
+ADAPTER_ORDER = [
+    "r",
+    "target_modules",
+    "lora_alpha",
+    "lora_dropout",
+    "bias",
+    "use_gradient_checkpointing",
+    "random_state",
+    "use_rslora",
+    "loftq_config",
+    "modules_to_save",
+]
 
 
 def problems(**arguments: object) -> str:
