@@ -12,15 +12,16 @@ from typing import Any
 import torch
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.syntax import Syntax
-from rich.table import Table
 
 import hasten
 from hasten.demo.base import BaseSize, pretrain
-from hasten.demo.corpus import Corpus, Question, build
+from hasten.demo.corpus import Corpus, build
 from hasten.demo.evaluate import Score, score
+from hasten.demo.show import SETS, show_answers, show_figures, shown
 from hasten.demo.verify import Agreement, compare_in_plain_transformers
 from hasten.errors import AccuracyError
 from hasten.model import FastLanguageModel
@@ -42,14 +43,8 @@ class Size:
     batch: int = 16
 
 
-FULL = Size(facts=300, base=BaseSize(hidden=256, layers=4, vocabulary=2048, steps=700), epochs=10, rank=32)
-QUICK = Size(facts=60, base=BaseSize(hidden=128, layers=2, vocabulary=768, steps=60), epochs=6, rank=16)
-
-SETS = {
-    "reworded": "facts that were taught, in a wording that was not",
-    "untaught": "facts that were never taught (the base has only read their documentation)",
-}
-SHOWN = 4
+FULL = Size(facts=300, base=BaseSize(hidden=256, layers=4, vocabulary=2048, steps=850), epochs=6, rank=32)
+QUICK = Size(facts=60, base=BaseSize(hidden=128, layers=2, vocabulary=768, steps=160), epochs=4, rank=16)
 
 
 @dataclass
@@ -109,8 +104,9 @@ def _collect(story: Story) -> Corpus:
     first = corpus.train[len(corpus.train) // 2]
     lines = [
         f"[bold]{len(corpus.train)}[/] questions to learn from, nothing downloaded. One of them:",
-        f"  [cyan]{first.question}[/]  ->  {first.answer}",
-        *(f"held out: [bold]{len(getattr(corpus, name))}[/] {what}" for name, what in SETS.items()),
+        f"  [cyan]{escape(first.question)}[/]  ->  {escape(first.answer)}",
+        "Held out, to ask the model later:",
+        *(f"  [bold]{len(getattr(corpus, name))} {name}[/]: {what}" for name, what in SETS.items()),
     ]
     story.console.print("\n".join(lines))
     return corpus
@@ -138,8 +134,8 @@ def _pretrain(story: Story, corpus: Corpus) -> None:
 def _before(story: Story, corpus: Corpus) -> dict[str, Score]:
     model, tokenizer = FastLanguageModel.from_pretrained(str(story.base), **_model_options())
     scores = _scores(FastLanguageModel.for_inference(model), tokenizer, corpus)
-    for question, answer in _shown(corpus, scores)[:2]:
-        story.console.print(f"  [cyan]{question.question}[/]  ->  [red]{answer or '(nothing)'}[/]")
+    for question, answer in shown(corpus, scores)[:2]:
+        story.console.print(f"  [cyan]{escape(question.question)}[/]  ->  [red]{escape(answer) or '(nothing)'}[/]")
     story.console.print("It has read the documentation, but nobody taught it to answer.")
     return scores
 
@@ -177,17 +173,8 @@ def _finetune(story: Story) -> Finished:
 
 def _after(story: Story, corpus: Corpus, finished: Finished, before: dict[str, Score]) -> dict[str, Score]:
     after = _scores(FastLanguageModel.for_inference(finished.model), finished.tokenizer, corpus)
-    table = Table("question (held out)", "documented answer", "before", "after", show_lines=True)
-    for (question, old), (_, new) in zip(_shown(corpus, before), _shown(corpus, after), strict=True):
-        colour = "green" if new == question.answer else "yellow"
-        table.add_row(f"[cyan]{question.question}[/]", question.answer, f"[red]{old}[/]", f"[{colour}]{new}[/]")
-    story.console.print(table)
-    figures = Table("held-out set", "loss before", "loss after", "to the letter before", "to the letter after")
-    for name, what in SETS.items():
-        old, new = before[name], after[name]
-        exact = [f"{score.exact} of {score.total}" for score in (old, new)]
-        figures.add_row(what, f"{old.loss:.3f}", f"[bold]{new.loss:.3f}[/]", *exact)
-    story.console.print(figures)
+    show_answers(story.console, shown(corpus, before), shown(corpus, after))
+    show_figures(story.console, before, after)
     answers = [
         {"set": name, **asdict(question), "before": old, "after": new}
         for name in SETS
@@ -196,7 +183,7 @@ def _after(story: Story, corpus: Corpus, finished: Finished, before: dict[str, S
     _write_json(story.out / "answers.json", answers)
     report = str(hasten.report(finished.model))
     (story.out / "report.txt").write_text(report + "\n", encoding="utf-8")
-    story.console.print(Panel(report, title="hasten.report(model)", title_align="left", expand=False))
+    story.console.print(Panel(escape(report), title="hasten.report(model)", title_align="left", expand=False))
     return after
 
 
@@ -249,16 +236,6 @@ def _model_options() -> dict[str, Any]:
 
 def _scores(model: Any, tokenizer: Any, corpus: Corpus) -> dict[str, Score]:
     return {name: score(model, tokenizer, getattr(corpus, name)) for name in SETS}
-
-
-def _shown(corpus: Corpus, scores: dict[str, Score]) -> list[tuple[Question, str]]:
-    """Some questions of each set, with the answers given."""
-    counts = {"reworded": SHOWN, "untaught": SHOWN // 2}
-    return [
-        pair
-        for name, count in counts.items()
-        for pair in list(zip(getattr(corpus, name), scores[name].answers, strict=True))[:count]
-    ]
 
 
 def _shape(size: BaseSize) -> Any:

@@ -32,7 +32,7 @@ class Agreement:
     @property
     def share(self) -> float:
         """How much of the adapter's effect was lost or added, as root mean squares."""
-        return self.rms_difference / self.rms_effect_of_adapter
+        return self.rms_difference / self.rms_effect_of_adapter if self.rms_effect_of_adapter else float("inf")
 
     def check(self) -> None:
         """Raises AccuracyError where the merged model is not the model that was trained."""

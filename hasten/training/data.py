@@ -48,6 +48,8 @@ def _read(options: DataOptions, path: str, split: str) -> "Dataset":
         raise MissingExtraError("hasten train", "datasets", "train") from error
     try:
         rows = _open(options, path, split)
+    except DatasetError:
+        raise
     except (exceptions.DatasetsError, OSError, ValueError, KeyError) as error:
         raise DatasetError(
             f"{path} (split {split!r}) cannot be read: {error}. Give a .jsonl, .json, .parquet or .csv file, a folder "
