@@ -27,9 +27,8 @@ def read_rows(options: DataOptions) -> "tuple[Dataset, Dataset | None]":
     return train, _read(options, options.eval_path or options.path, options.eval_split or "train")
 
 
-def drop_long(trainer: Any, rows: "Dataset", name: str = "train") -> None:
-    """Gives `trainer` those of `rows` that fit its `max_length` whole, in place of all of them cut to it."""
-    limit = trainer.args.max_length
+def drop_long(trainer: Any, rows: "Dataset", limit: int, name: str = "train") -> None:
+    """Gives `trainer` those of `rows` that have at most `limit` tokens, in place of all of them cut to that length."""
     short = tokenized(rows, trainer, name).filter(lambda row: len(row["input_ids"]) <= limit)
     if not len(short):
         raise DatasetError(

@@ -14,7 +14,7 @@ from hasten.training.config import Job
 from hasten.training.data import drop_long, read_rows
 from hasten.training.metrics import counting
 from hasten.training.progress import TrainingMonitor
-from hasten.training.trainer import DatasetCounts, check_dataset, sft_config
+from hasten.training.trainer import DatasetCounts, check_dataset, longest_row, sft_config, tokenized
 
 DEFAULTS = {
     "logging_steps": 1,
@@ -95,19 +95,29 @@ def make_trainer(model: Any, tokenizer: Any, job: Job, train_rows: Any, eval_row
 
 
 def _apply_too_long(trainer: Any, rows: Any, policy: str) -> tuple[DatasetCounts, int]:
-    """Counts, and what `data.too_long` asks for. TRL has already cut what the trainer holds."""
-    counts = check_dataset(rows, trainer)
-    if not counts.truncated:
+    """Counts, and what `data.too_long` asks for. Returns the counts and how many rows were dropped.
+
+    TRL has already cut what the trainer holds, except with `padding_free` alone, where it cuts nothing.
+    """
+    limit = trainer.args.max_length or longest_row(trainer.model)
+    if trainer.args.max_length is None:
+        counts = check_dataset(tokenized(rows, trainer, "train"), max_length=limit)
+    else:
+        counts = check_dataset(rows, trainer)
+    if not counts.truncated or limit is None:
         return counts, 0
+    too_long = f"{counts.truncated} of {counts.rows} rows are longer than max_seq_length={limit} ({counts.lost} tokens)"
+    if policy == "drop":
+        drop_long(trainer, rows, limit)
+        return counts, counts.truncated
     if policy == "error":
         raise DatasetError(
-            f"{counts.truncated} of {counts.rows} rows are longer than max_seq_length={trainer.args.max_length} "
-            f"({counts.lost} tokens too many), and too_long is 'error'; raise model.max_seq_length, or use "
-            "too_long: truncate or drop"
+            f"{too_long}, and too_long is 'error'; raise model.max_seq_length, or use too_long: truncate or drop"
         )
-    if policy == "drop":
-        drop_long(trainer, rows)
-        return counts, counts.truncated
+    if trainer.args.max_length is None:
+        raise DatasetError(
+            f"{too_long}, and padding_free without packing cannot truncate them; use packing, or too_long: drop"
+        )
     return counts, 0
 
 

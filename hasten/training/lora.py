@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -10,13 +10,15 @@ from torch import nn
 
 from hasten.errors import OptionError
 from hasten.options import AdapterOptions
+from hasten.training import loftq
 
 EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
-def build(model: Any, options: AdapterOptions) -> Any:
+def build(model: Any, options: AdapterOptions, read_dense: Callable[[str], torch.Tensor] | None = None) -> Any:
     """Returns PEFT's model around `model`, LoRA A drawn from `options.random_state`; the caller's RNG is untouched.
 
+    read_dense: the base checkpoint's tensor of a name, for LoftQ (None = there is no such checkpoint).
     Names in `target_modules` that mean the embedding or the head are trained fully instead (moved to
     `modules_to_save`); where both share one weight they go on sharing it. Raises OptionError for names that match
     nothing, before the model is touched.
@@ -24,13 +26,17 @@ def build(model: Any, options: AdapterOptions) -> Any:
     from peft import LoraConfig, get_peft_model
 
     targets, saved = _split(model, options)
-    _check_names(model, targets, saved)
+    _check(model, targets, saved, options, read_dense)
     tied = bool(model.config.tie_word_embeddings)
     trains_tied = tied and bool(set(saved) & set(EMBEDDINGS))
     if trains_tied:
         saved = ["embed_tokens", *(name for name in saved if name not in EMBEDDINGS)]
+    defaults = {
+        "task_type": "CAUSAL_LM",
+        "ensure_weight_tying": trains_tied,
+        "revision": getattr(model.config, "_commit_hash", None),
+    }
     config = LoraConfig(
-        task_type="CAUSAL_LM",
         r=options.r,
         target_modules=targets,
         lora_alpha=options.lora_alpha,
@@ -38,15 +44,18 @@ def build(model: Any, options: AdapterOptions) -> Any:
         bias=options.bias,  # pyright: ignore[reportArgumentType]
         use_rslora=options.use_rslora,
         use_dora=options.use_dora,
-        init_lora_weights="loftq" if options.loftq_config else options.init_lora_weights,  # pyright: ignore[reportArgumentType]
+        init_lora_weights=options.init_lora_weights,  # pyright: ignore[reportArgumentType]
         loftq_config=dict(options.loftq_config or {}),
         modules_to_save=saved or None,
         layers_to_transform=options.layers_to_transform,
-        **{"ensure_weight_tying": trains_tied, **dict(options.extra)},
+        **{**defaults, **dict(options.extra)},
     )
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(options.random_state)
-        return get_peft_model(model, config)
+        peft_model = get_peft_model(model, config)
+    if options.loftq_config and read_dense is not None:
+        loftq.initialise(peft_model, read_dense)
+    return peft_model
 
 
 def _split(model: Any, options: AdapterOptions) -> tuple[list[str] | str, list[str]]:
@@ -58,7 +67,13 @@ def _split(model: Any, options: AdapterOptions) -> tuple[list[str] | str, list[s
     return targets, saved + [name.rsplit(".", 1)[-1] for name in moved if name.rsplit(".", 1)[-1] not in saved]
 
 
-def _check_names(model: nn.Module, targets: list[str] | str, saved: list[str]) -> None:
+def _check(
+    model: nn.Module,
+    targets: list[str] | str,
+    saved: list[str],
+    options: AdapterOptions,
+    read_dense: Callable[[str], torch.Tensor] | None,
+) -> None:
     paths = [name for name, _ in model.named_modules() if name]
     problems = []
     if isinstance(targets, str):
@@ -68,6 +83,10 @@ def _check_names(model: nn.Module, targets: list[str] | str, saved: list[str]) -
         linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         problems += _unmatched("target_modules", targets, linear, paths)
     problems += _unmatched("modules_to_save", saved, paths, paths)
+    if options.loftq_config:
+        problems += loftq.problems(model, dict(options.loftq_config))
+        if read_dense is None:
+            problems.append("loftq_config needs the dense checkpoint that the base was quantised from; it is not there")
     if problems:
         raise OptionError("get_peft_model", problems)
 

@@ -68,20 +68,24 @@ def test_rows_that_are_too_long(tmp_path: Path, policy: str) -> None:
     assert summary["rows"]["lost"] == done.counts.lost == 2 * (106 - 64)
 
 
-def test_dropping_leaves_only_short_rows_to_the_trainer(tmp_path: Path) -> None:
-    from hasten.training.data import drop_long, read_rows
-    from hasten.training.job import make_trainer
-
+@pytest.mark.parametrize("batching", ["padded", "packing", "padding_free"])
+def test_dropping_leaves_only_short_rows_to_the_trainer(tmp_path: Path, batching: str) -> None:
     long = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a" * 100}]}
     write_rows(tmp_path / "rows.jsonl", [*CHATS, long])
-    job = read_job(write_job(tmp_path))
-    rows, _ = read_rows(job.data)
-    model, tokenizer = FastLanguageModel.from_pretrained(**job.model)
-    trainer = make_trainer(FastLanguageModel.get_peft_model(model, r=2), tokenizer, job, rows, None)
-    assert max(len(row["input_ids"]) for row in trainer.train_dataset) == 64
-    drop_long(trainer, rows)
-    assert len(trainer.train_dataset) == 16
-    assert max(len(row["input_ids"]) for row in trainer.train_dataset) < 64
+    flags = {} if batching == "padded" else {batching: True}
+    job = read_job(
+        write_job(tmp_path, train={**flags, "max_steps": -1, "num_train_epochs": 1}, data={"too_long": "drop"})
+    )
+    done = run(job, FastLanguageModel.from_pretrained, FastLanguageModel.get_peft_model)
+    assert done.dropped == 1
+    short = [len(chat["messages"][0]["content"]) + len(chat["messages"][1]["content"]) + 5 for chat in CHATS]
+    assert read_metrics(tmp_path / "out/metrics.jsonl")[-1]["total_tokens"] == sum(short)
+
+
+def test_padding_free_rows_cannot_be_truncated(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", [{"prompt": "q", "completion": "a" * 100}] * 4)
+    with pytest.raises(DatasetError, match="4 of 4 rows are longer than max_seq_length=64"):
+        train(write_job(tmp_path, train={"assistant_only_loss": False, "padding_free": True}))
 
 
 @pytest.mark.parametrize(
@@ -221,3 +225,35 @@ def test_settings_that_trl_refuses_are_typed(tmp_path: Path) -> None:
         train(write_job(tmp_path, train={"eval_strategy": "steps"}))
     with pytest.raises(OptionError, match="refuses"):
         train(write_job(tmp_path, train={"lr_scheduler_type": "zigzag"}))
+
+
+def test_the_example_trains_a_tiny_model_on_tiny_chats(tmp_path: Path) -> None:
+    example = Path(__file__).parents[2] / "examples/qlora_sft.yaml"
+    write_job(tmp_path)
+    write_rows(tmp_path / "chats.jsonl", CHATS * 2)
+    text = example.read_text().replace("Qwen/Qwen3-0.6B", "base").replace("max_seq_length: 2048", "max_seq_length: 64")
+    (tmp_path / "example.yaml").write_text(text)
+    done = train(tmp_path / "example.yaml")
+    assert done.saved == tmp_path / "runs/qlora_sft/model" and done.steps == 4
+    rows = read_metrics(tmp_path / "runs/qlora_sft/metrics.jsonl")
+    assert [row["learning_rate"] for row in rows if "loss" in row][0] <= 2e-4
+    assert any("eval_loss" in row for row in rows)
+
+
+def test_sparkline_has_the_shape_of_its_values() -> None:
+    from hasten.training.curve import sparkline
+
+    assert sparkline([8, 7, 6, 5, 4, 3, 2, 1]) == "█▇▆▅▄▃▂▁"
+    assert sparkline([2.0] * 5) == "▁▁▁▁▁" and sparkline([]) == ""
+    assert len(sparkline(list(range(1000)), width=40)) == 40
+
+
+def test_metrics_of_steps_that_will_run_again_are_dropped(tmp_path: Path) -> None:
+    from hasten.training.metrics import MetricsFile
+
+    file = MetricsFile(tmp_path / "deep/metrics.jsonl")
+    assert file.rewind(0) == []
+    for step in (1, 2, 3):
+        file.add({"step": step, "loss": float(step)})
+    assert [row["step"] for row in file.rewind(2)] == [1, 2] == [row["step"] for row in file.rows()]
+    assert file.rewind(0) == [] == file.rows()
