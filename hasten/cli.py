@@ -80,14 +80,15 @@ def train(
 ) -> None:
     """Fine-tune a model as a YAML file says."""
     quiet()
+    from hasten.export.folder import check_target
     from hasten.model import FastLanguageModel
     from hasten.training.config import read_job
     from hasten.training.job import run as run_job
 
     console = Console()
-    done = run_job(
-        read_job(config), FastLanguageModel.from_pretrained, FastLanguageModel.get_peft_model, console, resume
-    )
+    job = read_job(config)
+    check_target(job.saved)  # before hours of training, not after
+    done = run_job(job, FastLanguageModel.from_pretrained, FastLanguageModel.get_peft_model, console, resume)
     console.print(f"{done.steps} steps, mean loss {done.loss:.4f}; {done.counts}")
     if done.dropped:
         console.print(f"[yellow]{done.dropped} rows were dropped for being too long[/]")

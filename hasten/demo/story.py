@@ -43,7 +43,7 @@ class Size:
     batch: int = 16
 
 
-FULL = Size(facts=300, base=BaseSize(hidden=256, layers=4, vocabulary=2048, steps=850), epochs=6, rank=32)
+FULL = Size(facts=250, base=BaseSize(hidden=256, layers=4, vocabulary=2048, steps=700), epochs=6, rank=32)
 QUICK = Size(facts=60, base=BaseSize(hidden=128, layers=2, vocabulary=768, steps=160), epochs=4, rank=16)
 
 
@@ -143,11 +143,7 @@ def _before(story: Story, corpus: Corpus) -> dict[str, Score]:
 def _finetune(story: Story) -> Finished:
     job = {
         "model": {"model_name": "base", **_model_options()},
-        "adapter": {
-            "r": story.size.rank,
-            "lora_alpha": 2 * story.size.rank,
-            "use_gradient_checkpointing": False,
-        },
+        "adapter": {"r": story.size.rank, "lora_alpha": 2 * story.size.rank},
         "data": {"path": "train.jsonl", "too_long": "error"},
         "train": {
             "output_dir": ".",

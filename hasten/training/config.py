@@ -5,7 +5,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import yaml
@@ -49,14 +49,17 @@ class DataOptions:
     too_long: Literal["truncate", "drop", "error"] = "truncate"
 
 
+SaveMethod = Literal["lora", "merged_16bit", "merged_4bit"]
+
+
 @dataclass(frozen=True)
 class SaveOptions:
-    """method: "lora", "merged_16bit" or "merged_4bit"; None = "lora" with an adapter, "merged_16bit" without.
+    """method: as in `save_pretrained_merged`; None = "lora" with an adapter, "merged_16bit" without.
 
     folder: default: `model` beside the run's metrics.
     """
 
-    method: str | None = None
+    method: SaveMethod | None = None
     folder: str | None = None
 
 
@@ -70,6 +73,11 @@ class Job:
     train: Mapping[str, Any]
     save: SaveOptions
     output: Path
+
+    @property
+    def saved(self) -> Path:
+        """The folder that the trained model is written to."""
+        return Path(self.save.folder) if self.save.folder else self.output / "model"
 
 
 def read_job(path: str | Path) -> Job:
@@ -113,10 +121,12 @@ def _job(path: Path, parts: Mapping[str, dict[str, Any]], train: dict[str, Any])
         if data.get(name):
             data[name] = _local(data[name], home)
     output = home / (train.pop("output_dir", None) or f"runs/{path.stem}")
-    save = parts.get("save", {})
+    adapter, save = parts.get("adapter"), parts.get("save", {})
+    if adapter is not None and "use_gradient_checkpointing" in model:
+        adapter.setdefault("use_gradient_checkpointing", model["use_gradient_checkpointing"])
     if save.get("folder"):
         save["folder"] = str(home / save["folder"])
-    return Job(model, parts.get("adapter"), DataOptions(**data), train, SaveOptions(**save), output)
+    return Job(model, adapter, DataOptions(**data), train, SaveOptions(**save), output)
 
 
 def _read_yaml(path: Path, call: str) -> dict[str, Any]:
@@ -150,6 +160,11 @@ def _values(parts: Mapping[str, dict[str, Any]]) -> list[str]:
         problems.append(f"data.too_long={data['too_long']!r} is none of 'truncate', 'drop', 'error'")
     if model.get("full_finetuning") and "adapter" in parts:
         problems.append("model.full_finetuning trains all weights, and there is an adapter section; remove one of them")
+    method = parts.get("save", {}).get("method")
+    if method is not None and method not in get_args(SaveMethod):
+        problems.append(f"save.method={method!r} is none of {', '.join(get_args(SaveMethod))}")
+    if method == "lora" and model.get("full_finetuning"):
+        problems.append("save.method='lora' saves an adapter, and full fine-tuning makes none; use merged_16bit")
     return problems
 
 

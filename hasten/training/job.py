@@ -64,10 +64,11 @@ def run(
     with counting(model) as counter, TrainingMonitor(job.output, counter, console, title) as monitor:
         result = monitor.watch(trainer).train(resume_from_checkpoint=checkpoint)
     method = job.save.method or ("lora" if hasattr(model, "peft_config") else "merged_16bit")
-    saved = Path(job.save.folder or job.output / "model")
-    model.save_pretrained_merged(saved, tokenizer, save_method=method)
-    finished = Finished(model, tokenizer, result.global_step, result.training_loss, counts, dropped, job.output, saved)
-    _write_summary(finished, method)
+    steps, loss = result.global_step, result.training_loss
+    finished = Finished(model, tokenizer, steps, loss, counts, dropped, job.output, job.saved)
+    if trainer.is_world_process_zero():
+        model.save_pretrained_merged(job.saved, tokenizer, save_method=method)
+        _write_summary(finished, method)
     return finished
 
 

@@ -42,6 +42,14 @@ def test_errors_are_a_message_and_an_exit_code(tmp_path: Path) -> None:
     assert isinstance(shown.exception, OptionError)
 
 
+def test_train_refuses_a_foreign_folder_before_training(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("keep")
+    done = call("train", write_job(tmp_path, save={"folder": "mine"}))
+    assert done.exit_code == FAILED and "ExportError" in done.stderr
+    assert not (tmp_path / "out").exists() and (tmp_path / "mine/notes.txt").exists()
+
+
 def test_generate_streams_answers(trained: Path) -> None:
     done = call("generate", trained / "out/model", "question 1", "question 2", "--max-new-tokens", 5, "--load", "16bit")
     assert done.exit_code == 0, done.stderr

@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,8 +11,10 @@ from cli_kit import CHATS, read_metrics, write_job, write_rows
 from safetensors.torch import load_file
 
 from hasten import FastLanguageModel
+from hasten.cli import Method
 from hasten.errors import DatasetError, HastenError, OptionError, TrainingError
-from hasten.training.config import read_job
+from hasten.export.save import METHODS
+from hasten.training.config import SaveMethod, read_job
 from hasten.training.job import Finished, run
 
 
@@ -181,7 +183,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(tmp_path: Path) -> 
         model.model.embed_tokens.register_forward_hook(poison)
         return peft
 
-    job = read_job(write_job(tmp_path, adapter={"use_gradient_checkpointing": False}))
+    job = read_job(write_job(tmp_path, model={"use_gradient_checkpointing": False}))
+    assert job.adapter is not None and job.adapter["use_gradient_checkpointing"] is False
     with pytest.raises(TrainingError, match="step 3: the gradient is not finite; the last good step is 2"):
         run(job, FastLanguageModel.from_pretrained, adapt)
     assert [row["step"] for row in read_metrics(tmp_path / "out/metrics.jsonl")] == [1, 2]
@@ -257,3 +260,12 @@ def test_metrics_of_steps_that_will_run_again_are_dropped(tmp_path: Path) -> Non
         file.add({"step": step, "loss": float(step)})
     assert [row["step"] for row in file.rewind(2)] == [1, 2] == [row["step"] for row in file.rows()]
     assert file.rewind(0) == [] == file.rows()
+
+
+def test_ways_of_saving_are_checked_before_training(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="none of lora, merged_16bit, merged_4bit"):
+        read_job(write_job(tmp_path, save={"method": "gguf"}))
+    path = write_job(tmp_path, save={"method": "lora"}, model={"full_finetuning": True})
+    with pytest.raises(OptionError, match="full fine-tuning makes none"):
+        read_job(path)
+    assert set(get_args(SaveMethod)) == set(METHODS) == {method.value for method in Method}
