@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hasten.errors import OptionError
+from hasten.export.base import find_base
 from hasten.inference import for_inference
 from hasten.loading import load
 from hasten.loading.adapter import attach
@@ -118,7 +119,8 @@ class FastLanguageModel:
                     "the model was loaded with full_finetuning=True, so all its weights train; load it without to add a LoRA"
                 ],
             )
-        peft_model = _wear_peft(lora.build(base, options), loaded)
+        dense = find_base(base) if options.loftq_config else None
+        peft_model = _wear_peft(lora.build(base, options, dense.read if dense is not None else None), loaded)
         base.__dict__["_hasten_adapter_options"] = options
         _note_checkpointing(peft_model, use_gradient_checkpointing)
         return peft_model
@@ -135,10 +137,10 @@ class FastLanguageModel:
 
 
 def _wear_peft(peft_model: Any, loaded: LoadOptions | None) -> Any:
-    """Gives a PeftModel hasten's methods, and LoRA weights the dtype that was asked for."""
+    """Gives a PeftModel hasten's methods, and trained weights the dtype that was asked for."""
     peft_model.__class__ = overlay_class(type(peft_model), PeftSurface, None)
     wants_fp32 = loaded is None or loaded.float32_mixed_precision is not False
-    peft_model.__dict__["_hasten_adapter_dtype"] = torch.float32 if wants_fp32 else causal_lm_of(peft_model).dtype
+    peft_model.__dict__["_hasten_dtypes"] = lora.set_dtypes(peft_model, wants_fp32)
     peft_model.train()
     return peft_model
 

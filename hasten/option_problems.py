@@ -53,7 +53,11 @@ def adapter_problems(o: AdapterOptions) -> list[str]:
     found = [*_rank_problems(o), *_name_list_problems(o), *_checkpointing_problems(o)]
     if o.bias not in BIASES:
         found.append(f"bias={o.bias!r} is not one of {', '.join(BIASES)}{_near(o.bias, BIASES)}")
-    if o.loftq_config is not None and o.init_lora_weights not in (True, "loftq"):
+    if o.init_lora_weights == "loftq":
+        found.append(
+            'init_lora_weights="loftq" is what loftq_config={"loftq_bits": 4, "loftq_iter": 1} asks for; pass that'
+        )
+    if o.loftq_config and o.init_lora_weights is not True:
         found.append(
             f"loftq_config initialises by LoftQ, but init_lora_weights={o.init_lora_weights!r} asks for another "
             "way; leave one of them out"

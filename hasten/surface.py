@@ -1,10 +1,9 @@
 """Methods that a hasten model has beyond transformers' and PEFT's own. Mixed into the instance's class when it is patched."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from hasten.inference import for_inference, generate
 from hasten.overlays import Overlay
@@ -74,14 +73,9 @@ class PeftSurface(Surface, Overlay):
         return super().load_adapter(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _keep_dtypes(self) -> None:
-        """LoRA weights as `float32_mixed_precision` promised, trained copies of modules as the modules themselves."""
-        dtype: torch.dtype | None = self.__dict__.get("_hasten_adapter_dtype")
-        if dtype is None:
-            return
+        """`_hasten_dtypes`: name of a trained weight -> dtype, as `get_peft_model` or loading promised it."""
+        promised: dict[str, torch.dtype] = self.__dict__.get("_hasten_dtypes", {})
         for name, parameter in self.named_parameters():
-            if parameter.requires_grad and "lora_" in name and parameter.dtype != dtype:
+            dtype = promised.get(name, parameter.dtype)
+            if parameter.dtype != dtype:
                 parameter.data = parameter.data.to(dtype)
-        for module in self.modules():
-            if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
-                original: Any = module.original_module
-                cast(nn.Module, module.modules_to_save).to(next(original.parameters()).dtype)

@@ -79,6 +79,7 @@ def plan_merge(model: nn.Module, dtype: torch.dtype | None) -> MergePlan:
     base = find_base(causal_lm)
     live_dtype = causal_lm.config.dtype if isinstance(causal_lm.config.dtype, torch.dtype) else causal_lm.dtype
     inits = [str(config.init_lora_weights) for config in configs.values() if hasattr(config, "init_lora_weights")]
+    inits += ["loftq" for config in configs.values() if getattr(config, "loftq_config", None)]
     plan = MergePlan(causal_lm, base, slots, Merger([name.lower() for name in inits], dtype, live_dtype))
     if base is None:
         plan.entries = list(disk_names_of(causal_lm, slots).items())

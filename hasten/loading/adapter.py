@@ -5,6 +5,7 @@ is compared with what PEFT would save for this model and this config, before the
 """
 
 import copy
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,12 @@ def attach(
         raise CheckpointError(f"the adapter in {folder} does not fit this model, nothing was attached:\n  {listed}")
     _warn_of_other_base(causal_lm, config)
     with seeded(0):  # PEFT draws an adapter before it reads one; the caller's generators stay as they are
-        return PeftModel.from_pretrained(causal_lm, str(folder), is_trainable=trainable, config=config)
+        peft_model = PeftModel.from_pretrained(causal_lm, str(folder), is_trainable=trainable, config=config)
+    # PEFT drops this field on reading; an export needs it, since such an adapter only fits the quantised base.
+    repaired = json.loads((folder / CONFIG).read_text()).get("loftq_config")
+    if repaired:
+        peft_model.peft_config["default"].loftq_config = repaired  # pyright: ignore[reportAttributeAccessIssue]
+    return peft_model
 
 
 def _fetch(source: str, token: str | bool | None, revision: str | None) -> Path:

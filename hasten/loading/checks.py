@@ -101,7 +101,15 @@ def config_problems(config: Any, family: Family | None, options: LoadOptions) ->
         )
     if options.offload_embedding and config.get_text_config().tie_word_embeddings:
         found.append("offload_embedding: the embedding is also the head's weight, which the GPU needs; leave it out")
+    if softcapped(config, family) and options.attn_implementation == "sdpa":
+        found.append("attn_implementation='sdpa' drops this model's softcap on scores; use 'eager', or leave it out")
     return found
+
+
+def softcapped(config: Any, family: Family | None) -> bool:
+    """Whether scores are softcapped, which torch's fused attention cannot do (older transformers drop it silently)."""
+    field = family.attention.softcap if family is not None else None
+    return field is not None and getattr(config, field) is not None
 
 
 def vocabulary_error(needed: int, base: int, rows: int, options: LoadOptions) -> HastenError | None:

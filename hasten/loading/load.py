@@ -72,6 +72,9 @@ def load(options: LoadOptions) -> Loaded:
     ready = _prepare(source, options, findings)
     findings.refuse()
     assert ready is not None  # nothing was found, so everything is there
+    if options.attn_implementation is None and checks.softcapped(ready.config, family_of(ready.empty)):
+        options = replace(options, attn_implementation="eager")
+        ready.notes.append("attention: eager, which applies this model's softcap on scores")
     fetch_weights(source, options)
     stored: dict[str, shards.StoredTensor] = {}
     if options.use_safetensors is not False:

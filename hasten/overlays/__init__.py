@@ -10,6 +10,7 @@ from hasten.overlays.head import HeadFacts, HeadOverlay
 from hasten.overlays.layer import LayerFacts, LayerOverlay
 from hasten.overlays.mlp import MLPFacts, MLPOverlay
 from hasten.overlays.norm import NormFacts, NormOverlay
+from hasten.overlays.trained import StreamFacts, WideEmbedding, WideHead
 
 __all__ = [
     "AttentionFacts",
@@ -23,4 +24,7 @@ __all__ = [
     "NormFacts",
     "NormOverlay",
     "Overlay",
+    "StreamFacts",
+    "WideEmbedding",
+    "WideHead",
 ]

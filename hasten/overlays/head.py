@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from hasten.errors import InputError
+from hasten.errors import DatasetError, InputError
 from hasten.ops import LoraHead, ScoreRule, TokenScores, linear_cross_entropy
 from hasten.overlays.base import Overlay
 from hasten.overlays.fused_protocol import FusedRequest, FusedScores, read_trl_request
@@ -144,9 +144,25 @@ class HeadOverlay(Overlay):
         total = self._score(hidden.flatten(0, -2), targets.flatten(), rule).loss.sum()
         if num_items_in_batch is None:
             return total / (targets != ignore_index).sum()
+        self._expect_labels(num_items_in_batch)
         if isinstance(num_items_in_batch, torch.Tensor):
             num_items_in_batch = num_items_in_batch.to(total.device)
         return total / num_items_in_batch
+
+    def _expect_labels(self, num_items_in_batch: Any) -> None:
+        """Raises DatasetError where a whole optimisation step has no label: the loss would be a silent zero or NaN.
+
+        On a GPU looking waits for the device, so there it is done until the first label was seen, and then no more.
+        """
+        on_gpu = isinstance(num_items_in_batch, torch.Tensor) and num_items_in_batch.is_cuda
+        if on_gpu and self.__dict__.get("_hasten_saw_labels"):
+            return
+        if int(num_items_in_batch) == 0:
+            raise DatasetError(
+                "not one label in this whole batch counts (all are masked), so there is nothing to learn from it. Check "
+                "the dataset with hasten.check_dataset; rows that are cut before their answer lose all labels"
+            )
+        self.__dict__["_hasten_saw_labels"] = True
 
     def _fused_scores(
         self,
@@ -174,7 +190,7 @@ class HeadOverlay(Overlay):
                 raise InputError(f"cast_lm_head_to_fp32 needs a head that is a plain Linear; this one is not: {reason}")
             return score_through_module(self.lm_head, hidden_NE, labels_N, rule)
         weight: torch.Tensor = base.weight  # pyright: ignore[reportAssignmentType]
-        dtype = torch.float32 if fp32 else compute_dtype(hidden_NE, weight)
+        dtype = torch.float32 if fp32 else compute_dtype(hidden_NE)
         hidden, labels = hidden_NE.to(weight.device, dtype), labels_N.to(weight.device)
         bias = None if base.bias is None else base.bias.to(dtype)  # pyright: ignore[reportCallIssue]
         lora = None if pair is None else LoraHead(pair.a_RE.to(dtype), pair.b_VR.to(dtype), pair.scale)

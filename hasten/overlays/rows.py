@@ -62,11 +62,11 @@ def shifted(
     return hidden_BTE[:, :-1], labels[:, 1:]
 
 
-def compute_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
-    """autocast's dtype where it is on, else the wider of the two."""
+def compute_dtype(hidden: torch.Tensor) -> torch.dtype:
+    """autocast's dtype where it is on, else the stream's; a head that trains in fp32 is rounded to it."""
     if torch.is_autocast_enabled(hidden.device.type):
         return torch.get_autocast_dtype(hidden.device.type)
-    return torch.promote_types(hidden.dtype, weight.dtype)
+    return hidden.dtype
 
 
 def score_through_module(

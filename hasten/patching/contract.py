@@ -90,7 +90,10 @@ def check_attention(module: nn.Module, facts: AttentionFacts, family: Family) ->
         "score softcap": (softcap, facts.softcap),
         "norm on q and k": (hasattr(module, "q_norm"), facts.qk_norm is not None),
     }
-    return [f"{name} is {is_}, recorded is {ours}" for name, (is_, ours) in compared.items() if is_ != ours]
+    problems = [f"{name} is {is_}, recorded is {ours}" for name, (is_, ours) in compared.items() if is_ != ours]
+    if facts.softcap is not None and config._attn_implementation == "sdpa":
+        problems.append("sdpa drops the softcap on scores; load with attn_implementation='eager'")
+    return problems
 
 
 def _missing(module: nn.Module, names: set[str]) -> list[str]:

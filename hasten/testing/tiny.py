@@ -25,7 +25,7 @@ CHAT_TEMPLATE = (
 COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
-    "intermediate_size": 96,
+    "intermediate_size": 128,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -37,19 +37,19 @@ COMMON = {
 
 FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {},
-    "mistral": {"sliding_window": 8, "head_dim": 24},
+    "mistral": {"sliding_window": 8, "head_dim": 32},
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
-    "qwen3": {"head_dim": 24, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
-    "gemma": {"head_dim": 24},
+    "qwen3": {"head_dim": 32, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+    "gemma": {"head_dim": 32},
     "gemma2": {
-        "head_dim": 24,
+        "head_dim": 32,
         "sliding_window": 8,
         "query_pre_attn_scalar": 20,
         "attn_logit_softcapping": 5.0,
         "final_logit_softcapping": 4.0,
     },
     "gemma3_text": {
-        "head_dim": 24,
+        "head_dim": 32,
         "final_logit_softcapping": 4.0,
         "sliding_window": 8,
         "query_pre_attn_scalar": 20,
@@ -82,7 +82,7 @@ def tiny_model(
     generator_state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     config = tiny_config(model_type, **changes)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **_exact_attention(config, changes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2 and "norm" not in name:
@@ -91,6 +91,13 @@ def tiny_model(
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     torch.random.set_rng_state(generator_state)
     return model.to(dtype).eval()
+
+
+def _exact_attention(config: Any, changes: dict[str, Any]) -> dict[str, str]:
+    """Older transformers choose sdpa by default even where it drops a softcap on scores."""
+    softcapped = getattr(config, "attn_logit_softcapping", None) is not None
+    chosen = changes.get("attn_implementation", "eager" if softcapped else None)
+    return {"attn_implementation": chosen} if chosen is not None else {}
 
 
 def tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:

@@ -10,6 +10,9 @@ from torch import nn
 
 from hasten.errors import OptionError
 from hasten.options import AdapterOptions
+from hasten.overlays import Overlay, StreamFacts, WideEmbedding, WideHead
+from hasten.patching.apply import overlay_class
+from hasten.patching.contract import stock_class
 from hasten.training import loftq
 
 EMBEDDINGS = ("embed_tokens", "lm_head")
@@ -45,7 +48,6 @@ def build(model: Any, options: AdapterOptions, read_dense: Callable[[str], torch
         use_rslora=options.use_rslora,
         use_dora=options.use_dora,
         init_lora_weights=options.init_lora_weights,  # pyright: ignore[reportArgumentType]
-        loftq_config=dict(options.loftq_config or {}),
         modules_to_save=saved or None,
         layers_to_transform=options.layers_to_transform,
         **{**defaults, **dict(options.extra)},
@@ -55,7 +57,32 @@ def build(model: Any, options: AdapterOptions, read_dense: Callable[[str], torch
         peft_model = get_peft_model(model, config)
     if options.loftq_config and read_dense is not None:
         loftq.initialise(peft_model, read_dense)
+        peft_model.peft_config["default"].loftq_config = dict(options.loftq_config)
     return peft_model
+
+
+def set_dtypes(peft_model: Any, fp32: bool) -> dict[str, torch.dtype]:
+    """Casts what trains to fp32 (True) or to the model's dtype (False), and returns name -> dtype of every trained weight.
+
+    LoRA weights, and the trained copies of embedding and head, which then go on feeding and reading a stream of the
+    model's dtype. Other trained copies (a norm, say) keep the dtype of the module that they replace.
+    """
+    base = peft_model.get_base_model()
+    stream = base.config.dtype if isinstance(base.config.dtype, torch.dtype) else base.dtype
+    wide = torch.float32 if fp32 else stream
+    for name, parameter in peft_model.named_parameters():
+        if parameter.requires_grad and "lora_" in name:
+            parameter.data = parameter.data.to(wide)
+    if wide != stream:
+        _widen(base.get_input_embeddings(), WideEmbedding, stream)
+        _widen(base.get_output_embeddings(), WideHead, stream)
+    return {name: p.dtype for name, p in peft_model.named_parameters() if p.requires_grad}
+
+
+def _widen(module: Any, overlay: type[Overlay], stream: torch.dtype) -> None:
+    for copy in getattr(module, "modules_to_save", {}).values():
+        copy.__class__ = overlay_class(stock_class(copy), overlay, StreamFacts(stream))
+        copy.weight.data = copy.weight.data.float()
 
 
 def _split(model: Any, options: AdapterOptions) -> tuple[list[str] | str, list[str]]:

@@ -76,9 +76,10 @@ def read_linear(module: Any, training: bool) -> tuple[nn.Linear | None, LoraPair
     if reason is not None:
         return None, None, reason
     base = base_layer_of(module)
-    if type(base) is not nn.Linear:
+    # An overlay over a Linear is one: it differs in where it rounds, not in what it computes.
+    if getattr(type(base), "stock_class", type(base)) is not nn.Linear:
         return None, None, f"held as {type(base).__name__}"
-    return base, pair, None
+    return base, pair, None  # pyright: ignore[reportReturnType]
 
 
 def _acting_copy(wrapper: Any) -> nn.Module | None:

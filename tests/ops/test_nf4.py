@@ -15,7 +15,11 @@ def quantized(shape: tuple[int, int], double: bool) -> tuple[NF4Weight, torch.Te
 
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     packed, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=double, quant_type="nf4")
-    nested = {"scale_code": state.state2.code, "scale_of_scales": state.state2.absmax, "offset": state.offset} if double else {}
+    nested = (
+        {"scale_code": state.state2.code, "scale_of_scales": state.state2.absmax, "offset": state.offset}
+        if double
+        else {}
+    )
     return NF4Weight(packed, state.code, shape, state.absmax, **nested), bnb.dequantize_4bit(packed, state)
 
 
