@@ -3,11 +3,12 @@
 import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping, Set
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
-LoadOptions = AdapterOptions = Any  # of hasten.options, which imports this file
+LoadOptions: TypeAlias = Any  # of hasten.options, which imports this file
+AdapterOptions: TypeAlias = Any
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLACEMENTS = ("sequential", "auto", "balanced", "balanced_low_0")

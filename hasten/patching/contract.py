@@ -77,7 +77,7 @@ def check_attention(module: nn.Module, facts: AttentionFacts, family: Family) ->
     found = _missing(module, {"q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "layer_idx", "scaling", "config"})
     if found:
         return found
-    config = module.config
+    config: Any = module.config
     window = getattr(module, "sliding_window", None)
     if not hasattr(module, "sliding_window") and not hasattr(module, "layer_type"):
         window = getattr(config, "sliding_window", None)

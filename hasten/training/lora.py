@@ -57,7 +57,7 @@ def build(model: Any, options: AdapterOptions, read_dense: Callable[[str], torch
         peft_model = get_peft_model(model, config)
     if options.loftq_config and read_dense is not None:
         loftq.initialise(peft_model, read_dense)
-        peft_model.peft_config["default"].loftq_config = dict(options.loftq_config)
+        peft_model.peft_config["default"].loftq_config = dict(options.loftq_config)  # pyright: ignore[reportAttributeAccessIssue]
     return peft_model
 
 

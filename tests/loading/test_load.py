@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hasten.loading import Loaded, load
 from hasten.loading.device import default_dtype
 from hasten.options import LoadOptions
+from hasten.testing import save_tiny
 from hasten.weights import dequantize, storage_of
 
 TEXT = "def f(x): return x"
@@ -61,7 +62,8 @@ def test_quantised_layers_hold_the_checkpoints_values(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="bitsandbytes' CPU code only")
-def test_layers_that_bitsandbytes_misreads_on_a_cpu_stay_dense(llama: Path) -> None:
+def test_layers_that_bitsandbytes_misreads_on_a_cpu_stay_dense(tmp_path: Path) -> None:
+    llama = save_tiny(tmp_path / "odd", "llama", intermediate_size=96)
     result = loaded(llama, dtype=torch.float32)
     dense = loaded(llama, dtype=torch.float32, load_in_4bit=False)
     odd = [n for n, m in dense.model.named_modules() if isinstance(m, torch.nn.Linear) and m.in_features % 64]

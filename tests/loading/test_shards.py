@@ -66,7 +66,7 @@ def test_wrong_shapes_and_missing_tensors_are_all_named(llama: Path, copy_of: Co
     config["num_hidden_layers"] = 5
     (folder / "config.json").write_text(json.dumps(config))
     said = refusal(folder)
-    assert "model.layers.0.mlp.up_proj.weight is (96, 64)" in said
+    assert "model.layers.0.mlp.up_proj.weight is (128, 64)" in said
     assert "the model's is (80, 64)" in said
     assert "and 1 more" in said  # 4 x 3 wrong shapes and the 9 tensors of the fifth layer, 20 of which are listed
 
