@@ -1,10 +1,24 @@
-"""Kernels run in Triton's interpreter where there is no GPU; the same tests run them for real where there is one."""
+"""Kernels run in Triton's interpreter where there is no GPU; the same tests run them for real where there is one.
+
+Every process of the tests, this one included, is kept offline and out of the working tree (see guard/sitecustomize.py).
+"""
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+GUARD = str(Path(__file__).parent / "guard")
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [GUARD, os.environ.get("PYTHONPATH")]))
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL's own, sent in a background thread
+if "_hasten_guarded" not in sys.modules:
+    sys.path.insert(0, GUARD)
+    sys.modules.pop("sitecustomize", None)
+    import sitecustomize
+
+    sys.modules["_hasten_guarded"] = sitecustomize
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 

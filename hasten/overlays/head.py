@@ -6,6 +6,7 @@ Which of the two runs:
 - everything else (no labels, evaluation mode, a loss function of the user's own): real logits, as transformers.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,6 +21,8 @@ from hasten.overlays.base import Overlay
 from hasten.overlays.fused_protocol import FusedRequest, FusedScores, read_trl_request
 from hasten.overlays.rows import IGNORED, check_length, compute_dtype, keep_positions, score_through_module, shifted
 from hasten.weights import read_linear
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,15 @@ class HeadOverlay(Overlay):
             )
         self.__dict__["_hasten_saw_labels"] = True
 
+    def _look_for_labels(self, counts: torch.Tensor) -> None:
+        """Warns where the batches so far had no label at all; TRL would go on at a loss of zero. Then looks no more."""
+        self.__dict__["_hasten_saw_labels"] = bool(counts.any())
+        if not self.__dict__["_hasten_saw_labels"]:
+            logger.warning(
+                "Not one label of the training batches so far counts (all are masked): nothing is learnt from them. "
+                "Check the dataset with hasten.check_dataset."
+            )
+
     def _fused_scores(
         self,
         hidden_BTE: torch.Tensor,
@@ -177,6 +189,8 @@ class HeadOverlay(Overlay):
         rule = ScoreRule(
             self.facts.scale, self.facts.softcap, request.temperature, ignore_index, want=request.optional_scores
         )
+        if self.training and not self.__dict__.get("_hasten_saw_labels"):
+            self._look_for_labels(targets != ignore_index)
         scores = self._score(hidden.flatten(0, -2), targets.flatten(), rule, fp32=request.cast_lm_head_to_fp32)
         return FusedScores.from_tokens(scores, targets != ignore_index, num_items_in_batch)
 
