@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hasten.ops import glu, norm
 from hasten.ops.glu import ACTIVATIONS
@@ -19,7 +20,7 @@ ROWS = 3
 
 
 def kind_of(module: nn.Module, base: nn.Module) -> str | None:
-    """ "norm", "mlp" or "head" where a module has the parts that such an overlay needs, "attention" for the report."""
+    """What overlay a module has the parts for ("norm", "mlp", "head"); "attention" and "layer" are for the report."""
     if module is base:
         return "head"
     children = {name for name, _ in module.named_children()}
@@ -28,7 +29,9 @@ def kind_of(module: nn.Module, base: nn.Module) -> str | None:
     own = dict(module.named_parameters(recurse=False))
     if "Norm" in stock_class(module).__name__ and not children and "weight" in own:
         return "norm"
-    return "attention" if {"q_proj", "k_proj", "v_proj"} <= children else None
+    if children and stock_class(module).__name__.endswith("Attention"):
+        return "attention"
+    return "layer" if isinstance(module, GradientCheckpointingLayer) else None
 
 
 def signature(module: nn.Module) -> tuple[Any, ...]:
@@ -47,7 +50,7 @@ def prove(kind: str, module: nn.Module, max_seq_length: int | None) -> tuple[typ
             return _prove_mlp(module)
         if kind == "head":
             return _prove_head(module, max_seq_length)
-    return "attention differs too much between families to be proved from outside; add a data file"
+    return f"{kind}s differ too much between families for a proof from outside; they need a data file"
 
 
 def _random(*shape: int, like: torch.Tensor) -> torch.Tensor:

@@ -55,7 +55,7 @@ def report(model: nn.Module) -> Report:
         row = _describe(name, module, base, why, skipped)
         if row is not None:
             counted[row] += 1
-            if not isinstance(module, Overlay):
+            if not isinstance(module, Overlay) and name not in skipped:
                 wrapped.add(name)
     rows = tuple(Row(module, count, runs, reason) for (module, runs, reason), count in counted.items())
     state = "hasten" if any(isinstance(m, Overlay) for m in base.modules()) else "stock transformers"

@@ -1,9 +1,10 @@
-"""Loading NF4 from many dense shards holds the result and less than two shards more of memory of its own."""
+"""Loading from many shards holds the result and less than two shards more of memory of its own."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,9 @@ def watch():
 before = own()
 thread = threading.Thread(target=watch)
 thread.start()
-model = load(LoadOptions.from_call(model_name=sys.argv[1], max_seq_length=64, dtype=torch.bfloat16)).model
+how = json.loads(sys.argv[3])
+dtype = getattr(torch, how.pop("dtype"))
+model = load(LoadOptions.from_call(model_name=sys.argv[1], max_seq_length=64, dtype=dtype, **how)).model
 done.set()
 thread.join()
 print(json.dumps({"before": before, "peak": peak[0], "after": own(), "held": model.get_memory_footprint()}))
@@ -40,7 +43,17 @@ print(json.dumps({"before": before, "peak": peak[0], "after": own(), "held": mod
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-def test_peak_memory_of_nf4(llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("how", "share"),
+    [
+        ({"dtype": "bfloat16"}, 0.4),
+        ({"dtype": "bfloat16", "load_in_8bit": True}, 0.6),
+        ({"dtype": "bfloat16", "load_in_4bit": False}, 1.01),
+        ({"dtype": "float32", "load_in_4bit": False}, 2.01),
+    ],
+    ids=["nf4", "int8", "dense", "dense, cast"],
+)
+def test_peak_memory(how: dict[str, Any], share: float, llama: Path, tmp_path: Path) -> None:
     config = AutoConfig.for_model(
         "llama", vocab_size=288, hidden_size=1024, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8
     )
@@ -57,7 +70,7 @@ def test_peak_memory_of_nf4(llama: Path, tmp_path: Path) -> None:
     del model, empty
     assert len(list(tmp_path.glob("*.safetensors"))) >= 10
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(tmp_path), str(llama)],
+        [sys.executable, "-c", CHILD, str(tmp_path), str(llama), json.dumps(how)],
         env={"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,
@@ -66,5 +79,5 @@ def test_peak_memory_of_nf4(llama: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     memory = json.loads(done.stdout.splitlines()[-1])
     largest = max(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
-    assert memory["held"] < 0.4 * dense, "not quantised"
+    assert memory["held"] < share * dense
     assert memory["peak"] - memory["before"] < memory["held"] + 2 * largest, memory
