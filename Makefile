@@ -21,7 +21,7 @@ test-oldest: .venv-oldest/ready
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
