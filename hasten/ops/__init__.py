@@ -8,7 +8,7 @@ D channels of a head, V vocabulary, R rank of a LoRA.
 from hasten.ops.attention import attend
 from hasten.ops.glu import glu
 from hasten.ops.linear_cross_entropy import LoraHead, ScoreRule, TokenScores, linear_cross_entropy, score_logits
-from hasten.ops.norm import norm
+from hasten.ops.norm import norm, norm_and_pass
 from hasten.ops.rope import QKNorm, qk_rope
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "glu",
     "linear_cross_entropy",
     "norm",
+    "norm_and_pass",
     "qk_rope",
     "score_logits",
 ]

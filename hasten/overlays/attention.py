@@ -36,9 +36,13 @@ class AttentionOverlay(Overlay):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        residual: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """hidden_states: (B, T, E); cos and sin: (B or 1, T, D). Returns (B, T, E) and the weights, if the backend has them."""
+        """hidden_states: (B, T, E); cos and sin: (B or 1, T, D). Returns (B, T, E) and the weights, if the backend has them.
+
+        residual: (B, T, E), a stream to add the result to, which the last product can do for nothing.
+        """
         facts = self.facts
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         q, k, v = linears(hidden_states, (self.q_proj, self.k_proj, self.v_proj), self.training)
@@ -64,7 +68,8 @@ class AttentionOverlay(Overlay):
         attended, weights = backend(
             self, query, key, value, attention_mask, dropout=dropout, scaling=facts.scale, **kwargs
         )
-        (out,) = linears(attended.reshape(*hidden_states.shape[:-1], -1), (self.o_proj,), self.training)
+        attended = attended.reshape(*hidden_states.shape[:-1], -1)
+        (out,) = linears(attended, (self.o_proj,), self.training, residual)
         return out, weights
 
     def _qk_norm(self) -> QKNorm | None:

@@ -30,9 +30,12 @@ def fused_input(
     return x, tuple(found)
 
 
-def linears(x: torch.Tensor, modules: tuple[Any, ...], training: bool) -> tuple[torch.Tensor, ...]:
-    """Each module's output for x (..., in): by one fused op, or by their own forwards."""
+def linears(
+    x: torch.Tensor, modules: tuple[Any, ...], training: bool, residual: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
+    """Each module's output for x (..., in), on top of `residual` where given: by one fused op, or by their own forwards."""
     fused = fused_input(x, modules, training)
     if fused is None:
-        return tuple(module(x) for module in modules)
-    return lora_linears(*fused)
+        outs = tuple(module(x) for module in modules)
+        return outs if residual is None else tuple(residual + out for out in outs)
+    return lora_linears(*fused, residual)

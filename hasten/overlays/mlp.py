@@ -25,9 +25,11 @@ class MLPOverlay(Overlay):
     facts: ClassVar[MLPFacts]
     runs = "gated MLP"
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """x: (..., E). residual: a stream to add the result to, which the last product can do for nothing."""
         fused = fused_input(x, (self.gate_proj, self.up_proj, self.down_proj), self.training)
         if fused is not None:
             x, (gate, up, down) = fused
-            return lora_mlp(x, (gate, up, down), self.facts.activation)
-        return self.down_proj(glu(self.gate_proj(x), self.up_proj(x), self.facts.activation))
+            return lora_mlp(x, (gate, up, down), self.facts.activation, residual)
+        out = self.down_proj(glu(self.gate_proj(x), self.up_proj(x), self.facts.activation))
+        return out if residual is None else residual + out

@@ -52,7 +52,7 @@ def gradients(outputs: Any, x: torch.Tensor, linears: Any) -> list[torch.Tensor]
 def test_linears(backend: Any, loras: tuple[bool, ...], bias: bool) -> None:
     linears = [linear(out, WIDTH, lora, bias, torch.float32) for out, lora in zip((32, 16, 8), loras, strict=True)]
     x = torch.randn(2, 5, WIDTH, device=DEVICE, requires_grad=True)
-    ours = lora_linears(x, linears, backend)
+    ours = lora_linears(x, linears, backend=backend)
     theirs = [formula(x, one) for one in linears]
     for mine, expected in zip(ours, theirs, strict=True):
         assert relative_error(mine, expected) < 2e-6
@@ -71,7 +71,7 @@ def test_mlp(backend: Any, loras: tuple[bool, ...], activation: str) -> None:
     linears = (gate, up, down)
     x = torch.randn(2, 5, WIDTH, device=DEVICE, requires_grad=True)
     act = F.silu if activation == "silu" else lambda g: F.gelu(g, approximate="tanh")
-    ours = lora_mlp(x, linears, activation, backend)
+    ours = lora_mlp(x, linears, activation, backend=backend)
     theirs = formula(act(formula(x, gate)) * formula(x, up), down)
     assert relative_error(ours, theirs) < 2e-6
     for mine, expected in zip(gradients([ours], x, linears), gradients([theirs], x, linears), strict=True):
@@ -90,7 +90,7 @@ def test_mlp_in_bf16_is_as_good_as_torch(backend: Any) -> None:
     def chain(x: torch.Tensor) -> torch.Tensor:
         return formula(F.silu(formula(x, linears[0])) * formula(x, linears[1]), linears[2])
 
-    exact, low, ours = chain(exact_x), chain(x), lora_mlp(x, linears, "silu", backend)
+    exact, low, ours = chain(exact_x), chain(x), lora_mlp(x, linears, "silu", backend=backend)
     assert relative_error(ours, exact) <= 2 * relative_error(low, exact) + 1e-2
     results = [gradients([out], v, linears) for out, v in ((exact, exact_x), (low, x), (ours, x))]
     for reference, torchs, hastens in zip(*results, strict=True):
@@ -106,10 +106,48 @@ def test_a_second_backward_through_overwritten_buffers_is_refused(backend: Any) 
         linear(WIDTH, 40, True, False, torch.float32),
     )
     x = torch.randn(5, WIDTH, device=DEVICE, requires_grad=True)
-    out = lora_mlp(x, linears, "silu", backend)
+    out = lora_mlp(x, linears, "silu", backend=backend)
     first = torch.autograd.grad(out.sum(), x, retain_graph=True)[0]
     if backend == "triton":
         with pytest.raises(RuntimeError, match="ran already"):
             torch.autograd.grad(out.sum(), x)
     else:
         torch.testing.assert_close(torch.autograd.grad(out.sum(), x)[0], first)
+
+
+@both
+def test_a_residual_is_added_and_gets_its_gradient(backend: Any) -> None:
+    one = linear(WIDTH, WIDTH, True, True, torch.float32)
+    mlp = (
+        linear(40, WIDTH, True, False, torch.float32),
+        linear(40, WIDTH, True, False, torch.float32),
+        linear(WIDTH, 40, True, False, torch.float32),
+    )
+    x, residual = (torch.randn(2, 5, WIDTH, device=DEVICE, requires_grad=True) for _ in range(2))
+    pairs = [
+        (lora_linears(x, [one], residual, backend)[0], residual + formula(x, one)),
+        (
+            lora_mlp(x, mlp, "silu", residual, backend),
+            residual + formula(F.silu(formula(x, mlp[0])) * formula(x, mlp[1]), mlp[2]),
+        ),
+    ]
+    for ours, theirs in pairs:
+        assert relative_error(ours, theirs) < 2e-6
+        upstream = torch.randn_like(ours)
+        mine, expected = (torch.autograd.grad(out, [x, residual], upstream) for out in (ours, theirs))
+        assert relative_error(mine[0], expected[0]) < 2e-6 and relative_error(mine[1], expected[1]) < 2e-6
+
+
+@pytest.mark.parametrize("ranks", [(4, 4), (3, 20), (16, 1)])
+def test_mlp_with_two_ranks_and_odd_widths(ranks: tuple[int, int]) -> None:
+    def odd(out: int, width: int, rank: int) -> LoraLinear:
+        draw = [(torch.randn(*s) * 0.3).to(DEVICE) for s in ((out, width), (rank, width), (out, rank))]
+        return LoraLinear(Dense(draw[0]), None, draw[1].requires_grad_(), draw[2].requires_grad_(), 0.7)
+
+    mlp = (odd(150, WIDTH, ranks[0]), odd(150, WIDTH, ranks[1]), odd(WIDTH, 150, 4))
+    x = torch.randn(37, WIDTH, device=DEVICE, requires_grad=True)
+    ours = lora_mlp(x, mlp, "silu", backend="triton")
+    theirs = formula(F.silu(formula(x, mlp[0])) * formula(x, mlp[1]), mlp[2])
+    assert relative_error(ours, theirs) < 2e-6
+    for mine, expected in zip(gradients([ours], x, mlp), gradients([theirs], x, mlp), strict=True):
+        assert relative_error(mine, expected) < 3e-6

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hasten.ops import QKNorm, attend, glu, norm, qk_rope
+from hasten.ops import QKNorm, attend, glu, norm, norm_and_pass, qk_rope
 from hasten.ops.glu import ACTIVATIONS
 from hasten.testing import relative_error
 
@@ -92,6 +92,18 @@ def test_qk_rope(dtype: torch.dtype, rotation: str, fp32: bool, backend: Any) ->
         return torch.cat([complex_rotation(x, angles[:, :, None], rotation == "interleaved") for x in (q, k)], dim=2)
 
     assert_as_good_as_torch(ours, formula, [q, k], dtype)
+
+
+@both
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_norm_and_pass_adds_both_gradients(kind: str, backend: Any) -> None:
+    x, w = torch.randn(3, 5, 33, device=DEVICE, requires_grad=True), torch.randn(33, device=DEVICE, requires_grad=True)
+    normed, passed = norm_and_pass(x, w, 1e-5, kind, backend=backend)  # pyright: ignore[reportArgumentType]
+    assert torch.equal(passed, x)
+    upstream = torch.randn_like(x), torch.randn_like(x)
+    ours = torch.autograd.grad((normed, passed), (x, w), upstream)
+    theirs = torch.autograd.grad(norm(x, w, 1e-5, kind, backend="reference"), (x, w), upstream[0])  # pyright: ignore[reportArgumentType]
+    assert relative_error(ours[0], theirs[0] + upstream[1]) < 2e-6 and relative_error(ours[1], theirs[1]) < 2e-6
 
 
 def test_qk_rope_without_positions_returns_its_inputs_and_norms_first() -> None:

@@ -34,29 +34,36 @@ class LoraLinear:
 
 
 def lora_linears(
-    x: torch.Tensor, linears: Sequence[LoraLinear], backend: Backend | None = None
+    x: torch.Tensor,
+    linears: Sequence[LoraLinear],
+    residual: torch.Tensor | None = None,
+    backend: Backend | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """Every linear's output for one input that they share.
+    """Every linear's output for one input that they share, on top of `residual` (..., out) where given (one linear then).
 
-    x: (..., in), of the dtype to multiply in. Returns one (..., out_i) of x's dtype each. Gradients: x, every a and b (in
+    x: (..., in), of the dtype to multiply in. Returns one (..., out_i) of x's dtype each. Gradients: x, residual, every a and b (in
     their own dtype, summed in fp32).
     """
     if backend_for(x, backend) == "triton":
         from hasten.ops.lora import kernel
 
-        return kernel.lora_linears(x, linears)
-    return reference.lora_linears(x, linears)
+        return kernel.lora_linears(x, linears, residual)
+    return reference.lora_linears(x, linears, residual)
 
 
 def lora_mlp(
-    x: torch.Tensor, linears: tuple[LoraLinear, LoraLinear, LoraLinear], activation: str, backend: Backend | None = None
+    x: torch.Tensor,
+    linears: tuple[LoraLinear, LoraLinear, LoraLinear],
+    activation: str,
+    residual: torch.Tensor | None = None,
+    backend: Backend | None = None,
 ) -> torch.Tensor:
-    """The gated MLP; linears: gate, up, down. x: (..., E). Keeps gate and up for the backward, recomputes their product.
+    """The gated MLP, on top of `residual` (..., E) where given; linears: gate, up, down. x: (..., E). Keeps gate and up for the backward, recomputes their product.
 
     Gradients as in `lora_linears`.
     """
     if backend_for(x, backend) == "triton":
         from hasten.ops.lora import kernel
 
-        return kernel.lora_mlp(x, linears, activation)
-    return reference.lora_mlp(x, linears, activation)
+        return kernel.lora_mlp(x, linears, activation, residual)
+    return reference.lora_mlp(x, linears, activation, residual)

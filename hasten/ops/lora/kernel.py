@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from hasten.ops.glu.kernel import glu_bwd, glu_fwd
+from hasten.ops.glu.kernel import Share, glu_bwd, glu_fwd, lora_glu
 
 if TYPE_CHECKING:
     from hasten.ops.lora import LoraLinear
@@ -28,13 +28,18 @@ def _product_fp32(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -
 
 
 def _project(
-    x: torch.Tensor, linear: LoraLinear, xa: torch.Tensor | None, out: torch.Tensor | None = None
+    x: torch.Tensor, linear: LoraLinear, xa: torch.Tensor | None, residual: torch.Tensor | None = None
 ) -> torch.Tensor:
+    """The linear's output, on top of `residual` where given: the product adds it, no pass does."""
     weight = linear.weight.dense(x.dtype)
-    if linear.bias is not None:
-        y = torch.addmm(linear.bias.to(x.dtype), x, weight.T, out=out)
+    if residual is not None:
+        y = torch.addmm(residual, x, weight.T)
+        if linear.bias is not None:
+            y += linear.bias.to(x.dtype)
+    elif linear.bias is not None:
+        y = torch.addmm(linear.bias.to(x.dtype), x, weight.T)
     else:
-        y = torch.mm(x, weight.T, out=out)
+        y = torch.mm(x, weight.T)
     if xa is not None and linear.b is not None:
         y.addmm_(xa, linear.b.to(x.dtype).T, alpha=linear.scale)
     return y
@@ -98,13 +103,14 @@ class LoraLinearsFunction(torch.autograd.Function):
     """Saves x and x @ A.T; A and B come in as arguments only so that autograd sees them."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, linears: Any, *_: Any) -> Any:
+    def forward(ctx: Any, x: torch.Tensor, residual: torch.Tensor | None, linears: Any, *_: Any) -> Any:
         flat = x.reshape(-1, x.shape[-1])
         a = _stack_a(linears, x.dtype)
         xa = None if a is None else flat @ a.T
-        outs = [_project(flat, linear, own) for linear, own in zip(linears, _split(xa, linears), strict=True)]
+        base = None if residual is None else residual.reshape(-1, residual.shape[-1])
+        outs = [_project(flat, linear, own, base) for linear, own in zip(linears, _split(xa, linears), strict=True)]
         ctx.save_for_backward(flat if xa is not None else None, xa, a)
-        ctx.linears, ctx.shape = linears, x.shape
+        ctx.linears, ctx.shape, ctx.has_residual = linears, x.shape, residual is not None
         return tuple(out.view(*x.shape[:-1], -1) for out in outs)
 
     @staticmethod
@@ -116,25 +122,48 @@ class LoraLinearsFunction(torch.autograd.Function):
         d_xa, d_bs = _down_gradients(dys, _split(xa, linears), linears)
         dx = _input_gradient(dys, linears, d_xa, a).view(ctx.shape) if ctx.needs_input_grad[0] else None
         d_as = _a_gradients(d_xa, flat, linears)
-        return dx, None, *(t for pair in zip(d_as, d_bs, strict=True) for t in pair)
+        d_residual = grads[0] if ctx.has_residual else None
+        return dx, d_residual, None, *(t for pair in zip(d_as, d_bs, strict=True) for t in pair)
+
+
+def _shares(xa: torch.Tensor | None, linears: Sequence[LoraLinear]) -> tuple[Share, Share] | None:
+    """What the activation kernel adds to gate and up, where both have a LoRA."""
+    parts = _split(xa, linears)
+    found = [
+        (own, linear.b.to(own.dtype), linear.scale)
+        for own, linear in zip(parts, linears, strict=True)
+        if own is not None and linear.b is not None
+    ]
+    return (found[0], found[1]) if len(found) == 2 else None
 
 
 class LoraMlpFunction(torch.autograd.Function):
-    """Saves x, the three x @ A.T, and gate and up in one buffer, over which the backward writes."""
+    """Saves x, the x @ A.T, and gate and up, over which the backward writes.
+
+    Where gate and up both have a LoRA, what is kept are their base products: the activation kernel adds B's share in
+    registers, forward and backward.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, linears: Any, activation: str, *_: Any) -> torch.Tensor:
+    def forward(  # noqa: PLR0913
+        ctx: Any, x: torch.Tensor, residual: torch.Tensor | None, linears: Any, activation: str, *_: Any
+    ) -> torch.Tensor:
         gate, up, down = linears
         flat = x.reshape(-1, x.shape[-1])
         a = _stack_a((gate, up), x.dtype)
         xa = None if a is None else flat @ a.T
-        gated = [_project(flat, linear, own) for linear, own in zip((gate, up), _split(xa, (gate, up)), strict=True)]
-        product = glu_fwd(*gated, activation)
+        shares = _shares(xa, (gate, up))
+        adds = (None, None) if shares is not None else _split(xa, (gate, up))
+        gated = [_project(flat, linear, own) for linear, own in zip((gate, up), adds, strict=True)]
+        product = glu_fwd(*gated, activation) if shares is None else lora_glu(*gated, shares, activation)
+        assert product is not None
         a_down = _stack_a((down,), x.dtype)
         pa = None if a_down is None else product @ a_down.T
-        out = _project(product, down, pa)
+        base = None if residual is None else residual.reshape(-1, residual.shape[-1])
+        out = _project(product, down, pa, base)
         ctx.save_for_backward(flat if xa is not None else None, xa, a, pa, a_down, *gated)
         ctx.linears, ctx.activation, ctx.shape, ctx.spent = linears, activation, x.shape, False
+        ctx.has_residual = residual is not None
         return out.view(x.shape)
 
     @staticmethod
@@ -148,20 +177,32 @@ class LoraMlpFunction(torch.autograd.Function):
         dy = grad.reshape(-1, grad.shape[-1])
         d_pa, (d_b_down,) = _down_gradients([dy], [pa], [down])
         d_product = _input_gradient([dy], [down], d_pa, a_down)
-        product = torch.empty_like(d_product) if d_pa is not None else None
-        glu_bwd(d_product, gate_out, up_out, ctx.activation, (gate_out, up_out), product)
+        shares = _shares(xa, (gate, up))
+        if shares is not None:
+            product = lora_glu(gate_out, up_out, shares, ctx.activation, d_product, write_out=d_pa is not None)
+        else:
+            product = torch.empty_like(d_product) if d_pa is not None else None
+            glu_bwd(d_product, gate_out, up_out, ctx.activation, (gate_out, up_out), product)
         d_a_down = _a_gradients(d_pa, product, [down])[0] if product is not None else None
         del d_product, product
         dys = [gate_out, up_out]
         d_xa, (d_b_gate, d_b_up) = _down_gradients(dys, _split(xa, (gate, up)), (gate, up))
         dx = _input_gradient(dys, (gate, up), d_xa, a).view(ctx.shape) if ctx.needs_input_grad[0] else None
         d_a_gate, d_a_up = _a_gradients(d_xa, flat, (gate, up))
-        return dx, None, None, d_a_gate, d_b_gate, d_a_up, d_b_up, d_a_down, d_b_down
+        d_residual = grad if ctx.has_residual else None
+        return dx, d_residual, None, None, d_a_gate, d_b_gate, d_a_up, d_b_up, d_a_down, d_b_down
 
 
-def lora_linears(x: torch.Tensor, linears: Sequence[LoraLinear]) -> tuple[torch.Tensor, ...]:
-    return LoraLinearsFunction.apply(x, tuple(linears), *_pairs(linears))  # pyright: ignore[reportReturnType]
+def lora_linears(
+    x: torch.Tensor, linears: Sequence[LoraLinear], residual: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    return LoraLinearsFunction.apply(x, residual, tuple(linears), *_pairs(linears))  # pyright: ignore[reportReturnType]
 
 
-def lora_mlp(x: torch.Tensor, linears: tuple[LoraLinear, LoraLinear, LoraLinear], activation: str) -> torch.Tensor:
-    return LoraMlpFunction.apply(x, linears, activation, *_pairs(linears))  # pyright: ignore[reportReturnType]
+def lora_mlp(
+    x: torch.Tensor,
+    linears: tuple[LoraLinear, LoraLinear, LoraLinear],
+    activation: str,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    return LoraMlpFunction.apply(x, residual, linears, activation, *_pairs(linears))  # pyright: ignore[reportReturnType]

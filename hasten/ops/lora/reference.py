@@ -13,8 +13,11 @@ if TYPE_CHECKING:
     from hasten.ops.lora import LoraLinear
 
 
-def lora_linears(x: torch.Tensor, linears: Sequence[LoraLinear]) -> tuple[torch.Tensor, ...]:
-    return tuple(_linear(x, linear) for linear in linears)
+def lora_linears(
+    x: torch.Tensor, linears: Sequence[LoraLinear], residual: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    outs = tuple(_linear(x, linear) for linear in linears)
+    return outs if residual is None else tuple(residual + out for out in outs)
 
 
 def _linear(x: torch.Tensor, linear: LoraLinear) -> torch.Tensor:
@@ -24,6 +27,12 @@ def _linear(x: torch.Tensor, linear: LoraLinear) -> torch.Tensor:
     return y + linear.scale * ((x @ linear.a.to(x.dtype).T) @ linear.b.to(x.dtype).T)
 
 
-def lora_mlp(x: torch.Tensor, linears: tuple[LoraLinear, LoraLinear, LoraLinear], activation: str) -> torch.Tensor:
+def lora_mlp(
+    x: torch.Tensor,
+    linears: tuple[LoraLinear, LoraLinear, LoraLinear],
+    activation: str,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
     gate, up, down = linears
-    return _linear(glu(_linear(x, gate), _linear(x, up), activation), down)
+    out = _linear(glu(_linear(x, gate), _linear(x, up), activation), down)
+    return out if residual is None else residual + out

@@ -35,3 +35,20 @@ def norm(
 
         return kernel.norm(x, weight, eps, kind, unit_offset, fp32_weight)
     return reference.norm(x, weight, eps, kind, unit_offset, fp32_weight)
+
+
+def norm_and_pass(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    kind: Literal["rms", "layer"] = "rms",
+    unit_offset: bool = False,
+    fp32_weight: bool = False,
+    backend: Backend | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(norm(x), x): for a stream that is normed for a branch and goes on past it. Its two gradients meet in one pass."""
+    if backend_for(x, backend) == "triton":
+        from hasten.ops.norm import kernel
+
+        return kernel.norm_and_pass(x, weight, eps, kind, unit_offset, fp32_weight)
+    return reference.norm(x, weight, eps, kind, unit_offset, fp32_weight), x

@@ -1,7 +1,7 @@
 """RMSNorm and LayerNorm in one pass over a row, forward and backward. One program holds one row in registers.
 
-Bytes: forward reads x and writes y (and, with a residual, reads it and writes the sum); backward reads dy and x and
-writes dx. The weight's gradient, where it trains, is summed per program in fp32 and added up in a second, small pass.
+Bytes: forward reads x and writes y; backward reads dy and x (and, where the stream goes on past the norm, its gradient)
+and writes dx. The weight's gradient, where it trains, is summed per program in fp32 and added up in a second, small pass.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ from torch.autograd.function import once_differentiable
 @triton.jit
 def _norm_fwd(
     x_ptr,
-    residual_ptr,
     w_ptr,
     y_ptr,
-    sum_ptr,
     rstd_ptr,
     mean_ptr,
     stride_x,
@@ -30,17 +28,12 @@ def _norm_fwd(
     LAYER: tl.constexpr,
     UNIT_OFFSET: tl.constexpr,
     FP32_WEIGHT: tl.constexpr,
-    ADD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < D
     x = tl.load(x_ptr + row * stride_x + cols, mask=mask, other=0.0)
-    if ADD:
-        residual = tl.load(residual_ptr + row * D + cols, mask=mask, other=0.0)
-        x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
-        tl.store(sum_ptr + row * D + cols, x, mask=mask)
     wide = x.to(tl.float32)
     if LAYER:
         mean = tl.sum(wide, axis=0) / D
@@ -121,29 +114,23 @@ def _warps(block: int) -> int:
 
 
 def norm_fwd(
-    x_ND: torch.Tensor, residual_ND: torch.Tensor | None, weight: torch.Tensor, rule: tuple[float, str, bool, bool]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(y, x + residual, rstd, mean) of rows whose last axis is contiguous. rule: eps, kind, unit_offset, fp32_weight."""
+    x_ND: torch.Tensor, weight: torch.Tensor, rule: tuple[float, str, bool, bool]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(y, rstd, mean) of rows whose last axis is contiguous. rule: eps, kind, unit_offset, fp32_weight."""
     eps, kind, unit_offset, fp32_weight = rule
     rows, width = x_ND.shape
-    y = torch.empty(
-        rows,
-        width,
-        device=x_ND.device,
-        dtype=x_ND.dtype if fp32_weight else torch.promote_types(x_ND.dtype, weight.dtype),
-    )
-    total = x_ND if residual_ND is None else torch.empty(rows, width, device=x_ND.device, dtype=x_ND.dtype)
+    dtype = x_ND.dtype if fp32_weight else torch.promote_types(x_ND.dtype, weight.dtype)
+    y = torch.empty(rows, width, device=x_ND.device, dtype=dtype)
     rstd = torch.empty(rows, device=x_ND.device, dtype=torch.float32)
     mean = torch.empty_like(rstd) if kind == "layer" else rstd
     block = triton.next_power_of_2(width)
     if rows:
         _norm_fwd[(rows,)](
-            x_ND, residual_ND if residual_ND is not None else x_ND, weight, y, total, rstd, mean, x_ND.stride(0), width,
-            weight.numel() // width, eps,
-            LAYER=kind == "layer", UNIT_OFFSET=unit_offset, FP32_WEIGHT=fp32_weight, ADD=residual_ND is not None,
+            x_ND, weight, y, rstd, mean, x_ND.stride(0), width, weight.numel() // width, eps,
+            LAYER=kind == "layer", UNIT_OFFSET=unit_offset, FP32_WEIGHT=fp32_weight,
             BLOCK=block, num_warps=_warps(block),
         )  # fmt: skip
-    return y, total, rstd, mean
+    return y, rstd, mean
 
 
 def norm_bwd(
@@ -182,40 +169,51 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 class NormFunction(torch.autograd.Function):
-    """y = norm(x + residual); also gives the sum. Saves the sum and one or two statistics a row."""
+    """y = norm(x). Saves x and one or two statistics a row."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, rule: Any) -> Any:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, rule: Any) -> torch.Tensor:
         flat = _rows(x)
-        y, total, rstd, mean = norm_fwd(flat, None if residual is None else _rows(residual), weight.contiguous(), rule)
-        ctx.save_for_backward(total, weight, rstd, mean)
-        ctx.rule, ctx.has_residual = rule, residual is not None
-        y = y.view(x.shape)
-        return (y, total.view(x.shape)) if residual is not None else y
+        y, rstd, mean = norm_fwd(flat, weight.contiguous(), rule)
+        ctx.save_for_backward(flat, weight, rstd, mean)
+        ctx.rule = rule
+        return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor, dsum: torch.Tensor | None = None) -> Any:
-        total, weight, rstd, mean = ctx.saved_tensors
-        past = _rows(dsum) if ctx.has_residual and dsum is not None else None
-        dx, dw = norm_bwd(_rows(dy), total, weight.contiguous(), (rstd, mean), ctx.rule, past, ctx.needs_input_grad[2])
-        dx = dx.view(dy.shape)
-        return dx, dx if ctx.has_residual else None, dw, None
+    def backward(ctx: Any, dy: torch.Tensor) -> Any:
+        dx, dw = _backward(ctx, dy, None)
+        return dx, dw, None
+
+
+class NormAndPassFunction(torch.autograd.Function):
+    """(norm(x), x), with both gradients added where the norm's is made."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, rule: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return NormFunction.forward(ctx, x, weight, rule), x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor, dpass: torch.Tensor) -> Any:
+        dx, dw = _backward(ctx, dy, _rows(dpass).contiguous())
+        return dx, dw, None
+
+
+def _backward(ctx: Any, dy: torch.Tensor, past: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    flat, weight, rstd, mean = ctx.saved_tensors
+    train = ctx.needs_input_grad[1]
+    dx, dw = norm_bwd(_rows(dy), flat, weight.contiguous(), (rstd, mean), ctx.rule, past, train)
+    return dx.view(dy.shape), dw
 
 
 def norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, kind: str, unit_offset: bool, fp32_weight: bool
 ) -> torch.Tensor:
-    return NormFunction.apply(x, None, weight, (eps, kind, unit_offset, fp32_weight))  # pyright: ignore[reportReturnType]
+    return NormFunction.apply(x, weight, (eps, kind, unit_offset, fp32_weight))  # pyright: ignore[reportReturnType]
 
 
-def add_norm(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    kind: str,
-    unit_offset: bool,
-    fp32_weight: bool,
+def norm_and_pass(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, kind: str, unit_offset: bool, fp32_weight: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return NormFunction.apply(x, residual, weight, (eps, kind, unit_offset, fp32_weight))  # pyright: ignore[reportReturnType]
+    return NormAndPassFunction.apply(x, weight, (eps, kind, unit_offset, fp32_weight))  # pyright: ignore[reportReturnType]

@@ -1,0 +1,120 @@
+"""The paths that models take on a GPU, whole, in Triton's interpreter: every family with and without LoRA against stock.
+
+On a machine with a GPU the same comparison runs there, on the kernels themselves.
+"""
+
+import copy
+import sys
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from hasten.families import FAMILIES
+from hasten.overlays import fused_linears
+from hasten.patching import apply
+from hasten.testing import Comparison, tiny_model
+from hasten.testing.quantize import quantize_linears
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+IDS = torch.randint(6, 288, (2, 11), generator=torch.Generator().manual_seed(0))
+LABELS = IDS.masked_fill(torch.arange(11) < 4, -100)
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """hasten's own choice of backend, made "triton" for every tensor."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("hasten.") and hasattr(module, "backend_for"):
+            monkeypatch.setattr(module, "backend_for", lambda x, wanted=None: wanted or "triton")
+
+
+def lora(model: Any, **kwargs: Any) -> Any:
+    torch.manual_seed(3)
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **kwargs))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return adapted
+
+
+def compare(ours: Any, stock: Any, title: str) -> None:
+    seen = Comparison(title)
+    losses = []
+    for model in (ours, stock):
+        model.to(DEVICE).train()
+        losses.append(model(input_ids=IDS.to(DEVICE), labels=LABELS.to(DEVICE)).loss)
+        losses[-1].backward()
+    seen.add("loss", losses[0], losses[1], 2e-5)
+    theirs = dict(stock.named_parameters())
+    for name, parameter in ours.named_parameters():
+        if parameter.requires_grad:
+            seen.add(name, parameter.grad, theirs[name].grad, 2e-4)
+    seen.check()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_full_training(name: str, kernels: None) -> None:
+    stock = tiny_model(name, num_hidden_layers=2, **_two_layers(name))
+    ours = copy.deepcopy(stock)
+    apply(ours)
+    compare(ours, stock, f"{name}, full")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_lora_training_takes_the_fused_path(name: str, kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    inner = fused_linears.lora_linears
+    monkeypatch.setattr(fused_linears, "lora_linears", lambda *args: calls.append(args) or inner(*args))
+    stock = tiny_model(name, num_hidden_layers=2, **_two_layers(name))
+    ours = copy.deepcopy(stock)
+    apply(ours)
+    compare(lora(ours), lora(stock), f"{name}, LoRA")
+    assert len(calls) == 2 * 2  # q, k, v together, and o, in each of two layers
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere"])
+def test_qlora_training(name: str, kernels: None) -> None:
+    stock = quantize_linears(tiny_model(name, num_hidden_layers=2, **_two_layers(name)).to(DEVICE))
+    ours = copy.deepcopy(stock)
+    apply(ours)
+    compare(lora(ours), lora(stock), f"{name}, QLoRA")
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"use_dora": True}, {"lora_bias": True}, {"target_modules": ["q_proj", "up_proj"]}]
+)
+def test_what_is_no_plain_lora_everywhere_is_still_right(arguments: dict[str, Any], kernels: None) -> None:
+    stock = tiny_model("qwen2", num_hidden_layers=2, **_two_layers("qwen2"))
+    ours = copy.deepcopy(stock)
+    apply(ours)
+    make = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **arguments}
+    models = []
+    for model in (ours, stock):
+        torch.manual_seed(3)
+        models.append(get_peft_model(model, LoraConfig(**make)))
+        for name, parameter in models[-1].named_parameters():
+            if "lora_B" in name and name.endswith("weight"):
+                torch.nn.init.normal_(parameter, std=0.1)
+    compare(*models, f"qwen2, {arguments}")
+
+
+def test_a_watched_module_keeps_its_own_output(kernels: None) -> None:
+    """A hook on the attention must see the attention's output, not the stream that it was added to."""
+    stock = tiny_model("llama", num_hidden_layers=2).to(DEVICE)
+    ours = copy.deepcopy(stock)
+    apply(ours)
+    seen: list[torch.Tensor] = []
+    for model in (ours, stock):
+        model.model.layers[0].self_attn.register_forward_hook(lambda m, a, out: seen.append(out[0]))
+        model(IDS.to(DEVICE))
+    torch.testing.assert_close(seen[0], seen[1], atol=1e-4, rtol=1e-4)
+
+
+def _two_layers(name: str) -> dict[str, Any]:
+    kinds = {
+        "gemma3_text": ["sliding_attention", "full_attention"],
+        "cohere2": ["sliding_attention", "full_attention"],
+    }
+    return {"layer_types": kinds[name]} if name in kinds else {"max_window_layers": 1} if "qwen" in name else {}
