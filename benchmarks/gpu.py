@@ -74,7 +74,17 @@ def main() -> None:
     parts, result = args.only.split(","), {"versions": versions()}
     if "tests" in parts:
         tests = subprocess.run(
-            [sys.executable, "-m", "pytest", "tests/ops", "tests/families/test_kernels.py", "-q", "-x", "-p", "no:cacheprovider"],
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "tests/ops",
+                "tests/families/test_kernels.py",
+                "-q",
+                "-x",
+                "-p",
+                "no:cacheprovider",
+            ],
             capture_output=True,
             text=True,
         )
