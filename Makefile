@@ -32,7 +32,7 @@ lint: .venv/ready
 .venv-oldest/ready: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
 	$(OLDEST)/python -m pip install --quiet --constraint constraints-oldest.txt torch==2.13.0
-	$(OLDEST)/python -m pip install --quiet --constraint constraints-oldest.txt pytest pytest-timeout bitsandbytes --editable .
+	$(OLDEST)/python -m pip install --quiet --constraint constraints-oldest.txt pytest pytest-timeout bitsandbytes triton --editable .
 	touch $@
 
 clean:
