@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hasten.overlays import HeadOverlay, Overlay
+from hasten.ops.backend import backend_for
+from hasten.overlays import AttentionOverlay, HeadOverlay, MLPOverlay, Overlay
 from hasten.patching.plan import Plan, causal_lm_of
-from hasten.weights import base_layer_of, read_linear, read_lora, storage_of
+from hasten.weights import base_layer_of, frozen_linear, read_linear, read_lora, storage_of
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,12 @@ def report(model: nn.Module) -> Report:
     planned: Plan | None = base.__dict__.get("_hasten_plan")
     why = {a.name: a.why for a in planned.actions} if planned else {}
     skipped = {s.name: s.reason for s in planned.skips} if planned else {}
+    shared = _shared_products(base)
     wrapped: set[str] = set()
     for name, module in base.named_modules():
         if any(name.startswith(f"{outer}.") for outer in wrapped):
             continue
-        row = _describe(name, module, base, why, skipped)
+        row = shared.get(name) or _describe(name, module, base, why, skipped)
         if row is not None:
             counted[row] += 1
             if not isinstance(module, Overlay) and name not in skipped:
@@ -60,8 +62,37 @@ def report(model: nn.Module) -> Report:
     rows = tuple(Row(module, count, runs, reason) for (module, runs, reason), count in counted.items())
     state = "hasten" if any(isinstance(m, Overlay) for m in base.modules()) else "stock transformers"
     attention = getattr(base.config, "_attn_implementation", None)
-    title = f"{type(base).__name__} ({base.config.model_type}): {state}, {attention} attention, backend reference"
+    backend = backend_for(base.get_output_embeddings().weight)
+    title = f"{type(base).__name__} ({base.config.model_type}): {state}, {attention} attention, backend {backend}"
     return Report(title, rows, tuple(base.__dict__.get("_hasten_notes", ())))
+
+
+GROUPS = {
+    AttentionOverlay: (("q_proj", "k_proj", "v_proj"), ("o_proj",)),
+    MLPOverlay: (("gate_proj", "up_proj", "down_proj"),),
+}
+"""Projections that one op serves on a GPU, or none of them (see `overlays.fused_linears`)."""
+
+
+def _shared_products(base: nn.Module) -> dict[str, tuple[str, str, str]]:
+    """Rows of the projections that the fused ops serve, and of those kept from it only by a neighbour."""
+    rows: dict[str, tuple[str, str, str]] = {}
+    if backend_for(base.get_output_embeddings().weight) != "triton":  # pyright: ignore[reportCallIssue]
+        return rows
+    for path, module in base.named_modules():
+        groups = next((names for overlay, names in GROUPS.items() if isinstance(module, overlay)), ())
+        for group in groups:
+            members = {name: getattr(module, name) for name in group}
+            reasons = {name: frozen_linear(member, training=True)[1] for name, member in members.items()}
+            blocked = next(((name, reason) for name, reason in reasons.items() if reason is not None), None)
+            for name, member in members.items():
+                label = f"{name} ({_storage(member)})"
+                if blocked is None:
+                    pair, _ = read_lora(member, training=True)
+                    rows[f"{path}.{name}"] = (label, "fused LoRA op", "plain LoRA" if pair else "no adapter")
+                elif reasons[name] is None:
+                    rows[f"{path}.{name}"] = (label, "its own module", f"{blocked[0]} beside it: {blocked[1]}")
+    return rows
 
 
 def _describe(

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 
 from hasten.families import FAMILIES
 from hasten.overlays import fused_linears
-from hasten.patching import apply
+from hasten.patching import apply, report
 from hasten.testing import Comparison, tiny_model
 from hasten.testing.quantize import quantize_linears
 
@@ -118,3 +118,16 @@ def _two_layers(name: str) -> dict[str, Any]:
         "cohere2": ["sliding_attention", "full_attention"],
     }
     return {"layer_types": kinds[name]} if name in kinds else {"max_window_layers": 1} if "qwen" in name else {}
+
+
+def test_the_report_names_what_the_kernels_serve_and_what_not(kernels: None) -> None:
+    model = tiny_model("llama", num_hidden_layers=2).to(DEVICE)
+    apply(model)
+    fused = lora(model, exclude_modules=["k_proj"])
+    rows = {row.module.split()[0]: row for row in report(fused).rows}
+    assert "backend triton" in report(fused).title
+    assert rows["q_proj"].runs == "fused LoRA op" and rows["q_proj"].why == "plain LoRA"
+    assert rows["k_proj"].runs == "fused LoRA op" and rows["k_proj"].why == "no adapter"
+    fused.base_model.model.model.layers[0].self_attn.v_proj.lora_dropout["default"] = torch.nn.Dropout(0.1)
+    said = {(row.module.split()[0], row.why) for row in report(fused).rows}
+    assert ("v_proj", "lora_dropout > 0") in said and ("q_proj", "v_proj beside it: lora_dropout > 0") in said
