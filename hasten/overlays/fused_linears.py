@@ -10,6 +10,7 @@ import torch
 
 from hasten.ops.backend import backend_for
 from hasten.ops.lora import LoraLinear, lora_linears
+from hasten.overlays.rows import compute_dtype
 from hasten.weights import frozen_linear
 
 
@@ -25,9 +26,7 @@ def fused_input(
         if linear is None or reason is not None:
             return None
         found.append(linear)
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return x, tuple(found)
+    return x.to(compute_dtype(x)), tuple(found)
 
 
 def linears(

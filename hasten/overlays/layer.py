@@ -10,6 +10,8 @@ from hasten.overlays.attention import AttentionOverlay
 from hasten.overlays.base import Overlay
 from hasten.overlays.mlp import MLPOverlay
 from hasten.overlays.norm import NormOverlay
+from hasten.overlays.rows import compute_dtype
+from hasten.weights import is_watched
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,13 @@ class LayerOverlay(Overlay):
         """Whether the branches can add to the stream themselves: nothing between them and it, nobody watching them."""
         if backend_for(hidden_states) != "triton" or self.facts.multiplier != 1.0 or self.facts.residual == "sandwich":
             return False
+        if compute_dtype(hidden_states) != hidden_states.dtype:
+            return False  # a stream wider than autocast's products must not be rounded by them
         norms = [self.input_layernorm]
         if self.facts.residual == "serial":
             norms.append(self.post_attention_layernorm)
         known = ((self.self_attn, AttentionOverlay), (self.mlp, MLPOverlay), *((norm, NormOverlay) for norm in norms))
-        return all(isinstance(module, kind) and _unwatched(module) for module, kind in known)
+        return all(isinstance(module, kind) and not is_watched(module) for module, kind in known)
 
     def _fused(self, stream: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """Serial or parallel, each branch's last product adding to the stream, the stream's gradients meeting in the norms."""
@@ -59,7 +63,3 @@ class LayerOverlay(Overlay):
 
     def _branch(self, branch: torch.Tensor) -> torch.Tensor:
         return branch if self.facts.multiplier == 1.0 else branch * self.facts.multiplier
-
-
-def _unwatched(module: Any) -> bool:
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)

@@ -4,7 +4,7 @@ Planning changes nothing. A family's data file is trusted as far as the contract
 gets only those overlays that reproduce its own modules' outputs (see `probe`).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,7 +98,7 @@ def _plan_family(base: Any, family: Family, found: Plan, max_seq_length: int | N
         "norm": (NormOverlay, lambda m: facts.norm_facts(family.norm, config), contract.check_norm),
     }
     seen = set()
-    for name, module in _modules(base):
+    for name, module in base.named_modules():
         role = contract.role_of(module, family.classes)
         if role is None:
             continue
@@ -115,7 +115,7 @@ def _plan_family(base: Any, family: Family, found: Plan, max_seq_length: int | N
 
 def _plan_unknown(base: Any, found: Plan, max_seq_length: int | None) -> None:
     proofs: dict[Any, tuple[type[Overlay], Any] | str] = {}
-    for name, module in _modules(base):
+    for name, module in base.named_modules():
         kind = probe.kind_of(module, base)
         if kind is None:
             continue
@@ -127,7 +127,3 @@ def _plan_unknown(base: Any, found: Plan, max_seq_length: int | None) -> None:
             found.skips.append(Skip(name, type(module).__name__, proof))
         else:
             found.actions.append(Action(name, *proof, f"proved on this {type(module).__name__}"))
-
-
-def _modules(base: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    return base.named_modules()

@@ -31,14 +31,18 @@ class PackedWeight:
         return dequantize_nf4(self.weight, dtype)
 
 
+def is_watched(module: Any) -> bool:
+    """Whether somebody hooks into the module's own forward, which then has to run as it is."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
 def frozen_linear(module: Any, training: bool) -> tuple[LoraLinear | None, str | None]:
     """(linear, None) where a frozen weight and at most one plain LoRA are all that `module` computes, else (None, reason)."""
     pair, reason = read_lora(module, training)
     if reason is not None:
         return None, reason
     base: Any = base_layer_of(module)
-    layers = (module,) if module is base else (module, base)
-    if any(layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__ for layer in layers):
+    if is_watched(module) or is_watched(base):
         return None, "hooks on the module"
     weight, reason = _frozen_weight(base)
     if weight is None:

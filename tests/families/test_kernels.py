@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from hasten.families import FAMILIES
 from hasten.overlays import fused_linears
 from hasten.patching import apply, report
-from hasten.testing import Comparison, tiny_model
+from hasten.testing import Comparison, relative_error, tiny_model
 from hasten.testing.quantize import quantize_linears
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -131,3 +131,18 @@ def test_the_report_names_what_the_kernels_serve_and_what_not(kernels: None) -> 
     fused.base_model.model.model.layers[0].self_attn.v_proj.lora_dropout["default"] = torch.nn.Dropout(0.1)
     said = {(row.module.split()[0], row.why) for row in report(fused).rows}
     assert ("v_proj", "lora_dropout > 0") in said and ("q_proj", "v_proj beside it: lora_dropout > 0") in said
+
+
+def test_autocast_does_not_round_an_fp32_stream(kernels: None) -> None:
+    """The branches' products run in bf16 there; the stream that they are added to stays fp32, as in transformers."""
+    stock = tiny_model("llama", num_hidden_layers=2).to(DEVICE)
+    ours = copy.deepcopy(stock)
+    apply(ours)
+    streams = []
+    for model in (lora(ours), lora(stock)):
+        layer = model.get_base_model().model.layers[0]
+        layer.register_forward_hook(lambda module, args, out: streams.append(out))
+        with torch.autocast(DEVICE, torch.bfloat16), torch.no_grad():
+            model(IDS.to(DEVICE))
+    assert streams[0].dtype == streams[1].dtype == torch.float32
+    assert relative_error(streams[0], streams[1]) < 2e-2
