@@ -8,6 +8,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hasten.ops import QKNorm, attend, qk_rope
+from hasten.overlays.attending import attend_rows, holds_spans
 from hasten.overlays.base import Overlay
 from hasten.overlays.fused_linears import linears
 from hasten.overlays.norm import NormFacts
@@ -59,18 +60,28 @@ class AttentionOverlay(Overlay):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
+        attended, weights = self._attend((query, key, value), attention_mask, kwargs)
+        attended = attended.reshape(*hidden_states.shape[:-1], -1)
+        (out,) = linears(attended, (self.o_proj,), self.training, residual)
+        return out, weights
+
+    def _attend(
+        self,
+        qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, T, H, D) and perhaps the weights: by hasten's choice where the backbone left spans, else transformers' way."""
+        facts = self.facts
+        if holds_spans(attention_mask):
+            return attend_rows(qkv, attention_mask, facts.scale, facts.window, facts.softcap), None
         backend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager)
         if facts.softcap is not None:
             kwargs["softcap"] = facts.softcap
         if facts.window is not None:
             kwargs["sliding_window"] = facts.window
         dropout = self.attention_dropout if self.training else 0.0
-        attended, weights = backend(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=facts.scale, **kwargs
-        )
-        attended = attended.reshape(*hidden_states.shape[:-1], -1)
-        (out,) = linears(attended, (self.o_proj,), self.training, residual)
-        return out, weights
+        return backend(self, *qkv, attention_mask, dropout=dropout, scaling=facts.scale, **kwargs)
 
     def _qk_norm(self) -> QKNorm | None:
         facts = self.facts.qk_norm

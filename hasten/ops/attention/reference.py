@@ -2,6 +2,7 @@
 
 import torch
 
+from hasten.ops.attention.spans import visible_keys
 from hasten.ops.precision import at_least_fp32
 
 
@@ -24,3 +25,22 @@ def attend(  # noqa: PLR0917
     weights = at_least_fp32(scores).softmax(-1).to(q_BHTD.dtype)
     dropped = torch.nn.functional.dropout(weights, p=dropout) if dropout else weights
     return (dropped @ v_BHTD).transpose(1, 2).contiguous(), weights
+
+
+def attention(  # noqa: PLR0917
+    q_BTHD: torch.Tensor,
+    k_BTKD: torch.Tensor,
+    v_BTKD: torch.Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    spans_BT2: torch.Tensor | None,
+) -> torch.Tensor:
+    q, k, v = (at_least_fp32(x) for x in (q_BTHD, k_BTKD, v_BTKD))
+    grouped = q.unflatten(2, (k.shape[2], -1))
+    scores = torch.einsum("btkgd,bskd->bkgts", grouped, k) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    visible = visible_keys(q.shape[1], window, spans_BT2, q.device)[:, None, None]
+    weights = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1) * visible
+    return torch.einsum("bkgts,bskd->btkgd", weights, v).flatten(2, 3).to(q_BTHD.dtype)
