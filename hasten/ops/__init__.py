@@ -7,7 +7,14 @@ D channels of a head, V vocabulary, R rank of a LoRA.
 
 from hasten.ops.attention import attend
 from hasten.ops.glu import glu
-from hasten.ops.linear_cross_entropy import LoraHead, ScoreRule, TokenScores, linear_cross_entropy, score_logits
+from hasten.ops.linear_cross_entropy import (
+    LoraHead,
+    ScoreRule,
+    TokenScores,
+    linear_cross_entropy,
+    linear_cross_entropy_loss,
+    score_logits,
+)
 from hasten.ops.norm import norm, norm_and_pass
 from hasten.ops.rope import QKNorm, qk_rope
 
@@ -19,6 +26,7 @@ __all__ = [
     "attend",
     "glu",
     "linear_cross_entropy",
+    "linear_cross_entropy_loss",
     "norm",
     "norm_and_pass",
     "qk_rope",

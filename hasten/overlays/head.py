@@ -16,10 +16,18 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hasten.errors import DatasetError, InputError
-from hasten.ops import LoraHead, ScoreRule, TokenScores, linear_cross_entropy
+from hasten.ops import LoraHead, ScoreRule, TokenScores, linear_cross_entropy, linear_cross_entropy_loss
 from hasten.overlays.base import Overlay
 from hasten.overlays.fused_protocol import FusedRequest, FusedScores, read_trl_request
-from hasten.overlays.rows import IGNORED, check_length, compute_dtype, keep_positions, score_through_module, shifted
+from hasten.overlays.rows import (
+    IGNORED,
+    check_length,
+    compute_dtype,
+    keep_positions,
+    score_through_module,
+    shifted,
+    targets_of,
+)
 from hasten.weights import read_linear
 
 logger = logging.getLogger(__name__)
@@ -141,16 +149,25 @@ class HeadOverlay(Overlay):
         ignore_index: int = IGNORED,
         shift_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Sum of token losses over `num_items_in_batch`, or their mean over the labels that count."""
-        hidden, targets = shifted(hidden_BTE, labels, shift_labels, ignore_index)
+        """Sum of token losses over `num_items_in_batch`, or their mean over the labels that count.
+
+        Positions that predict nothing go along as ignored ones, so that the hidden states need not be copied.
+        """
+        if num_items_in_batch is not None:
+            self._expect_labels(num_items_in_batch)
         rule = ScoreRule(self.facts.scale, self.facts.softcap, ignore_index=ignore_index)
-        total = self._score(hidden.flatten(0, -2), targets.flatten(), rule).loss.sum()
-        if num_items_in_batch is None:
-            return total / (targets != ignore_index).sum()
-        self._expect_labels(num_items_in_batch)
-        if isinstance(num_items_in_batch, torch.Tensor):
-            num_items_in_batch = num_items_in_batch.to(total.device)
-        return total / num_items_in_batch
+        operands = self._operands(hidden_BTE, compute_dtype(hidden_BTE))
+        if isinstance(operands, str):
+            hidden, targets = shifted(hidden_BTE, labels, shift_labels, ignore_index)
+            total = score_through_module(self.lm_head, hidden.flatten(0, -2), targets.flatten(), rule).loss.sum()
+            count = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+            return total / (count.to(total.device) if isinstance(count, torch.Tensor) else count)
+        hidden, weight, bias, lora = operands
+        targets = targets_of(hidden_BTE, labels, shift_labels, ignore_index).to(hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):  # it would undo the dtype that was just chosen
+            return linear_cross_entropy_loss(
+                hidden.flatten(0, -2), weight, targets.flatten(), rule, num_items_in_batch, bias, lora
+            )
 
     def _expect_labels(self, num_items_in_batch: Any) -> None:
         """Raises DatasetError where a whole optimisation step has no label: the loss would be a silent zero or NaN.
@@ -198,15 +215,24 @@ class HeadOverlay(Overlay):
         self, hidden_NE: torch.Tensor, labels_N: torch.Tensor, rule: ScoreRule, fp32: bool = False
     ) -> TokenScores:
         """The op on whatever the head is: plain, trained, with LoRA; or through the module where only PEFT can tell."""
+        operands = self._operands(hidden_NE, torch.float32 if fp32 else compute_dtype(hidden_NE))
+        if isinstance(operands, str):
+            if fp32:
+                raise InputError(
+                    f"cast_lm_head_to_fp32 needs a head that is a plain Linear; this one is not: {operands}"
+                )
+            return score_through_module(self.lm_head, hidden_NE, labels_N, rule)
+        hidden, weight, bias, lora = operands
+        with torch.autocast(hidden.device.type, enabled=False):  # it would undo the dtype that was just chosen
+            return linear_cross_entropy(hidden, weight, labels_N.to(hidden.device), rule, bias, lora)
+
+    def _operands(
+        self, hidden: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, LoraHead | None] | str:
+        """(hidden in `dtype` on the head's device, weight, bias, LoRA), or why only the module itself can tell."""
         base, pair, reason = read_linear(self.lm_head, self.training)
         if base is None or reason is not None:
-            if fp32:
-                raise InputError(f"cast_lm_head_to_fp32 needs a head that is a plain Linear; this one is not: {reason}")
-            return score_through_module(self.lm_head, hidden_NE, labels_N, rule)
+            return str(reason)
         weight: torch.Tensor = base.weight  # pyright: ignore[reportAssignmentType]
-        dtype = torch.float32 if fp32 else compute_dtype(hidden_NE)
-        hidden, labels = hidden_NE.to(weight.device, dtype), labels_N.to(weight.device)
-        bias = None if base.bias is None else base.bias.to(dtype)  # pyright: ignore[reportCallIssue]
-        lora = None if pair is None else LoraHead(pair.a_RE.to(dtype), pair.b_VR.to(dtype), pair.scale)
-        with torch.autocast(hidden.device.type, enabled=False):  # it would undo the dtype that was just chosen
-            return linear_cross_entropy(hidden, weight.to(dtype), labels, rule, bias, lora)
+        lora = None if pair is None else LoraHead(pair.a_RE, pair.b_VR, pair.scale)
+        return hidden.to(weight.device, dtype), weight, base.bias, lora  # pyright: ignore[reportReturnType]

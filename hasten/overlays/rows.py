@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 
@@ -49,17 +50,25 @@ def keep_positions(hidden_BTE: torch.Tensor, keep: int | torch.Tensor) -> torch.
     return hidden_BTE[:, keep]
 
 
-def shifted(
+def targets_of(
     hidden_BTE: torch.Tensor, labels: torch.Tensor | None, shift_labels: torch.Tensor | None, ignored: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states beside the labels they predict: position t predicts t + 1, unless the labels come shifted."""
+) -> torch.Tensor:
+    """The label that each position predicts, (B, T): the next one, ignored at a row's end, unless the labels come shifted."""
     if shift_labels is not None:
-        return hidden_BTE, shift_labels
+        return shift_labels
     if labels is None:
         raise InputError("fused_lm_head=True needs labels or shift_labels; neither was given")
     if labels.shape[1] != hidden_BTE.shape[1]:
         raise InputError(f"labels have {labels.shape[1]} positions, the model's output has {hidden_BTE.shape[1]}")
-    return hidden_BTE[:, :-1], labels[:, 1:]
+    return F.pad(labels[:, 1:], (0, 1), value=ignored)
+
+
+def shifted(
+    hidden_BTE: torch.Tensor, labels: torch.Tensor | None, shift_labels: torch.Tensor | None, ignored: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states beside the labels they predict, without the positions at the rows' ends, which predict none."""
+    targets = targets_of(hidden_BTE, labels, shift_labels, ignored)
+    return (hidden_BTE, targets) if shift_labels is not None else (hidden_BTE[:, :-1], targets[:, :-1])
 
 
 def compute_dtype(hidden: torch.Tensor) -> torch.dtype:

@@ -10,17 +10,24 @@ the scores of a token with label y are
 and all of them are zero where y == ignore_index.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from hasten.ops.backend import Backend, backend_for
 from hasten.ops.linear_cross_entropy import reference
+from hasten.ops.linear_cross_entropy.function import LossFunction, ScoreRows, ScoreTokensFunction
 
 
 @dataclass(frozen=True)
 class ScoreRule:
-    """How raw logits become scores. `softcap` None = none. `want`: the optional scores to compute."""
+    """How raw logits become scores. `softcap` None = none. `want`: the optional scores to compute.
+
+    chunk: tokens whose logits are held at once; more where the weight trains, see `function.tokens_at_once`.
+    """
 
     logit_scale: float = 1.0
     softcap: float | None = None
@@ -64,24 +71,81 @@ def linear_cross_entropy(
     lora: LoraHead | None = None,
     backend: Backend | None = None,
 ) -> TokenScores:
-    """Scores every token's label, in chunks of `rule.chunk` tokens.
+    """Scores every token's label, some tokens at a time.
 
     hidden_NE: (N, E). weight_VE: (V, E). labels_N: (N,) int64, in [0, V) or rule.ignore_index. bias_V: (V,).
-    Hidden, weight, bias and LoRA share a dtype and a device. Gradients: hidden, weight, bias, lora.a, lora.b (each
-    summed over chunks in fp32); differentiable once. Peak extra memory: a few fp32 buffers of chunk x V.
+    All on one device. Weight, bias and LoRA are multiplied in hidden's dtype; their gradients, summed over chunks in
+    fp32, come in their own. Gradients: hidden, weight, bias, lora.a, lora.b; differentiable once. Where anything but
+    hidden trains the backward computes every logit a second time; `linear_cross_entropy_loss` does not.
+    Peak extra memory: the logits of a chunk (`ScoreRule.chunk`) in hidden's dtype, in plain torch several fp32 copies of
+    them; where the weight trains its gradient in fp32, (V, E), and logits of that size.
     Raises ValueError for a score name that does not exist, IndexError for a label outside of
     the vocabulary (on a GPU, where looking would wait for the device, that token's scores are NaN instead).
     """
     unknown = rule.want - OPTIONAL_SCORES
     if unknown:
         raise ValueError(f"no such token score: {sorted(unknown)}; there are {sorted(OPTIONAL_SCORES)}")
-    run = reference.score_tokens
-    if backend_for(hidden_NE, backend) == "triton":
+    score_rows, kept = _backend(hidden_NE, weight_VE, labels_N, rule, backend)
+    arguments = _arguments(hidden_NE, weight_VE, labels_N, bias_V, lora, kept)
+    scores: Any = ScoreTokensFunction.apply(*arguments, rule, score_rows, torch.is_grad_enabled())
+    if kept is not None:
+        count = labels_N.shape[0]
+        scores = (None if s is None else s.new_zeros(count).index_copy(0, kept, s) for s in scores)
+    return TokenScores(*scores)
+
+
+def linear_cross_entropy_loss(
+    hidden_NE: torch.Tensor,
+    weight_VE: torch.Tensor,
+    labels_N: torch.Tensor,
+    rule: ScoreRule,
+    denominator: float | torch.Tensor | None = None,
+    bias_V: torch.Tensor | None = None,
+    lora: LoraHead | None = None,
+    backend: Backend | None = None,
+) -> torch.Tensor:
+    """The training loss: `linear_cross_entropy(...).loss.sum() / denominator`, a fp32 scalar, with no logit computed twice.
+
+    Arguments, dtypes and errors as there. denominator: a number or a tensor of one element on any device, for which the
+    device is not waited for and which gets no gradient; None = the number of labels that count (without any, the loss is
+    NaN as torch's, its gradients are zero). `rule.want` has no meaning here.
+    Every gradient is made in the forward, for an upstream of one, and scaled by the true one in the backward: any
+    number of times, by any scalar. Without grad mode no gradient is made.
+    Peak extra memory, in the forward: a chunk's logits and hidden's gradient in hidden's dtype; where the weight trains
+    its gradient in fp32, (V, E), and logits of that size in place of a chunk's. The gradients live until the backward.
+    """
+    score_rows, kept = _backend(hidden_NE, weight_VE, labels_N, rule, backend)
+    arguments = _arguments(hidden_NE, weight_VE, labels_N, bias_V, lora, kept)
+    if isinstance(denominator, torch.Tensor):  # read where that waits for nothing
+        on_host = denominator.device.type == "cpu"
+        denominator = denominator.item() if on_host else denominator.detach().reshape(()).to(hidden_NE.device)
+    return LossFunction.apply(*arguments, rule, score_rows, torch.is_grad_enabled(), denominator)  # pyright: ignore[reportReturnType]
+
+
+def _backend(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, rule: ScoreRule, backend: Backend | None
+) -> tuple[ScoreRows, torch.Tensor | None]:
+    """(what scores a chunk, the indices of the labels that count: in plain torch only those tokens are multiplied)."""
+    if backend_for(hidden, backend) == "triton":
         from hasten.ops.linear_cross_entropy import kernel
 
-        run = kernel.score_tokens
-    loss, log_prob, *optional = run(hidden_NE, weight_VE, labels_N, rule, bias_V, lora)
-    return TokenScores(loss, log_prob, *optional)
+        return kernel.score_rows, None
+    return reference.score_rows, reference.labelled(labels, rule, weight.shape[0])
+
+
+def _arguments(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora: LoraHead | None,
+    kept: torch.Tensor | None,
+) -> tuple[Any, ...]:
+    """`function.Operands` and the labels, in order."""
+    if kept is not None:
+        hidden, labels = hidden[kept], labels[kept]
+    a, b, scale = (None, None, 0.0) if lora is None else (lora.a_RE, lora.b_VR, lora.scale)
+    return hidden, weight, bias, a, b, scale, labels.contiguous()
 
 
 def score_logits(raw_NV: torch.Tensor, labels_N: torch.Tensor, rule: ScoreRule) -> TokenScores:
@@ -89,5 +153,5 @@ def score_logits(raw_NV: torch.Tensor, labels_N: torch.Tensor, rule: ScoreRule) 
 
     For heads that only their own module can compute. The caller bounds the memory by giving few rows at a time.
     """
-    loss, log_prob, *optional = reference.score_logits(raw_NV, labels_N, rule)
-    return TokenScores(loss, log_prob, *optional)
+    scores: Any = reference.score_logits(raw_NV, labels_N, rule)
+    return TokenScores(*scores)

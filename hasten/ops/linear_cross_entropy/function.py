@@ -1,0 +1,193 @@
+"""The fused head's one loop over chunks of tokens, and the two autograd functions that run it, for both backends.
+
+A chunk's logits are written once by the product, turned into scores and into their own gradient by the backend's
+`score_rows`, and multiplied out. What trains decides when the gradients are made:
+- `LossFunction` makes every gradient in its forward, for an upstream of one, and only scales them in its backward: each
+  chunk's logits are multiplied out once;
+- `ScoreTokensFunction` cannot know each token's upstream. With nothing but the hidden states to give a gradient to it does
+  the same, with one factor a token; otherwise its backward multiplies the logits out a second time.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from hasten.ops.precision import at_least_fp32
+
+if TYPE_CHECKING:
+    from hasten.ops.linear_cross_entropy import ScoreRule
+
+SCORES = ("loss", "log_prob", "entropy", "is_top1", "log_sum_sq_probs", "mean_logits")
+Gradients = list[torch.Tensor | None]
+
+
+class Upstream(NamedTuple):
+    """What the backward is given, each (N,) or None; by a loss alone: `Upstream(ones)`."""
+
+    d_loss: torch.Tensor | None = None
+    d_log_prob: torch.Tensor | None = None
+    d_entropy: torch.Tensor | None = None
+
+
+class Operands(NamedTuple):
+    """hidden (N, E), weight (V, E), bias (V,), LoRA's a (R, E), b (V, R) and scale; the first five may want gradients."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    a: torch.Tensor | None
+    b: torch.Tensor | None
+    scale: float
+
+
+class ScoreRows(Protocol):
+    def __call__(
+        self,
+        raw_NV: torch.Tensor,
+        labels_N: torch.Tensor,
+        rule: ScoreRule,
+        scores: torch.Tensor | None,
+        upstream: Upstream | None,
+    ) -> torch.Tensor | None:
+        """Fills `scores` (6, N), rows as SCORES, where given; with `upstream` returns d raw, which may take raw's place."""
+        ...
+
+
+def tokens_at_once(rule: ScoreRule, hidden_NE: torch.Tensor, weight_trains: bool) -> int:
+    """`rule.chunk`; where the weight trains, at least as many as fill the room of its fp32 gradient with logits.
+
+    Every chunk reads and writes that gradient once, so few and large chunks are wanted. At this size that takes a tenth
+    of the product's own time on an H200, and the logits take no more memory than the gradient does.
+    """
+    return max(rule.chunk, 4 * hidden_NE.shape[1] // hidden_NE.element_size()) if weight_trains else rule.chunk
+
+
+def score_chunks(
+    head: Operands,
+    labels: torch.Tensor,
+    rule: ScoreRule,
+    score_rows: ScoreRows,
+    scores: torch.Tensor | None,
+    upstream: Upstream | None,
+    needs: tuple[bool, ...],
+) -> Gradients:
+    """Fills `scores`; with `upstream` returns the gradients of the first five operands: hidden's in its dtype, sums in fp32."""
+    hidden, scale = head.hidden, head.scale
+    weight, bias, a, b = (None if t is None else t.to(hidden.dtype) for t in head[1:5])
+    assert weight is not None
+    d_hidden = torch.empty_like(hidden) if needs[0] and upstream is not None else None
+    d_weight = d_bias = d_a = d_b = None
+    size = tokens_at_once(rule, hidden, needs[1] and upstream is not None)
+    for start in range(0, max(hidden.shape[0], 1), size):  # no token at all: one empty chunk, whose sums are zeros
+        raw = d_raw = None  # the last chunk's logits go before the next one's are made
+        part = slice(start, start + size)
+        h = hidden[part]
+        raw = F.linear(h, weight, bias)
+        low = None if a is None else h @ a.T
+        if low is not None and b is not None:
+            raw.addmm_(low, b.T, alpha=scale)
+        given = None if upstream is None else Upstream(*(None if g is None else g[part] for g in upstream))
+        d_raw = score_rows(raw, labels[part], rule, None if scores is None else scores[:, part], given)
+        if d_raw is None:
+            continue
+        d_low = None if b is None else (d_raw @ b) * scale
+        if d_hidden is not None:
+            torch.mm(d_raw, weight, out=d_hidden[part])
+            if d_low is not None and a is not None:
+                d_hidden[part].addmm_(d_low, a)
+        if needs[1]:
+            d_weight = _add_product(d_weight, d_raw.T, h)
+        if needs[2]:
+            column_sums = d_raw.sum(0, dtype=at_least_fp32(d_raw[:0]).dtype)
+            d_bias = column_sums if d_bias is None else d_bias.add_(column_sums)
+        if needs[3] and d_low is not None:
+            d_a = _add_product(d_a, d_low.T, h)
+        if needs[4] and low is not None:
+            d_b = _add_product(d_b, d_raw.T, low * scale)
+    return [d_hidden, d_weight, d_bias, d_a, d_b]
+
+
+def _add_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """total + left @ right, summed in at least fp32, into `total` where there is one: on a GPU inside of the product."""
+    if not left.is_cuda:
+        left, right = at_least_fp32(left), at_least_fp32(right)
+    wide: dict[str, Any] = {} if left.dtype in (torch.float32, torch.float64) else {"out_dtype": torch.float32}
+    if total is None:
+        return torch.mm(left, right, **wide)
+    return torch.addmm(total, left, right, out=total, **wide)
+
+
+def _scaled(unit: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """unit * factor, multiplied in at least fp32 and rounded once. factor: fp32, at least 1-d, so that it is not rounded."""
+    return torch.mul(unit, factor, out=torch.empty_like(unit, dtype=dtype))
+
+
+def _empty_scores(hidden: torch.Tensor) -> torch.Tensor:
+    return at_least_fp32(hidden[:0]).new_empty(len(SCORES), hidden.shape[0])
+
+
+class ScoreTokensFunction(torch.autograd.Function):
+    """Saves its inputs, and, where only the hidden states need it, their gradient for each token's own loss."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        operands, (labels, rule, score_rows, grad_enabled) = Operands(*args[:6]), args[6:]
+        ctx.set_materialize_grads(False)
+        scores = _empty_scores(operands.hidden)
+        unit = grad_enabled and ctx.needs_input_grad[0] and not any(ctx.needs_input_grad[1:5])
+        upstream = Upstream(torch.ones_like(scores[0])) if unit else None
+        d_unit = score_chunks(operands, labels, rule, score_rows, scores, upstream, ctx.needs_input_grad)[0]
+        ctx.save_for_backward(*operands[:5], labels, d_unit)
+        ctx.scale, ctx.rule, ctx.score_rows = operands.scale, rule, score_rows
+        outputs = tuple(scores[k] if k < 2 or name in rule.want else None for k, name in enumerate(SCORES))
+        ctx.mark_non_differentiable(*(o for o in outputs[3:] if o is not None))
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        *saved, labels, d_unit = ctx.saved_tensors
+        d_loss, d_log_prob, d_entropy = (None if g is None else g.contiguous() for g in grads[:3])
+        smoothed = bool(ctx.rule.label_smoothing) and d_log_prob is not None
+        if d_unit is not None and d_entropy is None and not smoothed:
+            # Made for an upstream of one on the loss, of which log_prob is the negative where there is no smoothing.
+            factor = torch.zeros_like(labels, dtype=torch.float32) if d_loss is None else d_loss
+            factor = factor if d_log_prob is None else factor - d_log_prob
+            return _scaled(d_unit, factor[:, None], d_unit.dtype), *(None,) * 9
+        upstream = Upstream(d_loss, d_log_prob, d_entropy)
+        operands = Operands(*saved, scale=ctx.scale)
+        gradients = score_chunks(operands, labels, ctx.rule, ctx.score_rows, None, upstream, ctx.needs_input_grad)
+        like = zip(gradients, saved, strict=True)
+        return *(None if g is None else g.to(t.dtype) for g, t in like), *(None,) * 5
+
+
+class LossFunction(torch.autograd.Function):
+    """(sum of the tokens' losses) / denominator. Saves the sum's gradients: hidden's in its dtype, the others in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> torch.Tensor:
+        operands, (labels, rule, score_rows, grad_enabled, denominator) = Operands(*args[:6]), args[6:]
+        scores = _empty_scores(operands.hidden)
+        needs = tuple(grad_enabled and need for need in ctx.needs_input_grad[:5])
+        upstream = Upstream(torch.ones_like(scores[0])) if any(needs) else None
+        gradients = score_chunks(operands, labels, rule, score_rows, scores, upstream, needs)
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = [None if t is None else t.dtype for t in operands[:5]]
+        ctx.denominator = denominator
+        if denominator is None:
+            denominator = (labels != rule.ignore_index).sum()
+            ctx.denominator = denominator.clamp(
+                min=1
+            )  # no label counts: the mean is NaN, its gradients zero, as torch's
+        return scores[0].sum() / denominator
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_total: torch.Tensor) -> Any:
+        factor = (d_total / ctx.denominator).view(1)
+        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *(None if g is None else _scaled(g, factor, dtype) for g, dtype in gradients), *(None,) * 6
