@@ -15,11 +15,12 @@ from hasten.ops.linear_cross_entropy import (
     linear_cross_entropy_loss,
     score_logits,
 )
-from hasten.ops.norm import norm, norm_and_pass
+from hasten.ops.norm import NormInput, norm, norm_and_pass
 from hasten.ops.rope import QKNorm, qk_rope
 
 __all__ = [
     "LoraHead",
+    "NormInput",
     "QKNorm",
     "ScoreRule",
     "TokenScores",

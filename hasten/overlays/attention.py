@@ -7,10 +7,11 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hasten.ops import QKNorm, attend, qk_rope
+from hasten.ops import NormInput, QKNorm, attend
+from hasten.ops.lora import Heads
 from hasten.overlays.attending import attend_rows, holds_spans
 from hasten.overlays.base import Overlay
-from hasten.overlays.fused_linears import linears
+from hasten.overlays.fused_linears import linear, qkv
 from hasten.overlays.norm import NormFacts
 
 
@@ -30,6 +31,7 @@ class AttentionFacts:
 class AttentionOverlay(Overlay):
     facts: ClassVar[AttentionFacts]
     runs = "attention"
+    one_product = ("q_proj", "k_proj", "v_proj")
 
     def forward(
         self,
@@ -38,32 +40,28 @@ class AttentionOverlay(Overlay):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         residual: torch.Tensor | None = None,
+        made_from: NormInput | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """hidden_states: (B, T, E); cos and sin: (B or 1, T, D). Returns (B, T, E) and the weights, if the backend has them.
 
         residual: (B, T, E), a stream to add the result to, which the last product can do for nothing.
+        made_from: what the norm of hidden_states read, to be kept in place of hidden_states.
         """
         facts = self.facts
-        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        q, k, v = linears(hidden_states, (self.q_proj, self.k_proj, self.v_proj), self.training)
-        q_BTHD, k_BTHD = qk_rope(
-            q.view(heads),
-            k.view(heads),
-            position_embeddings if facts.use_rope else None,
-            facts.rotation,
-            facts.rope_fp32,
-            self._qk_norm(),
+        position = position_embeddings if facts.use_rope else None
+        heads = Heads(self.head_dim, position, facts.rotation, facts.rope_fp32, self._qk_norm())
+        q_BTHD, k_BTHD, v_BTHD = qkv(
+            hidden_states, (self.q_proj, self.k_proj, self.v_proj), self.training, heads, made_from
         )
         query, key = q_BTHD.transpose(1, 2), k_BTHD.transpose(1, 2)
-        value = v.view(heads).transpose(1, 2)
+        value = v_BTHD.transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
         attended, weights = self._attend((query, key, value), attention_mask, kwargs)
         attended = attended.reshape(*hidden_states.shape[:-1], -1)
-        (out,) = linears(attended, (self.o_proj,), self.training, residual)
-        return out, weights
+        return linear(attended, self.o_proj, self.training, residual), weights
 
     def _attend(
         self,

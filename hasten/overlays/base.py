@@ -11,6 +11,8 @@ class Overlay(nn.Module):
     facts: ClassVar[Any] = None
     stock_class: ClassVar[type[nn.Module]]
     runs: ClassVar[str] = ""
+    one_product: ClassVar[tuple[str, ...]] = ()
+    """Children that read one input: on a GPU their weights are laid behind each other, so that one product reads them."""
 
     if TYPE_CHECKING:  # the stock class's attributes, which the overlay finds on the instance
 

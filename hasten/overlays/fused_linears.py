@@ -1,17 +1,18 @@
 """Chooses between a module's own forward and the fused LoRA ops, anew at each call: adapters come and go.
 
-The ops run on a GPU, where every projection that reads the input is a frozen weight with at most one plain LoRA. What
-stands in the way of one projection is named by `weights.frozen_linear`, and the report shows it.
+The ops run on a GPU, where every projection that reads the input is a plain weight, frozen or not, with at most one plain LoRA. What
+stands in the way of one projection is named by `weights.plain_linear`, and the report shows it.
 """
 
 from typing import Any
 
 import torch
 
+from hasten.ops import NormInput, qk_rope
 from hasten.ops.backend import backend_for
-from hasten.ops.lora import LoraLinear, lora_linears
+from hasten.ops.lora import Heads, LoraLinear, lora_linears, lora_qkv
 from hasten.overlays.rows import compute_dtype
-from hasten.weights import frozen_linear
+from hasten.weights import plain_linear
 
 
 def fused_input(
@@ -22,19 +23,28 @@ def fused_input(
         return None
     found = []
     for module in modules:
-        linear, reason = frozen_linear(module, training)
+        linear, reason = plain_linear(module, training)
         if linear is None or reason is not None:
             return None
         found.append(linear)
     return x.to(compute_dtype(x)), tuple(found)
 
 
-def linears(
-    x: torch.Tensor, modules: tuple[Any, ...], training: bool, residual: torch.Tensor | None = None
-) -> tuple[torch.Tensor, ...]:
-    """Each module's output for x (..., in), on top of `residual` where given: by one fused op, or by their own forwards."""
-    fused = fused_input(x, modules, training)
+def linear(x: torch.Tensor, module: Any, training: bool, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """The module's output for x (..., in), on top of `residual` where given: by the fused op, or by its own forward."""
+    fused = fused_input(x, (module,), training)
     if fused is None:
-        outs = tuple(module(x) for module in modules)
-        return outs if residual is None else tuple(residual + out for out in outs)
-    return lora_linears(*fused, residual)
+        return module(x) if residual is None else residual + module(x)
+    return lora_linears(*fused, residual)[0]
+
+
+def qkv(
+    x: torch.Tensor, modules: tuple[Any, Any, Any], training: bool, heads: Heads, made_from: NormInput | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values (B, T, H, D) of x (B, T, E), ready to attend. made_from: what x's norm read, to be kept in place
+    of x."""
+    fused = fused_input(x, modules, training)
+    if fused is not None:
+        return lora_qkv(*fused, heads, made_from)
+    q, k, v = (module(x).unflatten(-1, (-1, heads.dim)) for module in modules)
+    return *qk_rope(q, k, heads.position, heads.rotation, heads.fp32, heads.qk_norm), v

@@ -55,11 +55,11 @@ class LayerOverlay(Overlay):
 
     def _fused(self, stream: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """Serial or parallel, each branch's last product adding to the stream, the stream's gradients meeting in the norms."""
-        normed, stream = self.input_layernorm.and_pass(stream)
-        stream, _ = self.self_attn(hidden_states=normed, residual=stream, **kwargs)
+        normed, stream, source = self.input_layernorm.and_pass(stream)
+        stream, _ = self.self_attn(hidden_states=normed, residual=stream, made_from=source, **kwargs)
         if self.facts.residual == "serial":
-            normed, stream = self.post_attention_layernorm.and_pass(stream)
-        return self.mlp(normed, residual=stream)
+            normed, stream, source = self.post_attention_layernorm.and_pass(stream)
+        return self.mlp(normed, residual=stream, made_from=source)
 
     def _branch(self, branch: torch.Tensor) -> torch.Tensor:
         return branch if self.facts.multiplier == 1.0 else branch * self.facts.multiplier

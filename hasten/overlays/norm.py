@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from hasten.ops import norm, norm_and_pass
+from hasten.ops import NormInput, norm, norm_and_pass
 from hasten.overlays.base import Overlay
 
 
@@ -27,7 +27,9 @@ class NormOverlay(Overlay):
         facts = self.facts
         return norm(hidden_states, self.weight, facts.eps, facts.kind, facts.unit_offset, facts.fp32_weight)
 
-    def and_pass(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(normed, hidden_states): for a stream that also goes on past the branch that the norm feeds."""
+    def and_pass(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, NormInput]:
+        """(normed, hidden_states, what normed is made from): for a stream that also goes on past the branch that the norm feeds."""
         f = self.facts
-        return norm_and_pass(hidden_states, self.weight, f.eps, f.kind, f.unit_offset, f.fp32_weight)
+        rule = (f.eps, f.kind, f.unit_offset, f.fp32_weight)
+        normed, stream = norm_and_pass(hidden_states, self.weight, *rule)
+        return normed, stream, NormInput(hidden_states.detach(), self.weight.detach(), *rule)

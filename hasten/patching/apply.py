@@ -8,11 +8,13 @@ from typing import Any
 from torch import nn
 
 from hasten.errors import ContractError, PatchError
+from hasten.ops.backend import backend_for
 from hasten.overlays import HeadOverlay, Overlay
 from hasten.overlays.fused_protocol import FusedRequest
 from hasten.patching.contract import stock_class
 from hasten.patching.plan import Plan, causal_lm_of, plan
 from hasten.spec import Family
+from hasten.weights import lay_side_by_side
 
 
 @functools.cache
@@ -44,8 +46,16 @@ def apply(model: nn.Module, planned: Plan | None = None, surface: type | None = 
         module = base.get_submodule(action.name)
         extra = surface if action.overlay is HeadOverlay else None
         _retype(module, overlay_class(stock_class(module), action.overlay, action.facts, extra))
+        _lay_out(module, action.overlay.one_product)
     base.__dict__["_hasten_plan"] = planned
     return planned
+
+
+def _lay_out(module: nn.Module, names: tuple[str, ...]) -> None:
+    """Weights that one product reads, behind each other, where the ops that profit run. Values and parameters stay."""
+    readers = [module.get_submodule(name) for name in names]
+    if readers and all(backend_for(weight) == "triton" for reader in readers for weight in reader.parameters()):
+        lay_side_by_side(readers)
 
 
 def restore(model: nn.Module) -> nn.Module:

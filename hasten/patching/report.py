@@ -8,7 +8,7 @@ from torch import nn
 from hasten.ops.backend import backend_for
 from hasten.overlays import AttentionOverlay, HeadOverlay, MLPOverlay, Overlay
 from hasten.patching.plan import Plan, causal_lm_of
-from hasten.weights import base_layer_of, frozen_linear, read_linear, read_lora, storage_of
+from hasten.weights import base_layer_of, plain_linear, read_linear, read_lora, storage_of
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _shared_products(base: nn.Module) -> dict[str, tuple[str, str, str]]:
         groups = next((names for overlay, names in GROUPS.items() if isinstance(module, overlay)), ())
         for group in groups:
             members = {name: getattr(module, name) for name in group}
-            reasons = {name: frozen_linear(member, training=True)[1] for name, member in members.items()}
+            reasons = {name: plain_linear(member, training=True)[1] for name, member in members.items()}
             blocked = next(((name, reason) for name, reason in reasons.items() if reason is not None), None)
             for name, member in members.items():
                 label = f"{name} ({_storage(member)})"

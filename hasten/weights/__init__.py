@@ -1,17 +1,18 @@
 """What a Linear really holds, and how to read it: dense, NF4, LLM.int8; and the LoRA that PEFT put around it."""
 
-from hasten.weights.frozen import frozen_linear, is_watched
 from hasten.weights.linear import dequantize, holds, storage_of
 from hasten.weights.lora import LoraPair, active_adapters, base_layer_of, read_linear, read_lora, unwrap
+from hasten.weights.plain import is_watched, lay_side_by_side, plain_linear
 
 __all__ = [
     "LoraPair",
     "active_adapters",
     "base_layer_of",
     "dequantize",
-    "frozen_linear",
     "holds",
     "is_watched",
+    "lay_side_by_side",
+    "plain_linear",
     "read_linear",
     "read_lora",
     "storage_of",

@@ -65,8 +65,9 @@ def test_full_training(name: str, kernels: None) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_lora_training_takes_the_fused_path(name: str, kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    inner = fused_linears.lora_linears
-    monkeypatch.setattr(fused_linears, "lora_linears", lambda *args: calls.append(args) or inner(*args))
+    for op in ("lora_linears", "lora_qkv"):
+        inner = getattr(fused_linears, op)
+        monkeypatch.setattr(fused_linears, op, lambda *args, inner=inner: calls.append(args) or inner(*args))
     stock = tiny_model(name, num_hidden_layers=2, **_two_layers(name))
     ours = copy.deepcopy(stock)
     apply(ours)

@@ -1,25 +1,21 @@
 """LoRA linears and the LoRA MLP: outputs and every gradient against autograd over the formula, on both backends."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from hasten.ops.lora import LoraLinear, lora_linears, lora_mlp
+from hasten.ops import NormInput, QKNorm, norm, qk_rope
+from hasten.ops.lora import Heads, LoraLinear, joint, lora_linears, lora_mlp, lora_qkv
 from hasten.testing import relative_error
+from hasten.weights import lay_side_by_side
+from hasten.weights.plain import DenseWeight
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 both = pytest.mark.parametrize("backend", ["reference", "triton"])
 WIDTH, RANK = 24, 4
-
-
-class Dense:
-    def __init__(self, weight: torch.Tensor) -> None:
-        self.weight = weight
-
-    def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        return self.weight.to(dtype)
 
 
 def linear(out: int, width: int, lora: bool, bias: bool, dtype: torch.dtype) -> LoraLinear:
@@ -29,7 +25,7 @@ def linear(out: int, width: int, lora: bool, bias: bool, dtype: torch.dtype) -> 
     pair = (
         {"a": draw(RANK, width).requires_grad_(), "b": draw(out, RANK).requires_grad_(), "scale": 0.5} if lora else {}
     )
-    return LoraLinear(Dense(draw(out, width)), draw(out) if bias else None, **pair)
+    return LoraLinear(DenseWeight(draw(out, width)), draw(out) if bias else None, **pair)
 
 
 def formula(x: torch.Tensor, one: LoraLinear) -> torch.Tensor:
@@ -125,9 +121,9 @@ def test_a_residual_is_added_and_gets_its_gradient(backend: Any) -> None:
     )
     x, residual = (torch.randn(2, 5, WIDTH, device=DEVICE, requires_grad=True) for _ in range(2))
     pairs = [
-        (lora_linears(x, [one], residual, backend)[0], residual + formula(x, one)),
+        (lora_linears(x, [one], residual, backend=backend)[0], residual + formula(x, one)),
         (
-            lora_mlp(x, mlp, "silu", residual, backend),
+            lora_mlp(x, mlp, "silu", residual, backend=backend),
             residual + formula(F.silu(formula(x, mlp[0])) * formula(x, mlp[1]), mlp[2]),
         ),
     ]
@@ -138,11 +134,11 @@ def test_a_residual_is_added_and_gets_its_gradient(backend: Any) -> None:
         assert relative_error(mine[0], expected[0]) < 2e-6 and relative_error(mine[1], expected[1]) < 2e-6
 
 
-@pytest.mark.parametrize("ranks", [(4, 4), (3, 20), (16, 1)])
+@pytest.mark.parametrize("ranks", [(4, 4), (3, 20), (16, 1), (40, 33), (70, 4)])
 def test_mlp_with_two_ranks_and_odd_widths(ranks: tuple[int, int]) -> None:
     def odd(out: int, width: int, rank: int) -> LoraLinear:
         draw = [(torch.randn(*s) * 0.3).to(DEVICE) for s in ((out, width), (rank, width), (out, rank))]
-        return LoraLinear(Dense(draw[0]), None, draw[1].requires_grad_(), draw[2].requires_grad_(), 0.7)
+        return LoraLinear(DenseWeight(draw[0]), None, draw[1].requires_grad_(), draw[2].requires_grad_(), 0.7)
 
     mlp = (odd(150, WIDTH, ranks[0]), odd(150, WIDTH, ranks[1]), odd(WIDTH, 150, 4))
     x = torch.randn(37, WIDTH, device=DEVICE, requires_grad=True)
@@ -151,3 +147,110 @@ def test_mlp_with_two_ranks_and_odd_widths(ranks: tuple[int, int]) -> None:
     assert relative_error(ours, theirs) < 2e-6
     for mine, expected in zip(gradients([ours], x, mlp), gradients([theirs], x, mlp), strict=True):
         assert relative_error(mine, expected) < 3e-6
+
+
+def trained(out: int, width: int, bias: bool) -> LoraLinear:
+    """A Linear whose weight and bias train, without LoRA."""
+    weight = torch.nn.Parameter((torch.randn(out, width) * 0.3).to(DEVICE))
+    return LoraLinear(DenseWeight(weight), torch.randn(out, device=DEVICE).requires_grad_() if bias else None)
+
+
+def everything(linears: Any) -> list[torch.Tensor]:
+    found = [t for one in linears for t in (one.a, one.b, one.trained_weight, one.trained_bias)]
+    return [t for t in found if t is not None]
+
+
+@both
+@pytest.mark.parametrize("bias", [False, True])
+def test_weights_and_biases_that_train_get_their_gradients(backend: Any, bias: bool) -> None:
+    linears = [trained(32, WIDTH, bias), trained(16, WIDTH, False), linear(8, WIDTH, True, False, torch.float32)]
+    mlp = (trained(40, WIDTH, bias), trained(40, WIDTH, bias), trained(WIDTH, 40, bias))
+    x = torch.randn(2, 5, WIDTH, device=DEVICE, requires_grad=True)
+    ours = (*lora_linears(x, linears, backend=backend), lora_mlp(x, mlp, "silu", backend=backend))
+    gated = F.silu(formula(x, mlp[0])) * formula(x, mlp[1])
+    theirs = (*(formula(x, one) for one in linears), formula(gated, mlp[2]))
+    upstream = [torch.randn_like(out) for out in theirs]
+    wanted = [x, *everything(linears), *everything(mlp)]
+    mine, expected = (torch.autograd.grad(outs, wanted, upstream) for outs in (ours, theirs))
+    for got, right in zip(mine, expected, strict=True):
+        assert got.shape == right.shape and got.dtype == right.dtype and relative_error(got, right) < 3e-6
+
+
+HEADS = {
+    "plain": {},
+    "interleaved": {"rotation": "interleaved", "fp32": True},
+    "normed": {"qk_norm": ("rms", (8,))},
+    "normed per head, not rotated": {"qk_norm": ("layer", (4, 8)), "position": None},
+    "as they are": {"position": None},
+}
+
+
+@both
+@pytest.mark.parametrize("case", HEADS)
+@pytest.mark.parametrize("lora", [True, False])
+def test_qkv(backend: Any, case: str, lora: bool) -> None:
+    facts = dict(HEADS[case])
+    kind, shape = facts.pop("qk_norm", (None, ()))
+    table = torch.randn(1, 5, 4, device=DEVICE)
+    table = table.repeat_interleave(2, -1) if "rotation" in facts else table.repeat(1, 1, 2)
+    position = facts.pop("position", (table.cos(), table.sin()))
+    qk_norm = None
+    if kind is not None:
+        weights = [torch.randn(shape, device=DEVICE, requires_grad=True) for _ in range(2)]
+        qk_norm = QKNorm(*weights, 1e-5, kind, False, kind == "layer")  # pyright: ignore[reportArgumentType]
+    linears = [linear(32, WIDTH, lora, True, torch.float32) for _ in range(2)]
+    linears.append(linear(16, WIDTH, lora, False, torch.float32))
+    x = torch.randn(2, 5, WIDTH, device=DEVICE, requires_grad=True)
+    ours = lora_qkv(x, linears, Heads(8, position, qk_norm=qk_norm, **facts), backend=backend)
+    q, k, v = (formula(x, one).unflatten(-1, (-1, 8)) for one in linears)
+    theirs = (*qk_rope(q, k, position, **facts, qk_norm=qk_norm, backend="reference"), v)
+    upstream = [torch.randn_like(out) for out in theirs]
+    wanted = [x, *everything(linears), *([] if qk_norm is None else [qk_norm.q_weight, qk_norm.k_weight])]
+    mine, expected = (torch.autograd.grad(outs, wanted, upstream) for outs in (ours, theirs))
+    for got, right in zip((*ours, *mine), (*theirs, *expected), strict=True):
+        assert got.shape == right.shape and relative_error(got, right) < 3e-6
+
+
+def remember(kept: list[torch.Tensor], saved: torch.Tensor) -> torch.Tensor:
+    kept.append(saved)
+    return saved
+
+
+def test_a_norm_s_output_is_made_again_and_not_kept() -> None:
+    stream, weight = torch.randn(3, 7, WIDTH, device=DEVICE), torch.randn(WIDTH, device=DEVICE)
+    source = NormInput(stream, weight, 1e-5)
+    mlp = (linear(40, WIDTH, True, False, torch.float32), linear(40, WIDTH, True, False, torch.float32))
+    mlp = (*mlp, linear(WIDTH, 40, True, False, torch.float32))
+    position = tuple(torch.randn(1, 7, 8, device=DEVICE) for _ in range(2))
+    for run in (
+        lambda x, m: lora_linears(x, mlp[:2], made_from=m, backend="triton"),
+        lambda x, m: lora_qkv(x, (*mlp[:2], mlp[0]), Heads(8, position), m, backend="triton"),  # pyright: ignore[reportArgumentType]
+        lambda x, m: (lora_mlp(x, mlp, "silu", made_from=m, backend="triton"),),
+    ):
+        results = []
+        for made_from in (None, source):
+            normed = norm(stream, weight, 1e-5, backend="triton").requires_grad_()
+            kept: list[torch.Tensor] = []
+            with torch.autograd.graph.saved_tensors_hooks(partial(remember, kept), lambda t: t):
+                outs = run(normed, made_from)
+            assert (normed.data_ptr() in {t.data_ptr() for t in kept}) == (made_from is None)
+            total = sum((out * torch.arange(out.numel(), device=DEVICE).view(out.shape).cos()).sum() for out in outs)
+            wanted = [normed, mlp[0].a, mlp[0].b, mlp[1].a]
+            results.append(torch.autograd.grad(total, [t for t in wanted if t is not None]))
+        for kept_gradient, made_gradient in zip(*results, strict=True):
+            torch.testing.assert_close(kept_gradient, made_gradient)
+
+
+def test_weights_behind_each_other_are_read_as_one_without_a_copy() -> None:
+    modules = [torch.nn.Linear(WIDTH, out, bias=False, device=DEVICE) for out in (32, 16, 8)]
+    before = [m.weight.detach().clone() for m in modules]
+    parameters = [m.weight for m in modules]
+    linears = [LoraLinear(DenseWeight(m.weight)) for m in modules]
+    assert joint.weight_of(linears, torch.float32).data_ptr() not in {w.data_ptr() for w in before + parameters}
+    assert lay_side_by_side(modules)
+    assert all(m.weight is p and torch.equal(m.weight, w) for m, p, w in zip(modules, parameters, before, strict=True))
+    whole = joint.weight_of(linears, torch.float32)
+    assert whole.data_ptr() == modules[0].weight.data_ptr() and torch.equal(whole, torch.cat(before))
+    assert joint.weight_of(linears[::-1], torch.float32).data_ptr() not in {p.data_ptr() for p in parameters}
+    torch.testing.assert_close(joint.weight_of(linears[::-1], torch.float32), torch.cat(before[::-1]))
+    assert not lay_side_by_side([*modules, torch.nn.Linear(WIDTH + 1, 4, device=DEVICE)])

@@ -22,7 +22,7 @@ def _tanh(x):
 
 
 @triton.jit
-def _activate(g, CODE: tl.constexpr):
+def activate(g, CODE: tl.constexpr):
     """(act(g), act'(g)) in fp32."""
     if CODE == 0:
         s = tl.sigmoid(g)
@@ -46,7 +46,7 @@ def _glu_fwd(gate_ptr, up_ptr, out_ptr, stride_gate, stride_up, F, CODE: tl.cons
     mask = cols < F
     gate = tl.load(gate_ptr + row * stride_gate + cols, mask=mask, other=0.0)
     up = tl.load(up_ptr + row * stride_up + cols, mask=mask, other=0.0)
-    act, _ = _activate(gate.to(tl.float32), CODE)
+    act, _ = activate(gate.to(tl.float32), CODE)
     out = act.to(gate.dtype).to(tl.float32) * up.to(tl.float32)
     tl.store(out_ptr + row * F + cols, out.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -62,7 +62,7 @@ def _glu_bwd(
     d = tl.load(d_ptr + row * stride_d + cols, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + row * stride_gate + cols, mask=mask, other=0.0)
     up = tl.load(up_ptr + row * stride_up + cols, mask=mask, other=0.0)
-    act, slope = _activate(gate.to(tl.float32), CODE)
+    act, slope = activate(gate.to(tl.float32), CODE)
     wide_up = up.to(tl.float32)
     if WRITE_OUT:
         out = act.to(gate.dtype).to(tl.float32) * wide_up
@@ -117,127 +117,6 @@ def glu_bwd(
             d_NF.stride(0), gate_NF.stride(0), up_NF.stride(0), into[0].stride(0), into[1].stride(0), width,
             CODE=CODES[activation], WRITE_OUT=out is not None, **meta,
         )  # fmt: skip
-
-
-@triton.jit
-def _lora_tile(
-    base_ptr,
-    xa_ptr,
-    b_ptr,
-    rows,
-    cols,
-    ranks,
-    stride,
-    stride_xa,
-    stride_b,
-    mask,
-    row_ok,
-    col_ok,
-    R,
-    scale,
-    UPCAST: tl.constexpr,
-):
-    """base + scale * xa @ b.T of one tile, in fp32; xa (rows, R) and b (cols, R) are small enough to read whole.
-
-    UPCAST: Triton's interpreter multiplies 16-bit matrices wrongly; a GPU does it right.
-    """
-    xa = tl.load(
-        xa_ptr + rows[:, None] * stride_xa + ranks[None, :], mask=row_ok[:, None] & (ranks < R)[None, :], other=0.0
-    )
-    b = tl.load(
-        b_ptr + ranks[:, None] + cols[None, :] * stride_b, mask=(ranks < R)[:, None] & col_ok[None, :], other=0.0
-    )
-    base = tl.load(base_ptr + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    if UPCAST:
-        xa, b = xa.to(tl.float32), b.to(tl.float32)
-    return base + scale * tl.dot(xa, b, input_precision="ieee")
-
-
-@triton.jit
-def _lora_glu(
-    d_ptr, gate_ptr, up_ptr, xg_ptr, xu_ptr, bg_ptr, bu_ptr, out_ptr,
-    stride_d, stride_gate, stride_up, stride_xg, stride_xu, stride_bg, stride_bu, N, F, RG, RU, scale_gate, scale_up,
-    CODE: tl.constexpr, BACKWARD: tl.constexpr, WRITE_OUT: tl.constexpr, BLOCK_R: tl.constexpr, ROWS: tl.constexpr,
-    COLS: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    rows = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
-    ranks = tl.arange(0, BLOCK_R)
-    row_ok, col_ok = rows < N, cols < F
-    mask = row_ok[:, None] & col_ok[None, :]
-    gate = _lora_tile(
-        gate_ptr,
-        xg_ptr,
-        bg_ptr,
-        rows,
-        cols,
-        ranks,
-        stride_gate,
-        stride_xg,
-        stride_bg,
-        mask,
-        row_ok,
-        col_ok,
-        RG,
-        scale_gate,
-        UPCAST,
-    )
-    up = _lora_tile(
-        up_ptr,
-        xu_ptr,
-        bu_ptr,
-        rows,
-        cols,
-        ranks,
-        stride_up,
-        stride_xu,
-        stride_bu,
-        mask,
-        row_ok,
-        col_ok,
-        RU,
-        scale_up,
-        UPCAST,
-    )
-    act, slope = _activate(gate, CODE)
-    if WRITE_OUT:
-        tl.store(out_ptr + rows[:, None] * F + cols[None, :], (act * up).to(out_ptr.dtype.element_ty), mask=mask)
-    if BACKWARD:
-        d = tl.load(d_ptr + rows[:, None] * stride_d + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-        d_gate, d_up = (d * up * slope).to(gate_ptr.dtype.element_ty), (d * act).to(up_ptr.dtype.element_ty)
-        tl.store(gate_ptr + rows[:, None] * stride_gate + cols[None, :], d_gate, mask=mask)
-        tl.store(up_ptr + rows[:, None] * stride_up + cols[None, :], d_up, mask=mask)
-
-
-Share = tuple[torch.Tensor, torch.Tensor, float]
-
-
-def lora_glu(
-    gate_NF: torch.Tensor,
-    up_NF: torch.Tensor,
-    shares: tuple[Share, Share],
-    activation: str,
-    d_NF: torch.Tensor | None = None,
-    write_out: bool = True,
-) -> torch.Tensor | None:
-    """act(gate + share) * (up + share), share = scale * xa @ b.T, added in registers: no pass of its own.
-
-    shares: (xa (N, R), b (F, R), scale) of gate and of up, in gate's dtype, channels contiguous. d: the product's gradient;
-    given, the gradients of gate and up are written over gate and up, which the caller must have allocated.
-    """
-    (xg, bg, scale_gate), (xu, bu, scale_up) = shares
-    rows, width = gate_NF.shape
-    out = torch.empty(rows, width, device=gate_NF.device, dtype=gate_NF.dtype) if write_out else None
-    rank = max(16, triton.next_power_of_2(max(xg.shape[1], xu.shape[1])))
-    tile = {"ROWS": 16, "COLS": 128}  # the fastest of 14 on an H200, both ways: see docs/log.md
-    grid = (triton.cdiv(width, tile["COLS"]), triton.cdiv(rows, tile["ROWS"]))
-    _lora_glu[grid](
-        d_NF if d_NF is not None else gate_NF, gate_NF, up_NF, xg, xu, bg, bu, out if out is not None else gate_NF,
-        d_NF.stride(0) if d_NF is not None else 0, gate_NF.stride(0), up_NF.stride(0),
-        xg.stride(0), xu.stride(0), bg.stride(0), bu.stride(0), rows, width, xg.shape[1], xu.shape[1], scale_gate, scale_up,
-        CODE=CODES[activation], BACKWARD=d_NF is not None, WRITE_OUT=write_out, BLOCK_R=rank, UPCAST=not gate_NF.is_cuda, num_warps=4, **tile,
-    )  # fmt: skip
-    return out
 
 
 class GluFunction(torch.autograd.Function):

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from hasten.ops.glu.reference import glu
+from hasten.ops.rope.reference import qk_rope
 
 if TYPE_CHECKING:
-    from hasten.ops.lora import LoraLinear
+    from hasten.ops.lora import Heads, LoraLinear
 
 
 def lora_linears(
@@ -18,6 +19,13 @@ def lora_linears(
 ) -> tuple[torch.Tensor, ...]:
     outs = tuple(_linear(x, linear) for linear in linears)
     return outs if residual is None else tuple(residual + out for out in outs)
+
+
+def lora_qkv(
+    x: torch.Tensor, linears: Sequence[LoraLinear], heads: Heads
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q, k, v = (_linear(x, one).unflatten(-1, (-1, heads.dim)) for one in linears)
+    return *qk_rope(q, k, heads.position, heads.rotation, heads.fp32, heads.qk_norm), v
 
 
 def _linear(x: torch.Tensor, linear: LoraLinear) -> torch.Tensor:

@@ -7,6 +7,7 @@ norm(x, w, eps, kind="rms") ==
     (w + unit_offset) * n.to(x.dtype)                                    fp32_weight=False (Llama)
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -52,3 +53,23 @@ def norm_and_pass(
 
         return kernel.norm_and_pass(x, weight, eps, kind, unit_offset, fp32_weight)
     return reference.norm(x, weight, eps, kind, unit_offset, fp32_weight), x
+
+
+@dataclass(frozen=True)
+class NormInput:
+    """What a normed tensor is made from: an op that needs it again in its backward keeps this, and not the normed tensor.
+
+    x (..., D) and weight as in `norm`, both without gradient.
+    """
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    eps: float
+    kind: Literal["rms", "layer"] = "rms"
+    unit_offset: bool = False
+    fp32_weight: bool = False
+
+    def again(self) -> torch.Tensor:
+        """The normed tensor, made anew."""
+        with torch.no_grad():
+            return norm(self.x, self.weight, self.eps, self.kind, self.unit_offset, self.fp32_weight)

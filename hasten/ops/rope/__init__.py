@@ -41,7 +41,7 @@ def qk_rope(
     Gradients: q, k and the norm's weights; none for cos and sin.
     """
     if backend_for(q_BTHD, backend) == "triton":
-        from hasten.ops.rope import kernel
+        from hasten.ops.rope import function
 
-        return kernel.qk_rope(q_BTHD, k_BTHD, position, rotation, fp32, qk_norm)
+        return function.qk_rope(q_BTHD, k_BTHD, position, rotation, fp32, qk_norm)
     return reference.qk_rope(q_BTHD, k_BTHD, position, rotation, fp32, qk_norm)

@@ -6,15 +6,11 @@ forward reads and writes q and k once; the backward reads the gradients (and, wi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
-
-if TYPE_CHECKING:
-    from hasten.ops.rope import QKNorm
 
 
 @triton.jit
@@ -59,7 +55,7 @@ def _store_pairs(base, x1, x2, row_mask, D, INTERLEAVED: tl.constexpr, HEADS: tl
 @triton.jit
 def _qk_rope_fwd(
     x_ptr, out_ptr, w_ptr, cos_ptr, sin_ptr,
-    stride_token, stride_head, T, H, D, stride_table, stride_w, eps,
+    stride_token, stride_head, stride_out, T, H, D, stride_table, stride_w, eps,
     token, block,
     ROPE: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, LAYER: tl.constexpr,
     UNIT_OFFSET: tl.constexpr, FP32_WEIGHT: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
@@ -90,14 +86,14 @@ def _qk_rope_fwd(
     if ROPE:
         cos, sin = _load_tables(cos_ptr, sin_ptr, token, T, stride_table, i, half_mask, D, INTERLEAVED)
         x1, x2 = x1 * cos[None, :] - x2 * sin[None, :], x2 * cos[None, :] + x1 * sin[None, :]
-    out = out_ptr + token * H * D + heads[:, None] * D
+    out = out_ptr + token * stride_out + heads[:, None] * D
     _store_pairs(out, x1, x2, known, D, INTERLEAVED, HEADS, HALF)
 
 
 @triton.jit
 def _qk_rope_bwd(
     d_ptr, x_ptr, out_ptr, w_ptr, dw_ptr, cos_ptr, sin_ptr,
-    stride_d_token, stride_d_head, stride_token, stride_head, T, H, D, stride_table, stride_w, eps,
+    stride_d_token, stride_d_head, stride_token, stride_head, stride_out, T, H, D, stride_table, stride_w, eps,
     token, block,
     ROPE: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, LAYER: tl.constexpr,
     UNIT_OFFSET: tl.constexpr, TRAIN_W: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
@@ -138,14 +134,14 @@ def _qk_rope_bwd(
         if LAYER:
             g1, g2 = g1 - shift, g2 - shift
         g1, g2 = g1 * rstd, g2 * rstd
-    out = out_ptr + token * H * D + heads[:, None] * D
+    out = out_ptr + token * stride_out + heads[:, None] * D
     _store_pairs(out, g1, g2, known, D, INTERLEAVED, HEADS, HALF)
 
 
 @triton.jit
 def _both_fwd(
     q_ptr, k_ptr, q_out, k_out, wq_ptr, wk_ptr, cos_ptr, sin_ptr,
-    sq_token, sq_head, sk_token, sk_head, T, HQ, HK, D, stride_table, stride_w, eps, q_blocks,
+    sq_token, sq_head, sk_token, sk_head, sq_out, sk_out, T, HQ, HK, D, stride_table, stride_w, eps, q_blocks,
     ROPE: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, LAYER: tl.constexpr,
     UNIT_OFFSET: tl.constexpr, FP32_WEIGHT: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
@@ -153,12 +149,12 @@ def _both_fwd(
     block = tl.program_id(1)
     if block < q_blocks:
         _qk_rope_fwd(
-            q_ptr, q_out, wq_ptr, cos_ptr, sin_ptr, sq_token, sq_head, T, HQ, D, stride_table, stride_w, eps,
+            q_ptr, q_out, wq_ptr, cos_ptr, sin_ptr, sq_token, sq_head, sq_out, T, HQ, D, stride_table, stride_w, eps,
             token, block, ROPE, INTERLEAVED, NORM, LAYER, UNIT_OFFSET, FP32_WEIGHT, HEADS, HALF,
         )  # fmt: skip
     else:
         _qk_rope_fwd(
-            k_ptr, k_out, wk_ptr, cos_ptr, sin_ptr, sk_token, sk_head, T, HK, D, stride_table, stride_w, eps,
+            k_ptr, k_out, wk_ptr, cos_ptr, sin_ptr, sk_token, sk_head, sk_out, T, HK, D, stride_table, stride_w, eps,
             token, block - q_blocks, ROPE, INTERLEAVED, NORM, LAYER, UNIT_OFFSET, FP32_WEIGHT, HEADS, HALF,
         )  # fmt: skip
 
@@ -166,7 +162,7 @@ def _both_fwd(
 @triton.jit
 def _both_bwd(
     dq_ptr, dk_ptr, q_ptr, k_ptr, dq_out, dk_out, wq_ptr, wk_ptr, dwq_ptr, dwk_ptr, cos_ptr, sin_ptr,
-    sdq_token, sdq_head, sdk_token, sdk_head, sq_token, sq_head, sk_token, sk_head,
+    sdq_token, sdq_head, sdk_token, sdk_head, sq_token, sq_head, sk_token, sk_head, sq_out, sk_out,
     T, HQ, HK, D, stride_table, stride_w, eps, q_blocks,
     ROPE: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, LAYER: tl.constexpr,
     UNIT_OFFSET: tl.constexpr, TRAIN_W: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
@@ -176,13 +172,13 @@ def _both_bwd(
     if block < q_blocks:
         _qk_rope_bwd(
             dq_ptr, q_ptr, dq_out, wq_ptr, dwq_ptr, cos_ptr, sin_ptr, sdq_token, sdq_head, sq_token, sq_head,
-            T, HQ, D, stride_table, stride_w, eps, token, block,
+            sq_out, T, HQ, D, stride_table, stride_w, eps, token, block,
             ROPE, INTERLEAVED, NORM, LAYER, UNIT_OFFSET, TRAIN_W, HEADS, HALF,
         )  # fmt: skip
     else:
         _qk_rope_bwd(
             dk_ptr, k_ptr, dk_out, wk_ptr, dwk_ptr, cos_ptr, sin_ptr, sdk_token, sdk_head, sk_token, sk_head,
-            T, HK, D, stride_table, stride_w, eps, token, block - q_blocks,
+            sk_out, T, HK, D, stride_table, stride_w, eps, token, block - q_blocks,
             ROPE, INTERLEAVED, NORM, LAYER, UNIT_OFFSET, TRAIN_W, HEADS, HALF,
         )  # fmt: skip
 
@@ -195,7 +191,7 @@ def _plan(q: torch.Tensor, k: torch.Tensor) -> tuple[tuple[int, int], dict[str, 
     return (tokens, q_blocks + triton.cdiv(hk, heads)), {"HEADS": heads, "HALF": half, "num_warps": 4}, q_blocks
 
 
-def _flat(x: torch.Tensor) -> torch.Tensor:
+def flat_tokens(x: torch.Tensor) -> torch.Tensor:
     """Rows of one token each: (B, T, H, D) whose B and T strides fold into one and whose channels are contiguous."""
     foldable = x.stride(3) == 1 and (x.shape[0] == 1 or x.stride(0) == x.stride(1) * x.shape[1])
     return x if foldable else x.contiguous()
@@ -205,81 +201,66 @@ def _table_stride(table: torch.Tensor) -> int:
     return 0 if table.shape[0] == 1 else table.stride(0)
 
 
-class QKRopeFunction(torch.autograd.Function):
-    """Saves cos and sin, and with a norm also q and k as they came."""
+@dataclass(frozen=True)
+class RopeRule:
+    """rotation's layout, and the norm before it: eps, kind, unit_offset, fp32_weight (read only where there are weights)."""
 
-    @staticmethod
-    def forward(ctx: Any, q: Any, k: Any, wq: Any, wk: Any, cos: Any, sin: Any, rule: Any) -> Any:
-        interleaved, eps, kind, unit_offset, fp32_weight = rule
-        q, k = _flat(q), _flat(k)
-        q_out, k_out = (
-            torch.empty(q.shape, device=q.device, dtype=q.dtype),
-            torch.empty(k.shape, device=k.device, dtype=k.dtype),
-        )
-        grid, meta, q_blocks = _plan(q, k)
-        rope, normed = cos is not None, wq is not None
-        cos, sin = (cos.contiguous(), sin.contiguous()) if rope else (q, q)
-        wq, wk = (wq.contiguous(), wk.contiguous()) if normed else (q, k)
-        if grid[0]:
-            _both_fwd[grid](
-                q, k, q_out, k_out, wq, wk, cos, sin, q.stride(1), q.stride(2), k.stride(1), k.stride(2), q.shape[1],
-                q.shape[2], k.shape[2], q.shape[3], _table_stride(cos) if rope else 0,
-                q.shape[3] if normed and wq.dim() == 2 else 0, eps, q_blocks,
-                ROPE=rope, INTERLEAVED=interleaved, NORM=normed, LAYER=kind == "layer", UNIT_OFFSET=unit_offset,
-                FP32_WEIGHT=fp32_weight, **meta,
-            )  # fmt: skip
-        ctx.save_for_backward(*((q, k, wq, wk) if normed else (None,) * 4), *((cos, sin) if rope else (None,) * 2))
-        ctx.rule, ctx.shapes = rule, (q.shape, k.shape)
-        return q_out, k_out
+    interleaved: bool
+    eps: float = 0.0
+    kind: str = "rms"
+    unit_offset: bool = False
+    fp32_weight: bool = False
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dq: torch.Tensor, dk: torch.Tensor) -> Any:
-        q, k, wq, wk, cos, sin = ctx.saved_tensors
-        interleaved, eps, kind, unit_offset, _ = ctx.rule
-        dq, dk = _flat(dq), _flat(dk)
-        dq_out, dk_out = (
-            torch.empty(ctx.shapes[0], device=dq.device, dtype=dq.dtype),
-            torch.empty(ctx.shapes[1], device=dk.device, dtype=dk.dtype),
-        )
-        grid, meta, q_blocks = _plan(dq, dk)
-        rope, normed = cos is not None, wq is not None
-        train = normed and (ctx.needs_input_grad[2] or ctx.needs_input_grad[3])
-        partial = [torch.empty(s, device=dq.device, dtype=torch.float32) if train else dq for s in ctx.shapes]
-        x = (q, k) if normed else (dq, dk)
-        if grid[0]:
-            _both_bwd[grid](
-                dq, dk, *x, dq_out, dk_out, wq if normed else dq, wk if normed else dk, *partial,
-                cos if rope else dq, sin if rope else dq,
-                dq.stride(1), dq.stride(2), dk.stride(1), dk.stride(2),
-                x[0].stride(1), x[0].stride(2), x[1].stride(1), x[1].stride(2),
-                dq.shape[1], dq.shape[2], dk.shape[2], dq.shape[3], _table_stride(cos) if rope else 0,
-                dq.shape[3] if normed and wq.dim() == 2 else 0, eps, q_blocks,
-                ROPE=rope, INTERLEAVED=interleaved, NORM=normed, LAYER=kind == "layer", UNIT_OFFSET=unit_offset,
-                TRAIN_W=train, **meta,
-            )  # fmt: skip
-        dwq, dwk = (_sum_to(p, w) for p, w in zip(partial, (wq, wk), strict=True)) if train else (None, None)
-        return dq_out, dk_out, dwq, dwk, None, None, None
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def qk_rope_fwd(qk: Pair, weights: Pair | None, table: Pair | None, rule: RopeRule, out: Pair) -> None:
+    """Writes normed and rotated q and k into `out` (B, T, H, D): tokens apart as they like, heads and channels contiguous.
+
+    `out` may be q and k themselves. table: cos and sin, contiguous.
+    """
+    q, k = qk
+    grid, meta, q_blocks = _plan(q, k)
+    cos, sin = table if table is not None else qk
+    wq, wk = weights if weights is not None else qk
+    if grid[0]:
+        _both_fwd[grid](
+            q, k, *out, wq, wk, cos, sin, q.stride(1), q.stride(2), k.stride(1), k.stride(2), out[0].stride(1),
+            out[1].stride(1), q.shape[1], q.shape[2], k.shape[2], q.shape[3], _table_stride(cos) if table else 0,
+            q.shape[3] if weights is not None and wq.dim() == 2 else 0, rule.eps, q_blocks,
+            ROPE=table is not None, INTERLEAVED=rule.interleaved, NORM=weights is not None, LAYER=rule.kind == "layer",
+            UNIT_OFFSET=rule.unit_offset, FP32_WEIGHT=rule.fp32_weight, **meta,
+        )  # fmt: skip
+
+
+def qk_rope_bwd(  # noqa: PLR0917
+    d: Pair, qk: Pair | None, weights: Pair | None, table: Pair | None, rule: RopeRule, out: Pair, train: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Writes the gradients of q and k into `out` and returns those of the norm's weights (where `train`).
+
+    qk: what the forward read; needed with a norm only.
+    """
+    dq, dk = d
+    grid, meta, q_blocks = _plan(dq, dk)
+    partial = [torch.empty(g.shape, device=g.device, dtype=torch.float32) if train else g for g in d]
+    q, k = qk if qk is not None else d
+    wq, wk = weights if weights is not None else d
+    cos, sin = table if table is not None else d
+    if grid[0]:
+        _both_bwd[grid](
+            dq, dk, q, k, *out, wq, wk, *partial, cos, sin,
+            dq.stride(1), dq.stride(2), dk.stride(1), dk.stride(2), q.stride(1), q.stride(2), k.stride(1), k.stride(2),
+            out[0].stride(1), out[1].stride(1), dq.shape[1], dq.shape[2], dk.shape[2], dq.shape[3],
+            _table_stride(cos) if table else 0, dq.shape[3] if weights is not None and wq.dim() == 2 else 0, rule.eps,
+            q_blocks, ROPE=table is not None, INTERLEAVED=rule.interleaved, NORM=weights is not None,
+            LAYER=rule.kind == "layer", UNIT_OFFSET=rule.unit_offset, TRAIN_W=train, **meta,
+        )  # fmt: skip
+    if not train:
+        return None, None
+    return _sum_to(partial[0], wq), _sum_to(partial[1], wk)
 
 
 def _sum_to(partial: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     total = partial.sum((0, 1)) if weight.dim() == 2 else partial.sum((0, 1, 2))
     return total.to(weight.dtype)
-
-
-def qk_rope(
-    q_BTHD: torch.Tensor,
-    k_BTHD: torch.Tensor,
-    position: tuple[torch.Tensor, torch.Tensor] | None,
-    rotation: str,
-    fp32: bool,
-    qk_norm: QKNorm | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`fp32` needs no case of its own: everything between reading and writing is fp32 here."""
-    cos, sin = position if position is not None else (None, None)
-    interleaved = rotation == "interleaved"
-    if qk_norm is None:
-        rule = (interleaved, 0.0, "rms", False, False)
-        return QKRopeFunction.apply(q_BTHD, k_BTHD, None, None, cos, sin, rule)  # pyright: ignore[reportReturnType]
-    rule = (interleaved, qk_norm.eps, qk_norm.kind, qk_norm.unit_offset, qk_norm.fp32_weight)
-    return QKRopeFunction.apply(q_BTHD, k_BTHD, qk_norm.q_weight, qk_norm.k_weight, cos, sin, rule)  # pyright: ignore[reportReturnType]

@@ -1,0 +1,1 @@
+"""The gated activation between LoRA linears, with every thin product that needs its tiles made from the same read."""

@@ -1,0 +1,130 @@
+"""Several linears that read one input as one: a tall matrix, all A on top of each other, all B on one diagonal.
+
+With W = [W_1; W_2; ...], A = [A_1; A_2; ...] and B = diag(scale_1 * B_1.T, scale_2 * B_2.T, ...):
+    y == base + x @ W.T + (x @ A.T) @ B            y's columns are the linears' outputs side by side
+so that products are few and large, and so are those of the backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from hasten.ops.lora import LoraLinear
+
+
+def product_fp32(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """left @ right summed in fp32, in `dtype`: no 16-bit rounding on the way into an fp32 gradient."""
+    if left.is_cuda and left.dtype != torch.float32 and dtype == torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return (left @ right).to(dtype)
+
+
+def parameters(linears: Sequence[LoraLinear]) -> list[torch.Tensor | None]:
+    """What autograd must see, four a linear: A, B, and the weight and bias where they train."""
+    return [t for one in linears for t in (one.a, one.b, one.trained_weight, one.trained_bias)]
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """a (R, E) and b (R, O), scaled, in the products' dtype; R is the sum of all ranks, O of all widths."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+def widths(linears: Sequence[LoraLinear]) -> list[int]:
+    return [one.weight.shape[0] for one in linears]
+
+
+def ranks(linears: Sequence[LoraLinear]) -> list[int]:
+    return [0 if one.a is None else one.a.shape[0] for one in linears]
+
+
+def adapters(linears: Sequence[LoraLinear], dtype: torch.dtype) -> Adapters | None:
+    """Both matrices of all LoRAs together, or None where there is none."""
+    with_lora = [one.a for one in linears if one.a is not None]
+    if not with_lora:
+        return None
+    a = torch.cat(with_lora).to(dtype) if len(with_lora) > 1 else with_lora[0].to(dtype)
+    shape = (a.shape[0], sum(widths(linears)))
+    b = torch.empty(shape, device=a.device, dtype=dtype) if len(linears) == 1 else a.new_zeros(shape)
+    row = column = 0
+    for one, rank, width in zip(linears, ranks(linears), widths(linears), strict=True):
+        if one.b is not None:
+            torch.mul(one.b.T, one.scale, out=b[row : row + rank, column : column + width])
+        row, column = row + rank, column + width
+    return Adapters(a, b)
+
+
+def weight_of(linears: Sequence[LoraLinear], dtype: torch.dtype) -> torch.Tensor:
+    """[W_1; W_2; ...] in `dtype`: a view where the weights lie behind each other in memory, else a new buffer."""
+    if len(linears) == 1:
+        return linears[0].weight.dense(dtype)
+    held = [one.weight.held for one in linears]
+    if all(w is not None and w.dtype == dtype for w in held):
+        view = _as_one(held)  # pyright: ignore[reportArgumentType]
+        if view is not None:
+            return view
+    shapes = widths(linears)
+    whole = torch.empty(sum(shapes), linears[0].weight.shape[1], device=linears[0].weight.device, dtype=dtype)
+    for one, rows in zip(linears, whole.split(shapes), strict=True):
+        one.weight.write(rows)
+    return whole
+
+
+def _as_one(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """One view over matrices that follow each other in one storage, or None."""
+    first, end = tensors[0], None
+    for one in tensors:
+        if not one.is_contiguous() or one.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return None
+        if end is not None and one.storage_offset() != end:
+            return None
+        end = one.storage_offset() + one.numel()
+    return first.detach().as_strided((sum(one.shape[0] for one in tensors), first.shape[1]), (first.shape[1], 1))
+
+
+def bias_of(linears: Sequence[LoraLinear], dtype: torch.dtype) -> torch.Tensor | None:
+    """All biases side by side (O,), zeros where a linear has none; None where none has."""
+    if all(one.bias is None for one in linears):
+        return None
+    parts = [
+        torch.zeros(one.weight.shape[0], device=one.weight.device, dtype=dtype)
+        if one.bias is None
+        else one.bias.to(dtype)
+        for one in linears
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def parameter_gradients(
+    linears: Sequence[LoraLinear],
+    dy_NO: torch.Tensor,
+    x_NE: torch.Tensor | None,
+    d_xa: torch.Tensor | None,
+    d_b: torch.Tensor | None,
+) -> list[Any]:
+    """The gradients of `parameters(linears)`. d_b: (R, O) fp32, of B before it was scaled; only its diagonal blocks count."""
+    d_a = None
+    if d_xa is not None and x_NE is not None:
+        kind = next(one.a.dtype for one in linears if one.a is not None)
+        d_a = product_fp32(d_xa.T, x_NE, kind)
+    found: list[Any] = []
+    row = column = 0
+    for one, rank, width in zip(linears, ranks(linears), widths(linears), strict=True):
+        mine = dy_NO[:, column : column + width]
+        if one.b is None or d_a is None or d_b is None:
+            found += [None, None]
+        else:
+            block = d_b[row : row + rank, column : column + width]
+            found += [d_a[row : row + rank].to(one.a.dtype), (block * one.scale).T.to(one.b.dtype)]  # pyright: ignore[reportOptionalMemberAccess]
+        weight, bias = one.trained_weight, one.trained_bias
+        found.append(None if weight is None or x_NE is None else product_fp32(mine.T, x_NE, weight.dtype))
+        found.append(None if bias is None else mine.sum(0, dtype=torch.float32).to(bias.dtype))
+        row, column = row + rank, column + width
+    return found

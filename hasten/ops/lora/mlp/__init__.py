@@ -1,0 +1,1 @@
+"""The gated MLP over LoRA linears as one Function."""

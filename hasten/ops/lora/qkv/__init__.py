@@ -1,0 +1,1 @@
+"""Queries, keys and values in one buffer: projected, normed and rotated where they lie."""

@@ -1,0 +1,81 @@
+"""Projection, q/k norm and rotation as one Function, so that forward and backward each work in one buffer of all three.
+
+Without a q/k norm the rotation happens in place, and its backward needs neither q nor k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from hasten.ops.lora.joint import parameter_gradients, parameters, widths
+from hasten.ops.lora.kernel import Kept, flat_rows, input_gradient, needs_input, project, thin_gradients
+from hasten.ops.rope.function import rope_rule
+from hasten.ops.rope.kernel import flat_tokens, qk_rope_bwd, qk_rope_fwd
+
+if TYPE_CHECKING:
+    from hasten.ops.lora import Heads, LoraLinear
+    from hasten.ops.norm import NormInput
+
+
+def _heads(
+    y_NO: torch.Tensor, linears: Sequence[LoraLinear], rows: Sequence[int], dim: int
+) -> tuple[torch.Tensor, ...]:
+    return tuple(part.view(*rows, -1, dim) for part in y_NO.split(widths(linears), dim=1))
+
+
+class LoraQkvFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, wq: Any, wk: Any, made_from: Any, linears: Any, heads: Heads, *_: Any
+    ) -> Any:
+        flat = flat_rows(x)
+        y, xa, found = project(flat, linears)
+        q, k, v = _heads(y, linears, x.shape[:2], heads.dim)
+        table = None if heads.position is None else tuple(t.contiguous() for t in heads.position)
+        weights = None if wq is None else (wq.contiguous(), wk.contiguous())
+        rule = rope_rule(heads.rotation, heads.qk_norm)
+        out = (q, k)
+        if weights is not None:
+            out = tuple(torch.empty(t.shape, device=t.device, dtype=t.dtype) for t in (q, k))
+        if weights is not None or table is not None:
+            qk_rope_fwd((q, k), weights, table, rule, out)
+        ab = (None, None) if found is None else (found.a, found.b)
+        ctx.save_for_backward(
+            *Kept.tensors(flat, made_from, needs_input(linears)), xa, *ab, y if weights else None,
+            *(weights or (None, None)), *(table or (None, None)),
+        )  # fmt: skip
+        ctx.linears, ctx.rule, ctx.rope, ctx.shape, ctx.dim = linears, Kept.rule(made_from), rule, x.shape, heads.dim
+        return *out, v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor) -> Any:
+        source, norm_weight, xa, a, b, y, wq, wk, cos, sin = ctx.saved_tensors
+        linears, rows = ctx.linears, ctx.shape[:2]
+        dy = torch.empty(rows[0] * rows[1], sum(widths(linears)), device=dq.device, dtype=dq.dtype)
+        into = _heads(dy, linears, rows, ctx.dim)
+        into[2].copy_(dv)
+        d_weights = (None, None)
+        if wq is not None or cos is not None:
+            qk = None if y is None else _heads(y, linears, rows, ctx.dim)[:2]
+            train = wq is not None and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
+            table, weights = (None if cos is None else (cos, sin)), (None if wq is None else (wq, wk))
+            d_weights = qk_rope_bwd((flat_tokens(dq), flat_tokens(dk)), qk, weights, table, ctx.rope, into[:2], train)
+        else:
+            into[0].copy_(dq)
+            into[1].copy_(dk)
+        d_xa, d_b = thin_gradients(dy, xa, b)
+        dx = input_gradient(dy, linears, d_xa, a).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        flat = Kept.rows(source, norm_weight, ctx.rule)
+        return dx, *d_weights, None, None, None, *parameter_gradients(linears, dy, flat, d_xa, d_b)
+
+
+def lora_qkv(
+    x: torch.Tensor, linears: Sequence[LoraLinear], heads: Heads, made_from: NormInput | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    weights = (None, None) if heads.qk_norm is None else (heads.qk_norm.q_weight, heads.qk_norm.k_weight)
+    return LoraQkvFunction.apply(x, *weights, made_from, tuple(linears), heads, *parameters(linears))  # pyright: ignore[reportReturnType]
