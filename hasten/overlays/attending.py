@@ -18,7 +18,6 @@ from hasten.ops.backend import backend_for
 from hasten.overlays.base import Overlay
 from hasten.overlays.rows import compute_dtype
 
-
 MASKED = ("eager", "sdpa", "flex_attention")
 """transformers' backends that see documents only through the mask that transformers builds."""
 

@@ -1,0 +1,178 @@
+"""Flash attention (Dao 2023, arXiv:2307.08691), causal, with window, softcap and spans; grouped queries read K and V in place.
+
+forward: one program a block of queries of one head; keeps log2(sum(2 ** score)) a query, from which the backward has the
+weights again. Blocks that no window, document or causality lets see each other are not visited. Scores are in base 2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+from hasten.ops.attention.backward.kernel import attention_bwd
+from hasten.ops.attention.tiles.kernel import (
+    LENGTHS,
+    Rule,
+    Tiles,
+    dot,
+    key_range,
+    launch,
+    score,
+    tile,
+    tiles_for,
+    visible,
+)
+from hasten.ops.backend import on_device
+
+LARGEST_HEAD = 256
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@triton.jit
+def _fwd_range(
+    acc, total, top, q, k_ptr, v_ptr, spans_ptr, lo, hi, query, stride_k, stride_v, T, D, window, scale, cap,
+    MASKED: tl.constexpr, WINDOW: tl.constexpr, SPANS: tl.constexpr, SOFTCAP: tl.constexpr, KEYS: tl.constexpr,
+    CHANNELS: tl.constexpr, PAD: tl.constexpr, UPCAST: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    rows, cols = tl.arange(0, KEYS), tl.arange(0, CHANNELS)
+    for start in range(lo, hi, KEYS):
+        k = tile(k_ptr, start, stride_k, rows, cols, T, D, MASKED, PAD)
+        scores, _ = score(dot(q, tl.trans(k), UPCAST), scale, cap, SOFTCAP, EXACT)
+        if MASKED:
+            key = start + rows
+            last = key
+            if SPANS:
+                last = tl.load(spans_ptr + key.to(tl.int64) * 2 + 1, mask=key < T, other=-1)
+            seen = visible(query[:, None], key[None, :], last[None, :], window, WINDOW, SPANS)
+            scores = tl.where(seen, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        shift = new_top
+        if MASKED:  # nothing seen yet
+            shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        p = tl.exp2(scores - shift[:, None])
+        shrink = tl.exp2(top - shift)
+        total = total * shrink + tl.sum(p, 1)
+        v = tile(v_ptr, start, stride_v, rows, cols, T, D, MASKED, PAD)
+        acc = acc * shrink[:, None] + dot(p.to(v.dtype), v, UPCAST)
+        top = new_top
+    return acc, total, top
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _attention_fwd(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, spans_ptr,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    T, H, GROUP, D, window, scale, cap,
+    WINDOW: tl.constexpr, SPANS: tl.constexpr, SOFTCAP: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    CHANNELS: tl.constexpr, PAD: tl.constexpr, UPCAST: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(T, QUERIES)
+    first_query = (blocks - 1 - tl.program_id(0) % blocks) * QUERIES  # the longest rows first
+    b, h = (tl.program_id(0) // blocks // H).to(tl.int64), (tl.program_id(0) // blocks % H).to(tl.int64)
+    rows, cols = tl.arange(0, QUERIES), tl.arange(0, CHANNELS)
+    query = first_query + rows
+    long_qt, long_kt, long_vt = stride_qt.to(tl.int64), stride_kt.to(tl.int64), stride_vt.to(tl.int64)
+    q = tile(q_ptr + b * stride_qb + h * stride_qh, first_query, long_qt, rows, cols, T, D, True, PAD)
+    k_ptr += b * stride_kb + h // GROUP * stride_kh
+    v_ptr += b * stride_vb + h // GROUP * stride_vh
+    spans_ptr += b * T * 2
+    lo, full, diagonal, hi = key_range(spans_ptr, first_query, T, window, WINDOW, SPANS, QUERIES, KEYS)
+    acc = tl.zeros((QUERIES, CHANNELS), tl.float32)
+    total = tl.zeros((QUERIES,), tl.float32)
+    top = tl.full((QUERIES,), float("-inf"), tl.float32)
+    if not SPANS:
+        if WINDOW:
+            acc, total, top = _fwd_range(
+                acc, total, top, q, k_ptr, v_ptr, spans_ptr, lo, full, query, long_kt, long_vt, T, D, window, scale, cap,
+                True, WINDOW, SPANS, SOFTCAP, KEYS, CHANNELS, PAD, UPCAST, EXACT,
+            )  # fmt: skip
+        acc, total, top = _fwd_range(
+            acc, total, top, q, k_ptr, v_ptr, spans_ptr, full, diagonal, query, long_kt, long_vt, T, D, window, scale, cap,
+            False, WINDOW, SPANS, SOFTCAP, KEYS, CHANNELS, PAD, UPCAST, EXACT,
+        )  # fmt: skip
+    acc, total, top = _fwd_range(
+        acc, total, top, q, k_ptr, v_ptr, spans_ptr, diagonal, hi, query, long_kt, long_vt, T, D, window, scale, cap,
+        True, WINDOW, SPANS, SOFTCAP, KEYS, CHANNELS, PAD, UPCAST, EXACT,
+    )  # fmt: skip
+    blind = total == 0.0  # padding that sees no key
+    out = acc / tl.where(blind, 1.0, total)[:, None]
+    lse = tl.where(blind, 0.0, top + tl.log2(tl.where(blind, 1.0, total)))
+    tl.store(lse_ptr + (b * H + h) * T + query, lse, mask=query < T)
+    out_ptr += ((b * T + query) * H + h)[:, None] * D + cols[None, :]
+    tl.store(out_ptr, out.to(out_ptr.dtype.element_ty), mask=(query < T)[:, None] & (cols < D)[None, :])
+
+
+def attention_fwd(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: torch.Tensor | None, rule: Rule, tiles: Tiles
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out (B, T, H, D), lse (B, H, T) fp32 in base 2, 0 for a query that sees nothing)."""
+    batch, tokens, heads, channels = q.shape
+    out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
+    lse = torch.empty(batch, heads, tokens, device=q.device, dtype=torch.float32)
+    grid = (triton.cdiv(tokens, tiles.fwd.queries) * batch * heads,)
+    with on_device(q):
+        _attention_fwd[grid](
+            q, k, v, out, lse, spans if spans is not None else lse,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            tokens, heads, heads // k.shape[2], channels, *rule.arguments(), **rule.flags(q, spans), **launch(tiles.fwd),
+        )  # fmt: skip
+    return out, lse
+
+
+class AttentionFunction(torch.autograd.Function):
+    """Saves q, k, v where they lie, the output and one number a query and head."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        spans: torch.Tensor | None,
+        rule: Rule,
+        tiles: Tiles | None,
+    ) -> torch.Tensor:
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        ctx.rule = rule
+        ctx.tiles = tiles or tiles_for(q.dtype, max(16, triton.next_power_of_2(q.shape[-1])))
+        out, lse = attention_fwd(q, k, v, spans, rule, ctx.tiles)
+        ctx.save_for_backward(q, k, v, out, lse, spans)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: torch.Tensor) -> Any:
+        q, k, v, out, lse, spans = ctx.saved_tensors
+        return *attention_bwd(d_out, (q, k, v, out, lse, spans), ctx.rule, ctx.tiles), None, None, None
+
+
+def attention(  # noqa: PLR0913
+    q_BTHD: torch.Tensor,
+    k_BTKD: torch.Tensor,
+    v_BTKD: torch.Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    spans_BT2: torch.Tensor | None,
+    tiles: Tiles | None = None,
+) -> torch.Tensor:
+    """tiles: None = by dtype and head size. Raises ValueError for heads, dtypes or spans that the kernels do not take."""
+    head = q_BTHD.shape[-1]
+    if not 2 <= head <= LARGEST_HEAD:
+        raise ValueError(f"the attention kernels take heads of 2 to {LARGEST_HEAD} channels; got {head}")
+    if q_BTHD.dtype not in DTYPES or not q_BTHD.dtype == k_BTKD.dtype == v_BTKD.dtype:
+        raise ValueError(
+            f"q, k, v must share float32, bfloat16 or float16; got {q_BTHD.dtype}, {k_BTKD.dtype}, {v_BTKD.dtype}"
+        )
+    if spans_BT2 is not None:
+        if spans_BT2.shape != (*q_BTHD.shape[:2], 2) or spans_BT2.dtype != torch.int32:
+            raise ValueError(f"spans are (B, T, 2) int32; got {tuple(spans_BT2.shape)} {spans_BT2.dtype}")
+        spans_BT2 = spans_BT2.contiguous()
+    if q_BTHD.numel() == 0:
+        return torch.zeros_like(q_BTHD)
+    rule = Rule(scale, window, softcap)
+    return AttentionFunction.apply(q_BTHD, k_BTKD, v_BTKD, spans_BT2, rule, tiles)  # pyright: ignore[reportReturnType]
