@@ -1,118 +1,185 @@
-"""One call on a GPU machine: the GPU tests, parity, op speeds, training steps beside the peers, and one short table.
+"""One call on a GPU machine: tests, op speeds, training steps beside the peers, curves, sanitizers; one JSON.
 
-    python -m benchmarks.gpu --out FOLDER [--only tests,ops,train] [--jobs 8b-lora,...] [--variants hasten,transformers]
-Full results go to FOLDER as JSON with the GPU's name and all versions.
+    python -m benchmarks.gpu --out FOLDER [--only tests,ops,train,curves,sanitize] [--jobs 8b-lora,...]
+                             [--variants hasten,unsloth,liger,transformers,trl] [--modes keep,recompute,default] [--profile]
+FOLDER gets results.json (see benchmarks/results.py; parts of several calls: python -m benchmarks.publish --merge), tests.txt
+and profiles.txt. Exits with 1 where a test, a library's parity with transformers or a sanitizer fails.
 """
 
 import argparse
-import importlib.metadata
-import json
+import datetime
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-JOBS: dict[str, tuple[str, str, int, int]] = {
-    "8b-lora": ("llama-8b", "lora", 4, 2048),
-    "8b-qlora": ("llama-8b", "qlora", 4, 2048),
-    "1b-lora": ("llama-1b", "lora", 8, 2048),
-    "1b-full": ("llama-1b", "full", 8, 2048),
-    "gemma-2b-qlora": ("gemma-2b", "qlora", 4, 2048),
-    "command-r-qlora": ("command-r-slice", "qlora", 4, 2048),
-}
-PACKAGES = ["torch", "triton", "transformers", "peft", "bitsandbytes", "liger-kernel", "unsloth", "trl", "accelerate"]
+from benchmarks import jobs, race, results
+from benchmarks.workers import Worker, WorkerFailed
+
+PARTS = ("tests", "ops", "train", "curves", "sanitize")
+LENGTHS = (2048, 2000, 1999, 1537)
 
 
-def versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return {"gpu": torch.cuda.get_device_name(), **found}
-
-
-def train(job: str, variant: str, recompute: bool, folder: Path, out: Path, profile: bool) -> dict[str, Any]:
-    shape, kind, batch, length = JOBS[job]
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.train_step",
-        variant,
-        shape,
-        kind,
-        str(batch),
-        str(length),
-        str(folder),
-    ]
-    command += ["--recompute"] if recompute else []
-    label = f"{job}-{variant}{'-recompute' if recompute else ''}"
-    command += ["--profile", str(out / f"profile-{label}.txt")] if profile else []
-    done = subprocess.run(command, capture_output=True, text=True, timeout=420)
-    for line in done.stdout.splitlines():
-        if line.startswith("RESULT "):
-            return {"label": label, **json.loads(line.removeprefix("RESULT "))}
-    (out / f"error-{label}.txt").write_text(done.stdout[-4000:] + done.stderr[-8000:])
-    return {"label": label, "error": (done.stderr or done.stdout).strip().splitlines()[-1:]}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", default="tests,ops,train")
-    parser.add_argument("--jobs", default=",".join(JOBS))
-    parser.add_argument("--variants", default="hasten,transformers,liger,unsloth")
+    parser.add_argument("--only", default="tests,ops,train", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--jobs", default=",".join(jobs.MEASURED))
+    parser.add_argument("--variants", default="hasten,transformers,liger,unsloth", help="the first is in every group")
     parser.add_argument("--modes", default="keep,recompute")
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="a profile of one step of hasten per job and mode")
+    parser.add_argument("--no-costs", action="store_true", help="leave out host waits and new lengths")
+    parser.add_argument(
+        "--load-alone", action="store_true", help="workers load one by one, so that load times are clean"
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3, help="timed steps a turn")
+    parser.add_argument("--minutes", type=float, default=9.5, help="start no group of libraries that would end later")
+    parser.add_argument("--room", type=float, help="GiB that a group may take; default: 92 %% of the card")
     parser.add_argument("--checkpoints", type=Path, default=Path(tempfile.gettempdir()) / "checkpoints")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    parts, result = args.only.split(","), {"versions": versions()}
-    if "tests" in parts:
-        tests = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "pytest",
-                "tests/ops",
-                "tests/families/test_kernels.py",
-                "-q",
-                "-x",
-                "-p",
-                "no:cacheprovider",
-            ],
-            capture_output=True,
-            text=True,
-        )
-        (args.out / "tests.txt").write_text(tests.stdout[-20000:] + tests.stderr[-4000:])
-        result["tests"] = tests.stdout.strip().splitlines()[-1]
-        print("tests:", result["tests"], flush=True)
-    if "ops" in parts:
-        from benchmarks.op_speed import measure
+    args = parser.parse_args(arguments)
+    for name, known in (("only", PARTS), ("jobs", jobs.JOBS), ("variants", jobs.VARIANTS), ("modes", jobs.MODES)):
+        asked = getattr(args, name).split(",")
+        if unknown := [one for one in asked if one not in known]:
+            parser.error(f"--{name}: no such {', '.join(unknown)}; there are {', '.join(known)}")
+        setattr(args, name, asked)
+    return args
 
-        result["ops"] = measure()
+
+def run_tests(out: Path) -> tuple[str, bool]:
+    """(pytest's last line, whether all passed)."""
+    command = [sys.executable, "-m", "pytest", "tests/ops", "tests/families/test_kernels.py", "-q", "-x"]
+    done = subprocess.run([*command, "-p", "no:cacheprovider"], capture_output=True, text=True)
+    (out / "tests.txt").write_text(done.stdout[-20000:] + done.stderr[-4000:])
+    last = (done.stdout.strip() or done.stderr.strip() or "nothing").splitlines()[-1]
+    return last, done.returncode == 0
+
+
+class Training:
+    """The races of all jobs and modes, and what only hasten is asked for."""
+
+    def __init__(self, args: argparse.Namespace, result: dict[str, Any], begin: float) -> None:
+        self.args, self.result, self.begin = args, result, begin
+        self.plan = race.Plan(rounds=args.rounds, steps=args.steps, load_alone=args.load_alone)
+        self.longest = 0.0
+        result["train"], result["left_out"] = [], []
+        self.costs = result.setdefault("fixed_costs", {})
+
+    def room_gib(self) -> float:
+        return self.args.room or torch.cuda.get_device_properties(0).total_memory / jobs.GIB * 0.92
+
+    def run(self) -> bool:
+        """Whether every library that came through agrees with transformers."""
+        for job in self.args.jobs:
+            for mode in self.args.modes:
+                self._run(job, mode)
+        for line in self.result["left_out"]:
+            print(f"left out, no time: {line}", flush=True)
+        return all(row.get("parity", {}).get("ok", True) for row in self.result["train"])
+
+    def _run(self, job: str, mode: str) -> None:
+        rows: list[dict[str, Any]] = []
+        done = self.result["train"]
+        for group in race.groups(job, mode, self.args.variants, self.room_gib()):
+            if time.perf_counter() - self.begin + self.longest > self.args.minutes * 60:
+                self.result["left_out"].append(f"{job} {mode} {'+'.join(group)}")
+                continue
+            begin = time.perf_counter()
+            self._write_checkpoint(job)
+            rows += race.race(
+                group, lambda v: self._start(job, mode, v), self.plan, lambda lane: self._ask(job, mode, lane)
+            )
+            self.longest = max(self.longest, time.perf_counter() - begin)
+            shape = jobs.JOBS[job]
+            facts = {"job": job, "mode": mode, "shape": shape.shape, "batch": shape.batch, "length": shape.length}
+            checked = [{**facts, **row} for row in race.with_parity(rows)]
+            self.result["train"] = [*done, *checked]
+            results.write(self.result, self.args.out / "results.json")
+            for row in checked[-len(group) :]:
+                print(line_of(row), flush=True)
+
+    def _write_checkpoint(self, job: str) -> None:
+        command = [sys.executable, "-m", "benchmarks.shapes", jobs.JOBS[job].shape, str(self.args.checkpoints)]
+        subprocess.run(command, check=True, capture_output=True)
+
+    def _start(self, job: str, mode: str, variant: str) -> Worker:
+        return Worker(variant, race.command_for(job, mode, variant, str(self.args.checkpoints)))
+
+    def _ask(self, job: str, mode: str, lane: race.Lane) -> None:
+        if lane.row["variant"] != "hasten":
+            return
+        try:
+            if self.args.profile:
+                profiled = lane.worker.ask(self.plan.turn_limit, "profile", wall_s=lane.row["ms"] / 1e3)
+                with (self.args.out / "profiles.txt").open("a") as file:
+                    file.write(f"==== {job}, hasten, {mode}\n{profiled['text']}\n\n")
+                lane.row["profile"] = profiled["summary"]
+            if not self.args.no_costs and f"{job} {mode}" not in self.costs:
+                self.costs[f"{job} {mode}"] = lane.worker.ask(self.plan.turn_limit, "costs", lengths=LENGTHS)
+        except WorkerFailed as error:
+            lane.row["afterwards"] = str(error)
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """One printed line: figures only of a row whose losses agree."""
+    name = f"{row['job']} {row['mode']} {row['variant']}"
+    if "error" in row:
+        return f"{name:36s} ERROR {row['error'].splitlines()[0]}"
+    parity = row.get("parity", {})
+    if "ms" not in row:
+        return f"{name:36s} PARITY FAILED: {parity['worst']:.2e} from {parity['against']} at step {parity['step']}"
+    agreed = f"within {parity['worst']:.1e} of {parity['against']}" if parity.get("against") else ""
+    return (
+        f"{name:36s} {row['ms']:7.1f} ms ({row['min_ms']:.1f} to {row['max_ms']:.1f})  {row['peak_gib']:5.1f} GiB  "
+        f"first {row['first_step_s']:.1f} s  load {row['load_s']:.1f} s  "
+        f"loss {row['losses'][0]:.4f} -> {row['losses'][-1]:.4f}  {agreed}"
+    )
+
+
+def main(arguments: list[str]) -> int:
+    args, begin, sound = parse(arguments), time.perf_counter(), True
+    args.out.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {"date": datetime.date.today().isoformat(), "versions": results.versions()}
+    if "tests" in args.only:
+        result["tests"], passed = run_tests(args.out)
+        sound = sound and passed
+        print("tests:", result["tests"], flush=True)
+    if "ops" in args.only:
+        from benchmarks import ceilings, op_speed
+        from benchmarks.tables import op_line
+
+        result["ceilings"] = ceilings.measure()
+        print({name: rate for name, rate in result["ceilings"].items() if isinstance(rate, float)}, flush=True)
+        result["ops"] = op_speed.measure()
         for row in result["ops"]:
-            print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+            print(op_line(row, result["ceilings"]), flush=True)
         torch.cuda.empty_cache()
-    if "train" in parts:
-        result["train"] = []
-        for job in args.jobs.split(","):
-            for mode in args.modes.split(","):
-                for variant in args.variants.split(","):
-                    row = train(job, variant, mode == "recompute", args.checkpoints, args.out, args.profile)
-                    result["train"].append(row)
-                    (args.out / "results.json").write_text(json.dumps(result, indent=1))
-                    line = row.get("error") or (
-                        f"{row['ms']:.0f} ms  {row['peak_gib']:.1f} GiB  first {row['first_step_s']:.1f} s  "
-                        f"loss {row['losses'][0]:.4f} -> {row['losses'][-1]:.4f}"
-                    )
-                    print(f"{row['label']:40s} {line}", flush=True)
-    (args.out / "results.json").write_text(json.dumps(result, indent=1))
+    if "train" in args.only:
+        if not args.no_costs:
+            from benchmarks.fixed_costs import import_seconds
+
+            result["fixed_costs"] = {"import": import_seconds()}
+            print("imports:", {name: round(seconds, 2) for name, seconds in result["fixed_costs"]["import"].items()})
+        sound = Training(args, result, begin).run() and sound
+    if "curves" in args.only:
+        from benchmarks.curves import measure_all, say
+
+        result["curves"] = measure_all()
+        print("\n".join(say(result["curves"])), flush=True)
+    if "sanitize" in args.only:
+        from benchmarks.sanitize import TOOLS, sanitize
+
+        result["sanitize"] = sanitize(list(TOOLS))
+        sound = sound and all(row["clean"] for row in result["sanitize"])
+        for row in result["sanitize"]:
+            print(f"{row['tool']:10s} {'clean' if row['clean'] else 'NOT CLEAN'}  {row['verdict']}", flush=True)
+    results.write(result, args.out / "results.json")
+    return 0 if sound else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -1,28 +1,125 @@
-"""Each op at the 8B step's shapes: time, bytes it must move, and the fraction of the copy bandwidth that it reaches."""
+"""Each op at the 8B step's shapes: time on the device, the bytes it must move and the operations it must do.
 
-from collections.abc import Callable
+A row: {"op", "ms", "bytes", "flops"}; how near that is to the card's ceilings is for benchmarks/tables.py to say.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from triton.testing import do_bench
 
+from benchmarks.ceilings import milliseconds
 from hasten.ops import ScoreRule, glu, linear_cross_entropy, norm, qk_rope
+from hasten.ops.attention import attention
+from hasten.ops.lora import LoraLinear, lora_linears, lora_mlp
 from hasten.ops.nf4 import NF4Weight, dequantize_nf4
+from hasten.weights.plain import DenseWeight
 
-TOKENS, WIDTH, MLP, HEADS, KV, D, WORDS = 8192, 4096, 14336, 32, 8, 128, 128256
-
-
-def copy_bandwidth() -> float:
-    """Bytes a second of a large device-to-device copy, reads and writes counted."""
-    source = torch.randn(1 << 30, device="cuda", dtype=torch.float16)
-    target = torch.empty_like(source)
-    seconds = do_bench(lambda: target.copy_(source), return_mode="median") / 1e3
-    return 2 * source.numel() * 2 / seconds
+BATCH, TOKENS, WIDTH, MLP, HEADS, KV, D, WORDS, RANK = 4, 8192, 4096, 14336, 32, 8, 128, 128256, 16
 
 
-def _draw(*shape: int) -> torch.Tensor:
+@dataclass(frozen=True)
+class Case:
+    """One op and what its forward and its backward must do at least, each as (bytes, FLOP).
+
+    make: -> (function, its inputs, all of which get gradients).
+    """
+
+    name: str
+    make: Callable[[], tuple[Callable[..., Any], list[torch.Tensor]]]
+    forward: tuple[float, float]
+    backward: tuple[float, float]
+
+
+def draw(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+
+def adapted(out: int, width: int) -> LoraLinear:
+    a, b = torch.randn(RANK, width, device="cuda") * 0.01, torch.randn(out, RANK, device="cuda") * 0.01
+    return LoraLinear(DenseWeight(draw(out, width) * 0.02), None, a.requires_grad_(), b.requires_grad_(), 1.0)
+
+
+def _trained(linears: Sequence[LoraLinear]) -> list[torch.Tensor]:
+    return [t for one in linears for t in (one.a, one.b) if t is not None]
+
+
+def _norm(kind: Any, fp32: bool) -> tuple[Callable[..., Any], list[torch.Tensor]]:
+    weight = draw(WIDTH)
+    return lambda x: norm(x, weight, 1e-5, kind, fp32_weight=fp32), [draw(TOKENS, WIDTH)]
+
+
+def _rope() -> tuple[Callable[..., Any], list[torch.Tensor]]:
+    table = torch.randn(1, TOKENS // BATCH, D // 2, device="cuda").repeat(1, 1, 2).bfloat16()
+    queries, keys = (draw(BATCH, TOKENS // BATCH, heads, D) for heads in (HEADS, KV))
+    return lambda q, k: qk_rope(q, k, (table, table)), [queries, keys]
+
+
+def _lora_qkv() -> tuple[Callable[..., Any], list[torch.Tensor]]:
+    linears = [adapted(out, WIDTH) for out in (HEADS * D, KV * D, KV * D)]
+    return lambda x, *_: lora_linears(x, linears), [draw(TOKENS, WIDTH), *_trained(linears)]
+
+
+def _attention(window: int | None) -> tuple[Callable[..., Any], list[torch.Tensor]]:
+    heads = [draw(BATCH, TOKENS // BATCH, count, D) for count in (HEADS, KV, KV)]
+    return lambda q, k, v: attention(q, k, v, D**-0.5, window), heads
+
+
+def _lora_mlp() -> tuple[Callable[..., Any], list[torch.Tensor]]:
+    linears = (adapted(MLP, WIDTH), adapted(MLP, WIDTH), adapted(WIDTH, MLP))
+    return lambda x, *_: lora_mlp(x, linears, "silu"), [draw(TOKENS, WIDTH), *_trained(linears)]
+
+
+def _head(chunk: int) -> tuple[Callable[..., Any], list[torch.Tensor]]:
+    weight, labels = draw(WORDS, WIDTH) * 0.02, torch.randint(0, WORDS, (TOKENS,), device="cuda")
+    rule = ScoreRule(chunk=chunk)
+    return lambda hidden: linear_cross_entropy(hidden, weight, labels, rule).loss.sum(), [draw(TOKENS, WIDTH)]
+
+
+STREAM, ROTATED, WIDE = 2.0 * TOKENS * WIDTH, 2.0 * TOKENS * (HEADS + KV) * D, 2.0 * TOKENS * MLP
+QKV, FFN = WIDTH * (HEADS + 2 * KV) * D, 3 * WIDTH * MLP
+LINE = 2 * TOKENS * RANK
+QKV_LORA, FFN_LORA = LINE * (3 * WIDTH + (HEADS + 2 * KV) * D), LINE * 3 * (WIDTH + MLP)
+HEAD = 2.0 * WORDS * WIDTH
+SEEN = 2.0 * TOKENS * (2 * HEADS + 2 * KV) * D
+PAIRS = {None: TOKENS * (TOKENS // BATCH) / 2, 512: TOKENS * 512 - BATCH * 512**2 / 2}
+
+CASES = [
+    # elementwise: FLOP per bf16 element, counted once each: multiply, add, exponential, reciprocal
+    Case("RMSNorm", lambda: _norm("rms", False), (2 * STREAM, 2.0 * STREAM), (3 * STREAM, 4.5 * STREAM)),
+    Case("LayerNorm", lambda: _norm("layer", True), (2 * STREAM, 3.0 * STREAM), (3 * STREAM, 6.0 * STREAM)),
+    Case("rotation of q and k", _rope, (2 * ROTATED, 1.5 * ROTATED), (2 * ROTATED, 1.5 * ROTATED)),
+    Case(
+        "gated activation",
+        lambda: (lambda gate, up: glu(gate, up, "silu"), [draw(TOKENS, MLP), draw(TOKENS, MLP)]),
+        (3 * WIDE, 2.5 * WIDE),
+        (5 * WIDE, 5.0 * WIDE),
+    ),
+    *(
+        Case(
+            f"attention, {'causal' if window is None else f'window of {window}'}",
+            lambda window=window: _attention(window),
+            (SEEN, 4 * HEADS * D * pairs),
+            (2 * SEEN, 10 * HEADS * D * pairs),
+        )
+        for window, pairs in PAIRS.items()
+    ),
+    # products: weights, inputs and outputs once; a backward makes the input's gradient and LoRA's
+    Case(
+        "q, k, v with LoRA",
+        _lora_qkv,
+        (2.0 * QKV + 2 * STREAM, 2.0 * TOKENS * QKV + QKV_LORA),
+        (2.0 * QKV + 3 * STREAM, 2.0 * TOKENS * QKV + 2 * QKV_LORA),
+    ),
+    Case(
+        "MLP with LoRA",
+        _lora_mlp,
+        (2.0 * FFN + 2 * STREAM + 5 * WIDE, 2.0 * TOKENS * FFN + FFN_LORA),
+        (2.0 * FFN + 3 * STREAM + 8 * WIDE, 2.0 * TOKENS * FFN + 2 * FFN_LORA),
+    ),
+]
 
 
 def device_ms(function: Callable[[], Any], repeats: int = 20) -> float:
@@ -37,74 +134,50 @@ def device_ms(function: Callable[[], Any], repeats: int = 20) -> float:
     return sum(event.self_device_time_total for event in recorded.key_averages()) / 1e3 / repeats
 
 
-def _both_ways(function: Callable[..., Any], inputs: list[torch.Tensor]) -> tuple[float, float]:
-    """(forward ms, backward ms) on the device."""
-    inputs = [x.requires_grad_() for x in inputs]
-    out = function(*inputs)
-    outs = out if isinstance(out, tuple) else (out,)
-    grads = [torch.randn_like(o) for o in outs]
-    return device_ms(lambda: function(*inputs)), device_ms(
-        lambda: torch.autograd.grad(outs, inputs, grads, retain_graph=True)
-    )
+def both_ways(function: Callable[..., Any], inputs: list[torch.Tensor]) -> tuple[float, float]:
+    """(forward ms, backward ms) on the device. An op that can be differentiated once only is run forward again each time."""
+    inputs = [x.detach().requires_grad_() if x.is_leaf and not x.requires_grad else x for x in inputs]
+    forward = device_ms(lambda: function(*inputs))
+
+    def outputs() -> tuple[torch.Tensor, ...]:
+        out = function(*inputs)
+        return out if isinstance(out, tuple) else (out,)
+
+    upstream = [torch.randn_like(out) for out in outputs()]
+    both = device_ms(lambda: torch.autograd.grad(outputs(), inputs, upstream))
+    return forward, both - forward
 
 
 def measure() -> list[dict[str, Any]]:
-    bandwidth = copy_bandwidth()
-    rows: list[dict[str, Any]] = [{"op": "copy", "TB/s": bandwidth / 1e12}]
-
-    def add(op: str, milliseconds: float, moved: int) -> None:
-        rows.append(
-            {"op": op, "ms": milliseconds, "GB": moved / 1e9, "of copy": moved / bandwidth / (milliseconds / 1e3)}
-        )
-
-    x, w = _draw(TOKENS, WIDTH), _draw(WIDTH)
-    size = x.numel() * 2
-    for kind, fp32 in (("rms", False), ("layer", True)):
-        forward, backward = _both_ways(lambda x: norm(x, w, 1e-5, kind, fp32_weight=fp32), [x.clone()])  # noqa: B023
-        add(f"{kind} norm fwd", forward, 2 * size)
-        add(f"{kind} norm bwd", backward, 3 * size)
-    q, k = _draw(4, TOKENS // 4, HEADS, D), _draw(4, TOKENS // 4, KV, D)
-    table = torch.randn(1, TOKENS // 4, D // 2, device="cuda").repeat(1, 1, 2).bfloat16()
-    forward, backward = _both_ways(lambda q, k: qk_rope(q, k, (table, table)), [q, k])
-    moved = 2 * 2 * (q.numel() + k.numel())
-    add("rope fwd", forward, moved)
-    add("rope bwd", backward, moved)
-    gate, up = _draw(TOKENS, MLP), _draw(TOKENS, MLP)
-    forward, backward = _both_ways(lambda g, u: glu(g, u, "silu"), [gate, up])
-    add("swiglu fwd", forward, 3 * gate.numel() * 2)
-    add("swiglu bwd", backward, 5 * gate.numel() * 2)
-    hidden, head, labels = (
-        _draw(TOKENS, WIDTH),
-        _draw(WORDS, WIDTH) * 0.02,
-        torch.randint(0, WORDS, (TOKENS,), device="cuda"),
-    )
-    for chunk in (1024, 2048, 4096):
+    rows: list[dict[str, Any]] = []
+    for case in CASES:
+        times = both_ways(*case.make())
+        for way, ms, (moved, flops) in zip(("forward", "backward"), times, (case.forward, case.backward), strict=True):
+            rows.append({"op": f"{case.name}, {way}", "ms": ms, "bytes": moved, "flops": flops})
+        torch.cuda.empty_cache()
+    for chunk in (1024, 4096):
+        function, (hidden,) = _head(chunk)
         hidden.requires_grad_()
-        rule = ScoreRule(chunk=chunk)
-        total = do_bench(
-            lambda: torch.autograd.grad(linear_cross_entropy(hidden, head, labels, rule).loss.sum(), hidden),  # noqa: B023
-            return_mode="median",
-        )
-        rows.append(
-            {
-                "op": f"fused head fwd+bwd, chunk {chunk}",
-                "ms": total,
-                "TFLOP/s": 4 * TOKENS * WIDTH * WORDS / total / 1e9,
-            }
-        )
-    rows.append(_nf4(add))
-    return rows
+        total = milliseconds(lambda: torch.autograd.grad(function(hidden), hidden))  # noqa: B023
+        name = f"fused head, forward and backward, chunks of {chunk}"
+        rows.append({"op": name, "ms": total, "bytes": 2 * HEAD + 2 * STREAM, "flops": 2 * TOKENS * HEAD})
+    return [*rows, *_nf4()]
 
 
-def _nf4(add: Callable[[str, float, int], None]) -> dict[str, Any]:
+def _nf4() -> list[dict[str, Any]]:
     import bitsandbytes.functional as bnb
 
-    weight = _draw(MLP, WIDTH)
+    weight = draw(MLP, WIDTH)
     packed, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    assert state is not None and state.state2 is not None and state.code is not None
     ours = NF4Weight(
         packed, state.code, (MLP, WIDTH), state.absmax, state.state2.code, state.state2.absmax, state.offset
     )
-    moved = weight.numel() * 2 + weight.numel() // 2
-    add("nf4 dequantise", do_bench(lambda: dequantize_nf4(ours, torch.bfloat16), return_mode="median"), moved)
-    theirs = do_bench(lambda: bnb.dequantize_4bit(packed, state), return_mode="median")
-    return {"op": "nf4 dequantise, bitsandbytes", "ms": theirs}
+    count = float(weight.numel())
+    calls = {
+        "NF4 to bf16": lambda: dequantize_nf4(ours, torch.bfloat16),
+        "NF4 to bf16, bitsandbytes": lambda: bnb.dequantize_4bit(packed, state),
+    }
+    return [
+        {"op": name, "ms": milliseconds(call), "bytes": 2.5 * count, "flops": count} for name, call in calls.items()
+    ]

@@ -1,155 +1,193 @@
-"""One training step of one variant on one shape: loss per step, median time, peak memory. Prints one JSON line.
+"""One library in a process of its own (some peers patch the whole process), taking training steps when told to.
 
-Run as a process of its own, because some peers patch the whole process:
-    python -m benchmarks.train_step VARIANT SHAPE JOB BATCH LENGTH CHECKPOINT_FOLDER [--recompute]
-VARIANT: transformers, liger, unsloth, hasten. JOB: lora, qlora, full.
+    python -m benchmarks.train_step VARIANT JOB MODE FOLDER               3 warm and 8 timed steps, one JSON line
+    python -m benchmarks.train_step VARIANT JOB MODE FOLDER --profile F   and a profile of one step, appended to F
+    python -m benchmarks.train_step VARIANT JOB MODE FOLDER --serve       waits for commands, see below
+VARIANT, JOB, MODE: see benchmarks/jobs.py. FOLDER holds, or gets, the checkpoints.
+
+Served commands, one JSON object a line on stdin, answered by one on stdout:
+    {"do": "warm", "steps": n}                  losses, first_s (the first step, all compilation in it)
+    {"do": "run", "steps": n, "untimed": m}     losses of m + n steps, seconds of the last n, peak_gib of these
+    {"do": "profile", "wall_s": s}              text, summary                  (see benchmarks/profiling.py)
+    {"do": "costs", "lengths": [...]}           host_waits, lengths            (see benchmarks/fixed_costs.py)
+    {"do": "stop"}
+The first line, unasked, says that the model is loaded: import_s, load_s. An error is answered as {"error": ...}, and ends
+the process. After every command the memory cache is emptied, so that a waiting worker holds what it must and no more.
 """
 
 import argparse
 import json
-import statistics
+import os
+import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
+from benchmarks.jobs import GIB, JOBS, MODES, SHAPES, VARIANTS, Job
 from benchmarks.shapes import checkpoint
+from benchmarks.variants import build, import_library
 
 WARM, TIMED = 3, 8
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def build(variant: str, job: str, folder: Path, length: int, recompute: bool) -> Any:
-    if variant == "unsloth":
-        from unsloth import FastLanguageModel
-
-        mode: Any = "unsloth" if recompute else False
-    elif variant == "hasten":
-        from hasten import FastLanguageModel
-
-        mode = recompute
-    else:
-        return build_transformers(variant, job, folder, recompute)
-    flags = {"load_in_4bit": job == "qlora", "load_in_16bit": job != "qlora", "full_finetuning": job == "full"}
-    extra = {"use_gradient_checkpointing": mode} if job == "full" else {}
-    if variant == "hasten":
-        extra["fix_tokenizer"] = False
-    model, _ = FastLanguageModel.from_pretrained(
-        str(folder), max_seq_length=length, dtype=torch.bfloat16, **flags, **extra
-    )
-    if job == "full":
-        return model
-    return FastLanguageModel.get_peft_model(
-        model, r=16, target_modules=LINEARS, lora_alpha=16, use_gradient_checkpointing=mode, random_state=3407
-    )
+def wait() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
-def build_transformers(variant: str, job: str, folder: Path, recompute: bool) -> Any:
-    if variant == "liger":
-        from liger_kernel.transformers import AutoLigerKernelForCausalLM as Auto
-    else:
-        from transformers import AutoModelForCausalLM as Auto
-    from peft import LoraConfig, get_peft_model
-    from transformers import BitsAndBytesConfig
+class Steps:
+    """Training steps of one model: forward under bf16 autocast, backward, fused AdamW, on random tokens.
 
-    quantization = {}
-    if job == "qlora":
-        quantization["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )  # fmt: skip
-    model: Any = Auto.from_pretrained(folder, dtype=torch.bfloat16, device_map="cuda", **quantization)
-    if job != "full":
-        torch.manual_seed(3407)
-        model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=LINEARS, task_type="CAUSAL_LM"))
-    if recompute:
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.train()
+    Step n sees the same tokens in every process, so losses can be compared step by step.
+    """
 
+    def __init__(self, model: Any, loss: Callable[[torch.Tensor], torch.Tensor], job: Job) -> None:
+        self.job, self.loss = job, loss
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+        self.generator = torch.Generator().manual_seed(2)
+        self.words = SHAPES[job.shape]["vocab_size"]
 
-def same_start(model: Any) -> None:
-    """The same LoRA A for every variant, whatever drew it first."""
-    generator = torch.Generator(device="cuda").manual_seed(1)
-    for name, parameter in sorted(model.named_parameters()):
-        if "lora_A" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator, device="cuda").to(parameter.dtype) * 0.01
+    def batch(self, length: int | None = None) -> torch.Tensor:
+        """The next batch (B, T) of token ids, on the device."""
+        shape = (self.job.batch, length or self.job.length)
+        return torch.randint(10, self.words, shape, generator=self.generator).to(DEVICE)
 
-
-def run(model: Any, batch: int, length: int, words: int, profile: Path | None = None) -> dict[str, Any]:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    generator = torch.Generator().manual_seed(2)
-    losses, times = [], []
-    start = time.perf_counter()
-
-    def step() -> torch.Tensor:
-        ids = torch.randint(10, words, (batch, length), generator=generator).to("cuda")
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids).loss
+    def take(self, ids: torch.Tensor) -> torch.Tensor:
+        """One step; its loss, which nobody has waited for yet."""
+        with torch.autocast(DEVICE, torch.bfloat16):
+            loss = self.loss(ids)
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    first = 0.0
-    for index in range(WARM + TIMED):
-        torch.cuda.synchronize()
-        if index == WARM:
-            torch.cuda.reset_peak_memory_stats()
+    def timed(self, ids: torch.Tensor) -> tuple[float, torch.Tensor]:
+        """(seconds, loss) of one step, from idle to idle."""
+        wait()
         begin = time.perf_counter()
-        losses.append(step())
-        torch.cuda.synchronize()
-        if index == 0:
-            first = time.perf_counter() - start
-        if index >= WARM:
-            times.append(time.perf_counter() - begin)
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    if profile is not None:
-        _profile(step, profile)
-    return {
-        "losses": [float(x) for x in losses], "ms": statistics.median(times) * 1e3, "min_ms": min(times) * 1e3,
-        "peak_gib": peak, "first_step_s": first, "dtype": str(trained[0].dtype),
-    }  # fmt: skip
+        loss = self.take(ids)
+        wait()
+        return time.perf_counter() - begin, loss
+
+    def warm(self, steps: int) -> dict[str, Any]:
+        taken = [self.timed(self.batch()) for _ in range(steps)]
+        return {"first_s": taken[0][0], "losses": [float(loss) for _, loss in taken]}
+
+    def run(self, steps: int, untimed: int) -> dict[str, Any]:
+        losses = [self.take(self.batch()) for _ in range(untimed)]
+        if DEVICE == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        taken = [self.timed(self.batch()) for _ in range(steps)]
+        losses += [loss for _, loss in taken]
+        peak, reserved = (
+            (torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB)
+            if DEVICE == "cuda"
+            else (0.0, 0.0)
+        )
+        return {
+            "losses": [float(loss) for loss in losses], "seconds": [seconds for seconds, _ in taken],
+            "peak_gib": peak, "reserved_gib": reserved,
+        }  # fmt: skip
 
 
-def _profile(step: Any, target: Path) -> None:
-    from torch.profiler import ProfilerActivity, profile
+def answer(steps: Steps, command: dict[str, Any]) -> dict[str, Any]:
+    what = command["do"]
+    if what == "warm":
+        return steps.warm(command["steps"])
+    if what == "run":
+        return steps.run(command["steps"], command["untimed"])
+    if what == "profile":
+        from benchmarks.profiling import profile_step
 
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
-        step()
-        torch.cuda.synchronize()
-    target.write_text(
-        recorded.key_averages().table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90)
-    )
+        ids = steps.batch()
+        return profile_step(lambda: steps.take(ids), command["wall_s"])
+    if what == "costs":
+        from benchmarks.fixed_costs import host_waits, new_lengths
+
+        return {"host_waits": host_waits(steps), "lengths": new_lengths(steps, command["lengths"])}
+    raise ValueError(f"no such command: {what}")
 
 
-def main() -> None:
+def serve(make: Callable[[], tuple[dict[str, float], Steps]], commands: Iterator[str], replies: TextIO) -> None:
+    """Loads with `make`, then answers `commands` one by one. An error is reported to the other side and raised here."""
+
+    def say(message: dict[str, Any]) -> None:
+        replies.write(json.dumps(message) + "\n")
+        replies.flush()
+
+    try:
+        loaded, steps = make()
+        say(loaded)
+        for line in commands:
+            command = json.loads(line)
+            if command["do"] == "stop":
+                return
+            reply = answer(steps, command)
+            if DEVICE == "cuda":
+                torch.cuda.empty_cache()
+            say(reply)
+    except Exception as error:
+        say({"error": f"{type(error).__name__}: {error}"[:2000]})
+        raise
+
+
+def load(variant: str, name: str, mode: str, folder: Path) -> tuple[dict[str, float], Steps]:
+    """(seconds of import and of loading the checkpoint with its adapter put on, the steps)."""
+    imported = import_library(variant)
+    job = JOBS[name]
+    written = checkpoint(job.shape, folder)
+    wait()
+    begin = time.perf_counter()
+    model, loss = build(variant, job, mode, written)
+    wait()
+    loaded = time.perf_counter() - begin
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+    return {"import_s": imported, "load_s": loaded}, Steps(model, loss, job)
+
+
+def _own_stdout() -> TextIO:
+    """The real stdout, for answers only: whatever libraries print goes to stderr from here on."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return replies
+
+
+def _run_alone(args: argparse.Namespace) -> None:
+    import statistics
+
+    loaded, steps = load(args.variant, args.job, args.mode, args.folder)
+    warm, timed = steps.warm(WARM), steps.run(TIMED, 0)
+    seconds = timed.pop("seconds")
+    result = {**loaded, **warm, **timed, "losses": warm["losses"] + timed["losses"]}
+    result["ms"] = statistics.median(seconds) * 1e3
+    if args.profile is not None:
+        profiled = answer(steps, {"do": "profile", "wall_s": statistics.median(seconds)})
+        with args.profile.open("a") as file:
+            file.write(f"{args.job} {args.variant} {args.mode}\n{profiled['text']}\n")
+        result["profile"] = profiled["summary"]
+    print("RESULT " + json.dumps(result))
+
+
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser()
-    for name, kind in (
-        ("variant", str),
-        ("shape", str),
-        ("job", str),
-        ("batch", int),
-        ("length", int),
-        ("folder", Path),
-    ):
-        parser.add_argument(name, type=kind)
-    parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("variant", choices=VARIANTS)
+    parser.add_argument("job", choices=JOBS)
+    parser.add_argument("mode", choices=MODES)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--serve", action="store_true")
     parser.add_argument("--profile", type=Path)
-    args = parser.parse_args()
-    if args.variant == "unsloth":
-        import unsloth  # noqa: F401  (it wants to be imported before transformers)
-    from benchmarks.shapes import SHAPES
-
-    folder = checkpoint(args.shape, args.folder)
-    model = build(args.variant, args.job, folder, args.length, args.recompute)
-    same_start(model)
-    result = run(model, args.batch, args.length, SHAPES[args.shape]["vocab_size"], args.profile)
-    known = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    print("RESULT " + json.dumps({**known, **result}))
+    args = parser.parse_args(arguments)
+    if args.serve:
+        serve(lambda: load(args.variant, args.job, args.mode, args.folder), iter(sys.stdin), _own_stdout())
+    else:
+        _run_alone(args)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

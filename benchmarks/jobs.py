@@ -1,0 +1,133 @@
+"""The training jobs that are measured, the libraries that run them, what they are meant to reach, and what they need.
+
+Imports neither torch nor transformers: one of the peers wants to be imported before both.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+GIB = 2**30
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-1b": {
+        "model_type": "llama", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
+        "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
+        "tie_word_embeddings": True, "max_position_embeddings": 131072,
+    },
+    "llama-8b": {
+        "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+        "tie_word_embeddings": False, "max_position_embeddings": 131072,
+    },
+    "gemma-2b": {
+        "model_type": "gemma", "vocab_size": 256000, "hidden_size": 2048, "intermediate_size": 16384,
+        "num_hidden_layers": 18, "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 256,
+        "tie_word_embeddings": True,
+    },
+    "command-r-slice": {
+        "model_type": "cohere", "vocab_size": 256000, "hidden_size": 8192, "intermediate_size": 22528,
+        "num_hidden_layers": 6, "num_attention_heads": 64, "num_key_value_heads": 64, "head_dim": 128,
+        "logit_scale": 0.0625, "use_qk_norm": False, "tie_word_embeddings": True,
+    },
+    "tiny": {
+        "model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """`kind`: "lora" (r = 16 on all seven linears), "qlora" (the same over NF4) or "full". Random tokens, no padding."""
+
+    title: str
+    shape: str
+    kind: str
+    batch: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.batch * self.length
+
+
+JOBS: dict[str, Job] = {
+    "8b-lora": Job("Llama-3.1-8B shape, LoRA r=16, 4 x 2048 tokens", "llama-8b", "lora", 4, 2048),
+    "8b-qlora": Job("Llama-3.1-8B shape, QLoRA r=16, 4 x 2048 tokens", "llama-8b", "qlora", 4, 2048),
+    "1b-lora": Job("Llama-3.2-1B shape, LoRA r=16, 8 x 2048 tokens", "llama-1b", "lora", 8, 2048),
+    "1b-full": Job("Llama-3.2-1B shape, full fine-tuning, 8 x 2048 tokens", "llama-1b", "full", 8, 2048),
+    "gemma-2b-qlora": Job("Gemma-2B shape, QLoRA r=16, 4 x 2048 tokens", "gemma-2b", "qlora", 4, 2048),
+    "command-r-qlora": Job(
+        "Command R shape, 6 layers, QLoRA r=16, 4 x 2048 tokens", "command-r-slice", "qlora", 4, 2048
+    ),
+    "tiny-lora": Job("a tiny Llama, LoRA r=16, 2 x 64 tokens", "tiny", "lora", 2, 64),
+}
+MEASURED = [name for name in JOBS if not name.startswith("tiny")]
+MODES: dict[str, str] = {
+    "keep": "nothing recomputed",
+    "recompute": "each layer recomputed",
+    "default": "each library's default checkpointing",
+}
+VARIANTS: dict[str, str] = {
+    "hasten": "hasten",
+    "unsloth": "Unsloth",
+    "liger": "Liger",
+    "transformers": "transformers + PEFT",
+    "trl": "transformers + PEFT + TRL's fused head",
+}
+PACKAGE_OF = {"unsloth": "unsloth", "liger": "liger-kernel", "transformers": "transformers", "trl": "trl"}
+
+TARGETS: dict[tuple[str, str], tuple[float, float | None]] = {
+    ("8b-lora", "keep"): (410, 40),
+    ("8b-qlora", "keep"): (410, 30),
+    ("1b-lora", "keep"): (150, None),
+    ("1b-lora", "recompute"): (215, 4.9),
+    ("gemma-2b-qlora", "recompute"): (230, 6),
+    ("command-r-qlora", "recompute"): (330, 9.4),
+    ("1b-full", "recompute"): (210, 10.6),
+}
+"""(milliseconds a step, peak GiB or None) that hasten is meant to reach on an H200."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Weights of a shape: `linears` in all layers' projections, `head` = vocabulary x width, `embeddings` beside it."""
+
+    linears: int
+    head: int
+    embeddings: int
+
+
+def sizes(shape: dict[str, Any]) -> Sizes:
+    width, mlp, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
+    queries = shape["num_attention_heads"] * shape["head_dim"]
+    keys = shape["num_key_value_heads"] * shape["head_dim"]
+    head = shape["vocab_size"] * width
+    linears = layers * (2 * width * queries + 2 * width * keys + 3 * width * mlp)
+    return Sizes(linears, head, 0 if shape["tie_word_embeddings"] else head)
+
+
+KEPT_PER_LAYER = {"hasten": 1.1, "unsloth": 1.2, "liger": 1.7, "transformers": 2.2, "trl": 2.2}
+WHOLE_LOGITS = {"transformers"}
+OVERHEAD_GIB = 1.0
+
+
+def memory_gib(job: Job, mode: str, variant: str) -> tuple[float, float]:
+    """(GiB a paused worker holds, GiB it holds during a step): rounded up guesses that only group workers.
+
+    Paused: weights, optimizer, context. A step adds the layers' kept activations, in units of (6 width + 2 MLP width) bf16
+    numbers a token and layer as fitted to measured peaks; 12 bytes a logit where the whole logits are made; gradients.
+    """
+    shape, tokens = SHAPES[job.shape], job.tokens
+    found = sizes(shape)
+    dense = found.head + found.embeddings
+    weights = dense * 2 + found.linears * (0.53 if job.kind == "qlora" else 2)
+    trained = found.linears + dense if job.kind == "full" else 0
+    paused = (weights + 4 * trained) / GIB + OVERHEAD_GIB
+    width, mlp, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
+    layer = KEPT_PER_LAYER.get(variant, 2.2) * (6 * width + 2 * mlp) * 2 * tokens
+    kept = layers * layer if mode == "keep" else layers * width * 2 * tokens + layer
+    logits = 12 * tokens * shape["vocab_size"] if variant in WHOLE_LOGITS else 2 * GIB
+    return paused, paused + (kept + logits + 2 * trained) * 1.15 / GIB

@@ -1,0 +1,147 @@
+"""Every Triton kernel of hasten once or more, forward and backward, on small shapes that fill no tile.
+
+    python -m benchmarks.kernel_calls
+is what the sanitizers watch (benchmarks/sanitize.py). A new kernel gets a line in CALLS; a test finds the one that has none.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from hasten.ops import LoraHead, NormInput, QKNorm, ScoreRule, glu, linear_cross_entropy, norm, norm_and_pass, qk_rope
+from hasten.ops.attention import attention, row_spans
+from hasten.ops.lora import Heads, LoraLinear, lora_linears, lora_mlp, lora_qkv
+from hasten.ops.nf4 import NF4Weight, dequantize_nf4
+from hasten.weights.plain import DenseWeight
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+"""The interpreter, which stands in where there is no GPU, has no bf16 arithmetic."""
+
+
+def _draw(*shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    return (torch.randn(shape, device=DEVICE) * 0.3).to(dtype or DTYPE).requires_grad_()
+
+
+def _back(outputs: Iterable[torch.Tensor | None]) -> None:
+    """Runs the backward of every output that has one, from random upstream gradients."""
+    made = [out for out in outputs if out is not None and out.requires_grad]
+    torch.autograd.backward(made, [torch.randn_like(out) for out in made])
+
+
+def _norms() -> None:
+    for kind, width, weights in (
+        ("rms", 37, (37,)),
+        ("layer", 37, (37,)),
+        ("rms", 130, (3, 130)),
+        ("layer", 8, (3, 8)),
+    ):
+        for offset, fp32 in ((False, False), (True, True)):
+            x, weight = _draw(5, 3, width), _draw(*weights)
+            _back([norm(x, weight, 1e-5, kind, offset, fp32, "triton")])  # pyright: ignore[reportArgumentType]
+            frozen = weight.detach()
+            _back(norm_and_pass(x, frozen, 1e-5, kind, offset, fp32, "triton"))  # pyright: ignore[reportArgumentType]
+
+
+def _rotations() -> None:
+    cos, sin = (torch.randn(2, 5, 12, device=DEVICE) for _ in range(2))
+    per_head = QKNorm(_draw(5, 12), _draw(1, 12), 1e-5, "layer", False, True)
+    shared = QKNorm(_draw(12), _draw(12), 1e-5, "rms", True, False)
+    for rotation in ("half", "interleaved"):
+        for qk_norm in (None, per_head, shared):
+            for position in ((cos, sin), (cos[:1], sin[:1]), None):
+                if position is None and qk_norm is None:
+                    continue
+                q, k = _draw(2, 5, 5, 12), _draw(2, 5, 1, 12)
+                _back(qk_rope(q, k, position, rotation, True, qk_norm, "triton"))  # pyright: ignore[reportArgumentType]
+
+
+def _activations() -> None:
+    for activation in ("silu", "gelu", "gelu_pytorch_tanh", "relu"):
+        gate, up = _draw(3, 5, 2 * 37).chunk(2, dim=-1)
+        _back([glu(gate, up, activation, "triton")])
+
+
+def _heads() -> None:
+    labels = torch.tensor([3, 8, -100, 500, 0, 76, 12], device=DEVICE)
+    every = frozenset({"entropy", "is_top1", "log_sum_sq_probs", "mean_logits"})
+    for rule, trained in (
+        (ScoreRule(chunk=3), False),
+        (ScoreRule(0.5, 4.0, 0.7, label_smoothing=0.1, want=every, chunk=4), True),
+    ):
+        hidden, weight, bias = _draw(7, 24), _draw(501, 24), _draw(501)
+        lora = LoraHead(_draw(3, 24), _draw(501, 3), 0.5) if trained else None
+        if not trained:
+            weight, bias = weight.detach(), bias.detach()
+        scores = linear_cross_entropy(hidden, weight, labels, rule, bias, lora, "triton")
+        _back([scores.loss, scores.log_prob, scores.entropy])
+
+
+def _adapted(out: int, width: int, rank: int) -> LoraLinear:
+    return LoraLinear(DenseWeight(_draw(out, width).detach()), None, _draw(rank, width), _draw(out, rank), 0.5)
+
+
+def _loras() -> None:
+    x, residual = _draw(2, 19, 24), _draw(2, 19, 24)
+    _back(lora_linears(x, [_adapted(out, 24, 5) for out in (40, 16, 8)], backend="triton"))
+    _back(lora_linears(x, [_adapted(24, 24, 5)], residual, backend="triton"))
+    source, weight = _draw(2, 19, 24).detach(), _draw(24).detach()
+    made_from = NormInput(source, weight, 1e-5)
+    table = torch.randn(1, 19, 8, device=DEVICE)
+    heads = Heads(8, (table, table), qk_norm=QKNorm(_draw(8), _draw(8), 1e-5))
+    normed = norm(source, weight, 1e-5, backend="triton").requires_grad_()
+    _back(lora_qkv(normed, [_adapted(out, 24, 5) for out in (40, 8, 8)], heads, made_from, "triton"))
+    for ranks in ((3, 20, 4), (16, 16, 16)):
+        gate, up = (_adapted(150, 24, rank) for rank in ranks[:2])
+        _back([lora_mlp(x, (gate, up, _adapted(24, 150, ranks[2])), "silu", residual, backend="triton")])
+    plain = [LoraLinear(DenseWeight(_draw(*shape).detach())) for shape in ((150, 24), (150, 24), (24, 150))]
+    _back([lora_mlp(x, (plain[0], plain[1], plain[2]), "gelu_pytorch_tanh", backend="triton")])
+
+
+def _attentions() -> None:
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4]] * 2, device=DEVICE)
+    packing = row_spans((2, 13, positions.device), position_ids_BT=positions)
+    for width, window, softcap, packed in ((16, None, None, False), (24, 4, 5.0, True), (16, 5, None, True)):
+        q, k, v = _draw(2, 13, 4, width), _draw(2, 13, 2, width), _draw(2, 13, 2, width)
+        _back([attention(q, k, v, width**-0.5, window, softcap, packing if packed else None, "triton")])
+
+
+def _nf4() -> None:
+    rows, width = 3, 192
+    blocks = rows * width // 64
+    packed = torch.randint(0, 256, (rows * width // 2, 1), device=DEVICE, dtype=torch.uint8)
+    code = torch.linspace(-1, 1, 16, device=DEVICE)
+    plain = NF4Weight(packed, code, (rows, width), torch.rand(blocks, device=DEVICE))
+    double = NF4Weight(
+        packed, code, (rows, width), torch.randint(0, 256, (blocks,), device=DEVICE, dtype=torch.uint8),
+        torch.rand(256, device=DEVICE), torch.rand(1, device=DEVICE), torch.rand((), device=DEVICE),
+    )  # fmt: skip
+    for weight in (plain, double):
+        dequantize_nf4(weight, DTYPE, backend="triton")
+        dequantize_nf4(weight, DTYPE, torch.empty(rows, width + 7, device=DEVICE, dtype=DTYPE)[:, :width], "triton")
+
+
+CALLS: dict[str, Callable[[], Any]] = {
+    "norms": _norms,
+    "rotations": _rotations,
+    "activations": _activations,
+    "heads": _heads,
+    "LoRA": _loras,
+    "attention": _attentions,
+    "NF4": _nf4,
+}
+
+
+def call_all() -> None:
+    """Runs every entry of CALLS, each on fresh random inputs."""
+    torch.manual_seed(0)
+    for call in CALLS.values():
+        call()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    call_all()
+    print(f"called {', '.join(CALLS)}")

@@ -1,0 +1,83 @@
+"""hasten's kernels under NVIDIA's compute-sanitizer: out-of-bounds accesses, races in shared memory, reads of unwritten memory.
+
+    python -m benchmarks.sanitize --out FILE.json [--tools memcheck,racecheck,initcheck]
+memcheck and racecheck watch hasten's own kernels only. initcheck watches all: a kernel that is not watched writes, for it,
+nothing, and all that reads from there would be reported.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from benchmarks.kernels import launched_kernels
+
+TOOLS = ("memcheck", "racecheck", "initcheck")
+VERDICT = re.compile(r"^=+ ((?:ERROR|RACECHECK) SUMMARY: (\d+) .*)$", re.M)
+PLACE = re.compile(r"^=+\s+at (\S+?)(?:\+0x[0-9a-f]+)?(?: in |$)", re.M)
+SAID_DONE = "called "
+
+
+def command_for(tool: str, kernels: list[str]) -> list[str]:
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
+    if tool != "initcheck":
+        for name in kernels:
+            command += ["--kernel-name", f"kernel_substring={name}"]
+    return [*command, sys.executable, "-m", "benchmarks.kernel_calls"]
+
+
+def judge(tool: str, kernels: list[str], code: int, text: str) -> dict[str, Any]:
+    """{"clean", "verdict", "at", "ours"} from what the tool said.
+
+    clean: the tool ran, the kernels ran to the end, and nothing was found in any of hasten's kernels. at: findings by
+    kernel, hasten's or not. verdict: the tool's own last line, or the first lines where there is none.
+    """
+    found = VERDICT.findall(text)
+    places = Counter(PLACE.findall(text))
+    mine = {name: count for name, count in places.items() if any(one in name for one in kernels)}
+    finished = any(line.startswith(SAID_DONE) for line in text.splitlines())
+    verdict = found[-1][0] if found else " | ".join(text.strip().splitlines()[:6])
+    nothing = bool(found) and (int(found[-1][1]) == 0 and code == 0 or (bool(places) and not mine))
+    return {"tool": tool, "clean": finished and nothing, "verdict": verdict, "at": dict(places), "ours": mine}
+
+
+def sanitize(tools: list[str], limit_s: float = 240) -> list[dict[str, Any]]:
+    """Runs each tool over all kernels and judges what it said; a tool that is not there or takes too long is not clean."""
+    kernels = sorted(launched_kernels())
+    rows = []
+    for tool in tools:
+        try:
+            done = subprocess.run(
+                command_for(tool, kernels), capture_output=True, text=True, timeout=limit_s,
+                env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            )  # fmt: skip
+        except (FileNotFoundError, subprocess.TimeoutExpired) as error:
+            rows.append(
+                {"tool": tool, "clean": False, "verdict": f"{type(error).__name__}: {error}", "at": {}, "ours": {}}
+            )
+            continue
+        rows.append(judge(tool, kernels, done.returncode, done.stdout + done.stderr) | {"kernels": kernels})
+        if not rows[-1]["clean"]:
+            rows[-1]["text"] = (done.stdout + done.stderr)[:4000]
+    return rows
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tools", default=",".join(TOOLS))
+    args = parser.parse_args(arguments)
+    rows = sanitize(args.tools.split(","))
+    args.out.write_text(json.dumps({"sanitize": rows}, indent=1))
+    for row in rows:
+        print(f"{row['tool']:10s} {'clean' if row['clean'] else 'NOT CLEAN'}  {row['verdict']}")
+    return 0 if all(row["clean"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

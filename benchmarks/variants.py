@@ -1,0 +1,109 @@
+"""Each library's own way to load a checkpoint and put a LoRA on it. Returns models that answer `labels` with a loss."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.jobs import Job
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+RANK = ALPHA = 16
+
+
+def import_library(variant: str) -> float:
+    """Imports the library that `variant` runs on, before anything else imports transformers. Returns seconds."""
+    begin = time.perf_counter()
+    if variant == "unsloth":
+        import unsloth  # noqa: F401  # pyright: ignore[reportMissingImports]
+    elif variant == "hasten":
+        import hasten  # noqa: F401
+    elif variant == "liger":
+        import liger_kernel.transformers  # noqa: F401  # pyright: ignore[reportMissingImports]
+    elif variant == "trl":
+        import trl.trainer.utils  # noqa: F401
+    import peft  # noqa: F401
+
+    return time.perf_counter() - begin
+
+
+def build(variant: str, job: Job, mode: str, folder: Path) -> tuple[Any, Callable[..., Any]]:
+    """(the model in training mode, a function (input ids) -> loss). `folder`: the checkpoint."""
+    make = _build_fast if variant in ("hasten", "unsloth") else _build_transformers
+    model = make(variant, job, mode, folder)
+    same_start(model)
+    extra = {"fused_lm_head": True} if variant == "trl" else {}
+
+    def loss(ids: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=ids, labels=ids, **extra).loss
+
+    return model, loss
+
+
+def _build_fast(variant: str, job: Job, mode: str, folder: Path) -> Any:
+    if variant == "unsloth":
+        from unsloth import FastLanguageModel  # pyright: ignore[reportMissingImports]
+
+        checkpointing: Any = "unsloth" if mode != "keep" else False
+    else:
+        from hasten import FastLanguageModel
+
+        checkpointing = {"keep": False, "recompute": True, "default": "unsloth"}[mode]
+    flags = {
+        "load_in_4bit": job.kind == "qlora",
+        "load_in_16bit": job.kind == "lora",
+        "full_finetuning": job.kind == "full",
+    }
+    extra: dict[str, Any] = {"use_gradient_checkpointing": checkpointing} if job.kind == "full" else {}
+    if variant == "hasten":
+        extra["fix_tokenizer"] = False
+    model, _ = FastLanguageModel.from_pretrained(
+        str(folder), max_seq_length=job.length, dtype=torch.bfloat16, **flags, **extra
+    )
+    if job.kind == "full":
+        return model.train()
+    return FastLanguageModel.get_peft_model(
+        model, r=RANK, target_modules=LINEARS, lora_alpha=ALPHA, use_gradient_checkpointing=checkpointing
+    )
+
+
+def _build_transformers(variant: str, job: Job, mode: str, folder: Path) -> Any:
+    if variant == "liger":
+        from liger_kernel.transformers import (  # pyright: ignore[reportMissingImports]
+            AutoLigerKernelForCausalLM as Auto,
+        )
+    else:
+        from transformers import AutoModelForCausalLM as Auto
+    from peft import LoraConfig, get_peft_model
+    from transformers import BitsAndBytesConfig
+
+    quantization: dict[str, Any] = {}
+    if job.kind == "qlora":
+        quantization["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )  # fmt: skip
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model: Any = Auto.from_pretrained(folder, dtype=torch.bfloat16, device_map=device, **quantization)
+    if variant == "trl":
+        from trl.trainer.utils import add_fused_lm_head
+
+        add_fused_lm_head(model)
+    if job.kind != "full":
+        config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LINEARS, task_type="CAUSAL_LM")
+        model = get_peft_model(model, config)
+    if mode != "keep":
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+def same_start(model: Any) -> None:
+    """The same LoRA A for every variant, whatever drew it first. B is zero everywhere."""
+    generator = torch.Generator(device="cpu").manual_seed(1)
+    for name, parameter in sorted(model.named_parameters()):
+        if "lora_A" in name:
+            drawn = torch.randn(parameter.shape, generator=generator) * 0.01
+            parameter.data = drawn.to(parameter.device, parameter.dtype)
