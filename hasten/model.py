@@ -69,7 +69,8 @@ class FastLanguageModel:
         options = LoadOptions.from_call(**arguments, expected_model_type=cls.model_type, extra=kwargs)
         loaded = load(options)
         model: Any = loaded.model
-        apply(model, plan(model, max_seq_length=max_seq_length), surface=ModelSurface)
+        planned = plan(model, max_seq_length=max_seq_length, attn_implementation=options.attn_implementation)
+        apply(model, planned, surface=ModelSurface)
         model.__dict__["_hasten_notes"] = list(loaded.notes)
         model.__dict__["_hasten_options"] = options
         if loaded.adapter is not None:

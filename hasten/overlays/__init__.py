@@ -4,6 +4,7 @@ An overlay holds no state of its own. Its `facts` are a frozen dataclass on a ca
 different facts never meet, and taking an overlay off is one assignment.
 """
 
+from hasten.overlays.attending import BackboneFacts, BackboneOverlay
 from hasten.overlays.attention import AttentionFacts, AttentionOverlay
 from hasten.overlays.base import Overlay
 from hasten.overlays.head import HeadFacts, HeadOverlay
@@ -15,6 +16,8 @@ from hasten.overlays.trained import StreamFacts, WideEmbedding, WideHead
 __all__ = [
     "AttentionFacts",
     "AttentionOverlay",
+    "BackboneFacts",
+    "BackboneOverlay",
     "HeadFacts",
     "HeadOverlay",
     "LayerFacts",

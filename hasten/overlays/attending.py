@@ -48,12 +48,21 @@ class BackboneOverlay(Overlay):
     ) -> Any:
         """As the stock backbone's. Raises InputError for packed rows that the attention in use would mix."""
         given = input_ids if input_ids is not None else inputs_embeds
-        whole_rows = given is not None and _is_empty(past_key_values) and _has_two_axes(attention_mask, position_ids)
-        if whole_rows and self.chooses(given, kwargs):
-            rows = (*given.shape[:2], given.device)
-            attention_mask = as_mask(row_spans(rows, attention_mask, position_ids, kwargs.get("cu_seq_lens_q")), given)
-        elif whole_rows and self.config._attn_implementation in MASKED and _may_be_packed(position_ids, kwargs):
-            attention_mask, use_cache = isolating(attention_mask, position_ids, past_key_values, use_cache)
+        documents = kwargs.get("cu_seq_lens_q")
+        if given is not None and _is_empty(past_key_values) and _has_two_axes(attention_mask, position_ids):
+            if self.chooses(given, kwargs):
+                rows = (given.shape[0], given.shape[1], given.device)
+                attention_mask = as_mask(row_spans(rows, attention_mask, position_ids, documents), given)
+            elif position_ids is not None:
+                cache = past_key_values is not None or use_cache is True
+                if self._must_isolate(attention_mask, position_ids, cache):
+                    # Beside a mask (here one without padding) or a cache, transformers overlooks packing.
+                    attention_mask, use_cache = None, False
+            elif documents is not None and self.config._attn_implementation in MASKED:
+                raise InputError(
+                    "cu_seq_lens_q was given without position_ids: this attention backend would mix the documents of a "
+                    "packed row. Pass position_ids that restart at each document"
+                )
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -73,6 +82,30 @@ class BackboneOverlay(Overlay):
             return False
         asked = kwargs.get("output_attentions")
         return not (self.config.output_attentions if asked is None else asked)
+
+    def _must_isolate(self, attention_mask: torch.Tensor | None, position_ids: torch.Tensor, cache: bool) -> bool:
+        """Whether the rows are packed, for a backend of transformers whose way of keeping documents apart is known.
+
+        Raises InputError where documents would be mixed: with padding in the mask, or with a cache that was asked for.
+        """
+        name = str(self.config._attn_implementation)
+        if name not in MASKED and not name.startswith("flash"):
+            return False
+        real = torch.ones_like(position_ids) if attention_mask is None else attention_mask
+        real = real.to(position_ids.device).bool()
+        if not bool(document_starts(position_ids.expand(real.shape), real).any()):
+            return False
+        problems = []
+        if not bool(real.all()):
+            problems.append("an attention_mask with padding was given (leave it out: padding at the end needs none)")
+        if cache:
+            problems.append("a cache was asked for (pass use_cache=False)")
+        if problems:
+            raise InputError(
+                f"position_ids restart, so the rows hold several documents, which {name} attention would mix because "
+                + " and ".join(problems)
+            )
+        return True
 
 
 def as_mask(spans_BT2: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
@@ -111,37 +144,3 @@ def _is_empty(past: Cache | None) -> bool:
 def _has_two_axes(attention_mask: Any, position_ids: torch.Tensor | None) -> bool:
     plain_mask = attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2)
     return plain_mask and (position_ids is None or position_ids.dim() == 2)
-
-
-def _may_be_packed(position_ids: torch.Tensor | None, kwargs: dict[str, Any]) -> bool:
-    return position_ids is not None or kwargs.get("cu_seq_lens_q") is not None
-
-
-def isolating(
-    attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, past: Cache | None, use_cache: bool | None
-) -> tuple[torch.Tensor | None, bool | None]:
-    """(attention_mask, use_cache) with which transformers' masks keep packed documents apart.
-
-    It overlooks packing where a mask or a cache is given. A mask without padding says nothing and is left out, and a
-    cache that nobody asked for is not made. Raises InputError where that does not do.
-    """
-    if position_ids is None:
-        raise InputError(
-            "cu_seq_lens_q was given without position_ids: this attention backend would mix the documents of a packed "
-            "row. Pass position_ids that restart at each document"
-        )
-    real = torch.ones_like(position_ids) if attention_mask is None else attention_mask
-    real = real.to(position_ids.device).bool()
-    if not bool(document_starts(position_ids.expand(real.shape), real).any()):
-        return attention_mask, use_cache
-    problems = []
-    if not bool(real.all()):
-        problems.append("an attention_mask with padding was given (leave it out: padding at the end needs none)")
-    if past is not None or use_cache:
-        problems.append("a cache was asked for (pass use_cache=False)")
-    if problems:
-        raise InputError(
-            "position_ids restart, so the rows hold several documents, which this attention backend would mix because "
-            + " and ".join(problems)
-        )
-    return None, False

@@ -3,7 +3,8 @@
 from typing import Any
 
 from hasten.errors import ContractError
-from hasten.overlays import AttentionFacts, HeadFacts, LayerFacts, MLPFacts, NormFacts
+from hasten.ops.attention import LARGEST_HEAD
+from hasten.overlays import AttentionFacts, BackboneFacts, HeadFacts, LayerFacts, MLPFacts, NormFacts
 from hasten.spec import Family, Norm
 
 
@@ -25,10 +26,9 @@ def attention_facts(family: Family, config: Any, layer: int) -> AttentionFacts:
         spec.window == "by_layer" and bool(kinds) and kinds[layer] == "sliding_attention"
     )
     window = getattr(config, "sliding_window", None) if sliding else None
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     normed = spec.qk_norm is not None and (spec.qk_norm_if is None or _field(config, spec.qk_norm_if))
     return AttentionFacts(
-        scale=_field(config, spec.scale) ** spec.scale_power if spec.scale else head_dim**-0.5,
+        scale=_field(config, spec.scale) ** spec.scale_power if spec.scale else _head_dim(config) ** -0.5,
         rotation=spec.rotation,
         rope_fp32=spec.rope_fp32,
         use_rope=spec.rope_layers == "all" or window is not None,
@@ -36,6 +36,29 @@ def attention_facts(family: Family, config: Any, layer: int) -> AttentionFacts:
         softcap=_field(config, spec.softcap) if spec.softcap else None,
         qk_norm=norm_facts(spec.qk_norm, config) if spec.qk_norm is not None and normed else None,
     )
+
+
+def _head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def backbone_facts(family: Family, config: Any, asked: str | None) -> BackboneFacts:
+    """asked: the attention backend that the user named, which then runs; None = hasten chooses on a GPU.
+
+    Without a name only what transformers chooses by itself is replaced: sdpa, and eager where scores have a softcap.
+    """
+    name = config._attn_implementation
+    softcapped = family.attention.softcap is not None and _field(config, family.attention.softcap) is not None
+    reason = ""
+    if asked is not None:
+        reason = f"attn_implementation={asked!r} was asked for"
+    elif name != "sdpa" and not (name == "eager" and softcapped):
+        reason = f"the config names {name}"
+    elif _head_dim(config) > LARGEST_HEAD:
+        reason = f"heads of {_head_dim(config)} channels; the kernels take up to {LARGEST_HEAD}"
+    elif not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
+        reason = "this model's attention is not causal"
+    return BackboneFacts(None if reason else name, reason, getattr(config, "attention_dropout", 0.0) or 0.0)
 
 
 def mlp_facts(family: Family, config: Any) -> MLPFacts:

@@ -12,7 +12,15 @@ from torch import nn
 
 from hasten.families import FAMILIES
 from hasten.ops.glu import ACTIVATIONS
-from hasten.overlays import AttentionOverlay, HeadOverlay, LayerOverlay, MLPOverlay, NormOverlay, Overlay
+from hasten.overlays import (
+    AttentionOverlay,
+    BackboneOverlay,
+    HeadOverlay,
+    LayerOverlay,
+    MLPOverlay,
+    NormOverlay,
+    Overlay,
+)
 from hasten.patching import contract, facts, probe
 from hasten.spec import Family
 
@@ -64,8 +72,16 @@ def family_of(model: nn.Module) -> Family | None:
     return FAMILIES.get(causal_lm_of(model).config.model_type)
 
 
-def plan(model: nn.Module, family: Family | None = None, max_seq_length: int | None = None) -> Plan:
-    """Plans overlays for `model`. `family` overrides the data file (None = by model_type). Pure: nothing is changed."""
+def plan(
+    model: nn.Module,
+    family: Family | None = None,
+    max_seq_length: int | None = None,
+    attn_implementation: str | None = None,
+) -> Plan:
+    """Plans overlays for `model`. `family` overrides the data file (None = by model_type). Pure: nothing is changed.
+
+    attn_implementation: the attention backend that the user named, which then runs everywhere; None = hasten's choice.
+    """
     base = causal_lm_of(model)
     chosen = family if family is not None else family_of(base)
     found = Plan(base.config.model_type, chosen)
@@ -73,6 +89,14 @@ def plan(model: nn.Module, family: Family | None = None, max_seq_length: int | N
         _plan_unknown(base, found, max_seq_length)
     else:
         _plan_family(base, chosen, found, max_seq_length)
+        found.actions.append(
+            Action(
+                "model",
+                BackboneOverlay,
+                facts.backbone_facts(chosen, base.config, attn_implementation),
+                f"{chosen.model_type} family",
+            )
+        )
     for action in found.actions:
         reason = contract.forward_in_the_way(base.get_submodule(action.name))
         if reason is not None:

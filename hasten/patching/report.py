@@ -2,11 +2,12 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from hasten.ops.backend import backend_for
-from hasten.overlays import AttentionOverlay, HeadOverlay, MLPOverlay, Overlay
+from hasten.overlays import AttentionOverlay, BackboneOverlay, HeadOverlay, MLPOverlay, Overlay
 from hasten.patching.plan import Plan, causal_lm_of
 from hasten.weights import base_layer_of, plain_linear, read_linear, read_lora, storage_of
 
@@ -61,10 +62,30 @@ def report(model: nn.Module) -> Report:
                 wrapped.add(name)
     rows = tuple(Row(module, count, runs, reason) for (module, runs, reason), count in counted.items())
     state = "hasten" if any(isinstance(m, Overlay) for m in base.modules()) else "stock transformers"
-    attention = getattr(base.config, "_attn_implementation", None)
     backend = backend_for(base.get_output_embeddings().weight)
+    attention, _ = _attention(base)
     title = f"{type(base).__name__} ({base.config.model_type}): {state}, {attention} attention, backend {backend}"
     return Report(title, rows, tuple(base.__dict__.get("_hasten_notes", ())))
+
+
+def _attention(base: Any) -> tuple[str, str]:
+    """(backends that serve the scores, why these): hasten's choice, or transformers' interface by the config's name."""
+    name = getattr(base.config, "_attn_implementation", None)
+    backbone = getattr(base, "model", None)
+    if not isinstance(backbone, BackboneOverlay):
+        return str(name), "no overlay chooses"
+    if not backbone.chooses(base.get_output_embeddings().weight, {}):
+        reason = backbone.facts.reason or "hasten chooses for whole rows on a GPU, without attention dropout"
+        return str(name), f"through transformers: {reason}"
+    layers = [m.facts for m in base.modules() if isinstance(m, AttentionOverlay)]
+    capped = [facts for facts in layers if facts.softcap is not None]
+    windows = [facts for facts in layers if facts.window is not None]
+    needs = ["packed and padded rows"]
+    if windows:
+        needs.insert(0, f"windows of {windows[0].window} in {len(windows)} of {len(layers)} layers")
+    if len(capped) == len(layers):
+        return "Triton", "softcap on scores, which torch's sdpa drops"
+    return "torch sdpa and Triton", f"sdpa for plain causal rows, Triton for {', '.join(needs)}; no dense mask"
 
 
 GROUPS = {
@@ -103,6 +124,9 @@ def _describe(
         _, pair, reason = read_linear(base.lm_head, training=True)  # pyright: ignore[reportArgumentType]
         runs = "fused chunked loss" if reason is None else "chunked loss through the head's module"
         return kind, runs, reason or (why.get(name, "") + (", LoRA on the head fused" if pair else ""))
+    if isinstance(module, BackboneOverlay):
+        attention, reason = _attention(base)
+        return kind, f"attention by {attention}", reason
     if isinstance(module, Overlay):
         return kind, f"{type(module).runs} overlay", why.get(name, "copied from a patched module")
     if name in skipped:

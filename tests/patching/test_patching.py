@@ -53,8 +53,8 @@ def test_planning_changes_nothing_and_prints() -> None:
     before = _snapshot(model)
     planned = plan(model)
     assert _snapshot(model) == before
-    # 4 layers x (layer, attention, mlp, 4 norms) + final norm + head
-    assert len(planned.actions) == 4 * 7 + 2 and not planned.skips and not planned.problems
+    # 4 layers x (layer, attention, mlp, 4 norms) + final norm + head + backbone
+    assert len(planned.actions) == 4 * 7 + 3 and not planned.skips and not planned.problems
     assert "decoder layer (gemma2 family)" in str(planned)
 
 
