@@ -34,7 +34,9 @@ class NF4Weight:
 def dequantize_nf4(
     weight: NF4Weight, dtype: torch.dtype, out: torch.Tensor | None = None, backend: Backend | None = None
 ) -> torch.Tensor:
-    """The dense (out, in) matrix in `dtype`; into `out` where given: that shape, channels contiguous, rows may be apart."""
+    """The dense (out, in) matrix in `dtype`, or in `out` where given: of that shape and any dtype, channels contiguous,
+    rows may be apart (a slice of a wider buffer) or follow each other (several weights, one after the other in one buffer).
+    """
     if backend_for(weight.packed, backend) == "triton":
         from hasten.ops.nf4 import kernel
 

@@ -1,52 +1,111 @@
-"""NF4 to bf16 in one pass, scales of scales included: reads half a byte an element, writes two."""
+"""NF4 to bf16 in one pass, scales of scales included: reads half a byte an element, writes two.
+
+A thread reads one word of eight codes and writes eight neighbouring values: for 16-bit values a store of 16 bytes, beside
+those of its neighbours. Scales are looked up once a word. Neither needs a division.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
+from torch.nn import functional as F
+
+from hasten.ops.backend import on_device
 
 if TYPE_CHECKING:
     from hasten.ops.nf4 import NF4Weight
 
+CODES_A_WORD = 8
+
+
+@dataclass(frozen=True)
+class Launch:
+    """words: of eight codes, a program. gather: the table of codes is looked up in shared memory, not through the L1 cache."""
+
+    words: int
+    warps: int
+    gather: bool = False
+
+
+LAUNCHES = (
+    Launch(1024, 8), Launch(256, 8), Launch(512, 4), Launch(2048, 8), Launch(512, 4, gather=True),
+    Launch(1024, 4, gather=True), Launch(1024, 8, gather=True), Launch(2048, 8, gather=True),
+    Launch(2048, 16, gather=True),
+)  # fmt: skip
+"""The first one runs; `python -m benchmarks.nf4_speed` times them all."""
+
 
 @triton.jit
 def _dequantize(
-    packed_ptr, code_ptr, scales_ptr, scale_code_ptr, outer_ptr, offset_ptr, out_ptr, count, width, stride_out,
-    DOUBLE: tl.constexpr, BLOCK: tl.constexpr, SCALE_BLOCK: tl.constexpr, BYTES: tl.constexpr,
+    words_ptr, code_ptr, scales_ptr, scale_code_ptr, outer_ptr, offset_ptr, out_ptr, stride_out, row_words, parts,
+    DOUBLE: tl.constexpr, BLOCK_WORDS: tl.constexpr, SCALE_BLOCK: tl.constexpr, GATHER: tl.constexpr,
+    WORDS: tl.constexpr,
 ):  # fmt: skip
-    byte = tl.program_id(0).to(tl.int64) * BYTES + tl.arange(0, BYTES)
-    mask = byte * 2 < count
-    packed = tl.load(packed_ptr + byte, mask=mask, other=0).to(tl.int32)
-    scale_at = byte * 2 // BLOCK
-    scale = tl.load(scales_ptr + scale_at, mask=mask, other=0)
+    row = tl.program_id(0) // parts
+    first = tl.program_id(0) % parts * WORDS  # in its row; a row begins with a new word and a new block
+    lane = tl.arange(0, WORDS)
+    inside = lane < row_words - first
+    before = row.to(tl.int64) * row_words + first
+    packed = tl.load(words_ptr + before + lane, mask=inside, other=0)
+    block = (before // BLOCK_WORDS).to(tl.int32) + lane // BLOCK_WORDS
+    scale = tl.load(scales_ptr + block, mask=inside, other=0)
     if DOUBLE:
-        inner = tl.load(scale_code_ptr + scale.to(tl.int32), mask=mask, other=0.0)
-        outer = tl.load(outer_ptr + scale_at // SCALE_BLOCK, mask=mask, other=0.0)
+        inner = tl.load(scale_code_ptr + scale.to(tl.int32), mask=inside, other=0.0)
+        outer = tl.load(outer_ptr + block // SCALE_BLOCK, mask=inside, other=0.0)
         scale = inner * outer + tl.load(offset_ptr)
-    high = tl.load(code_ptr + (packed >> 4)) * scale
-    low = tl.load(code_ptr + (packed & 15)) * scale
-    values = tl.interleave(high, low)
-    at = tl.program_id(0).to(tl.int64) * (2 * BYTES) + tl.arange(0, 2 * BYTES)
-    target = (at // width) * stride_out + at % width
-    tl.store(out_ptr + target, values.to(out_ptr.dtype.element_ty), mask=at < count)
+    place = tl.arange(0, 8)  # the bytes of a word in order, of each byte the high half first
+    nibble = (packed[:, None] >> (place // 2 * 8 + 4 - place % 2 * 4)[None, :]) & 15
+    if GATHER:
+        code = tl.load(code_ptr + tl.arange(0, 16))
+        value = tl.reshape(tl.gather(code, tl.reshape(nibble, (WORDS * 8,)), 0), (WORDS, 8))
+    else:
+        value = tl.load(code_ptr + nibble)
+    value = (value * scale[:, None]).to(out_ptr.dtype.element_ty)
+    target = out_ptr + row.to(tl.int64) * stride_out + first.to(tl.int64) * 8
+    tl.store(target + (lane[:, None] * 8 + place[None, :]), value, mask=inside[:, None])
 
 
-def dequantize_nf4(weight: NF4Weight, dtype: torch.dtype, out: torch.Tensor | None) -> torch.Tensor:
+def _words(packed: torch.Tensor) -> torch.Tensor:
+    """The packed bytes as int32; a copy where their number or their place in memory is no multiple of four."""
+    flat = packed.reshape(-1)
+    if flat.numel() % 4 or flat.data_ptr() % 4:
+        flat = F.pad(flat, (0, -flat.numel() % 4))
+    return flat.view(torch.int32)
+
+
+def dequantize_nf4(
+    weight: NF4Weight, dtype: torch.dtype, out: torch.Tensor | None, launch: Launch = LAUNCHES[0]
+) -> torch.Tensor:
+    rows, width = weight.shape
     if out is None:
-        out = torch.empty(weight.shape, device=weight.packed.device, dtype=dtype)
-    count = weight.shape[0] * weight.shape[1]
-    double = weight.scale_code is not None
-    unused = weight.code
-    step = 1024
-    _dequantize[(triton.cdiv(count, 2 * step),)](
-        weight.packed, weight.code, weight.scales,
-        weight.scale_code if weight.scale_code is not None else unused,
-        weight.scale_of_scales if weight.scale_of_scales is not None else unused,
-        weight.offset if weight.offset is not None else unused,
-        out, count, weight.shape[1], out.stride(0),
-        DOUBLE=double, BLOCK=weight.block, SCALE_BLOCK=weight.scale_block, BYTES=step, num_warps=4,
-    )  # fmt: skip
+        out = torch.empty(rows, width, device=weight.packed.device, dtype=dtype)
+    words, left = divmod(rows * width, CODES_A_WORD)
+    if left == 0 and out.is_contiguous():
+        _write(weight, out.view(1, rows * width), launch)
+    elif width % weight.block == 0:
+        _write(weight, out, launch)
+    else:  # a row does not begin with a new block, or a word reaches past the end
+        whole = torch.empty(1, (words + 1) * CODES_A_WORD, device=out.device, dtype=out.dtype)
+        _write(weight, whole, launch)
+        out.copy_(whole[0, : rows * width].view(rows, width))
     return out
+
+
+def _write(weight: NF4Weight, out: torch.Tensor, launch: Launch) -> None:
+    """Into `out`, of any shape whose rows begin with a new word and a new block: only the order of elements matters."""
+    row_words = out.shape[1] // CODES_A_WORD
+    parts = triton.cdiv(row_words, launch.words)
+    with on_device(out):
+        _dequantize[(out.shape[0] * parts,)](
+            _words(weight.packed), weight.code, weight.scales,
+            weight.scale_code if weight.scale_code is not None else weight.code,
+            weight.scale_of_scales if weight.scale_of_scales is not None else weight.code,
+            weight.offset if weight.offset is not None else weight.code,
+            out, out.stride(0), row_words, parts,
+            DOUBLE=weight.scale_code is not None, BLOCK_WORDS=weight.block // CODES_A_WORD,
+            SCALE_BLOCK=weight.scale_block, GATHER=launch.gather, WORDS=launch.words, num_warps=launch.warps,
+        )  # fmt: skip
