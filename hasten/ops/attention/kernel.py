@@ -75,8 +75,7 @@ def _attention_fwd(
     b, h = (tl.program_id(0) // blocks // H).to(tl.int64), (tl.program_id(0) // blocks % H).to(tl.int64)
     rows, cols = tl.arange(0, QUERIES), tl.arange(0, CHANNELS)
     query = first_query + rows
-    long_qt, long_kt, long_vt = stride_qt.to(tl.int64), stride_kt.to(tl.int64), stride_vt.to(tl.int64)
-    q = tile(q_ptr + b * stride_qb + h * stride_qh, first_query, long_qt, rows, cols, T, D, True, PAD)
+    q = tile(q_ptr + b * stride_qb + h * stride_qh, first_query, stride_qt, rows, cols, T, D, True, PAD)
     k_ptr += b * stride_kb + h // GROUP * stride_kh
     v_ptr += b * stride_vb + h // GROUP * stride_vh
     spans_ptr += b * T * 2
@@ -87,15 +86,15 @@ def _attention_fwd(
     if not SPANS:
         if WINDOW:
             acc, total, top = _fwd_range(
-                acc, total, top, q, k_ptr, v_ptr, spans_ptr, lo, full, query, long_kt, long_vt, T, D, window, scale, cap,
+                acc, total, top, q, k_ptr, v_ptr, spans_ptr, lo, full, query, stride_kt, stride_vt, T, D, window, scale, cap,
                 True, WINDOW, SPANS, SOFTCAP, KEYS, CHANNELS, PAD, UPCAST, EXACT,
             )  # fmt: skip
         acc, total, top = _fwd_range(
-            acc, total, top, q, k_ptr, v_ptr, spans_ptr, full, diagonal, query, long_kt, long_vt, T, D, window, scale, cap,
+            acc, total, top, q, k_ptr, v_ptr, spans_ptr, full, diagonal, query, stride_kt, stride_vt, T, D, window, scale, cap,
             False, WINDOW, SPANS, SOFTCAP, KEYS, CHANNELS, PAD, UPCAST, EXACT,
         )  # fmt: skip
     acc, total, top = _fwd_range(
-        acc, total, top, q, k_ptr, v_ptr, spans_ptr, diagonal, hi, query, long_kt, long_vt, T, D, window, scale, cap,
+        acc, total, top, q, k_ptr, v_ptr, spans_ptr, diagonal, hi, query, stride_kt, stride_vt, T, D, window, scale, cap,
         True, WINDOW, SPANS, SOFTCAP, KEYS, CHANNELS, PAD, UPCAST, EXACT,
     )  # fmt: skip
     blind = total == 0.0  # padding that sees no key

@@ -21,8 +21,8 @@ def _delta(out_ptr, d_ptr, delta_ptr, stride_db, stride_dt, stride_dh, T, H, D, 
     first = tl.program_id(0) % blocks * QUERIES
     b, h = (tl.program_id(0) // blocks // H).to(tl.int64), (tl.program_id(0) // blocks % H).to(tl.int64)
     rows, cols = tl.arange(0, QUERIES), tl.arange(0, CHANNELS)
-    d = tile(d_ptr + b * stride_db + h * stride_dh, first, stride_dt.to(tl.int64), rows, cols, T, D, True, True)
-    out = tile(out_ptr + (b * T * H + h) * D, first, (H * D).to(tl.int64), rows, cols, T, D, True, True)
+    d = tile(d_ptr + b * stride_db + h * stride_dh, first, stride_dt, rows, cols, T, D, True, True)
+    out = tile(out_ptr + (b * T * H + h) * D, first, H * D, rows, cols, T, D, True, True)
     delta = tl.sum(d.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(delta_ptr + (b * H + h) * T + first + rows, delta, mask=first + rows < T)
 
@@ -67,8 +67,8 @@ def _attention_dkdv(
     b, g = (tl.program_id(0) // blocks // kv_heads).to(tl.int64), (tl.program_id(0) // blocks % kv_heads).to(tl.int64)
     rows, cols = tl.arange(0, KEYS), tl.arange(0, CHANNELS)
     key = first_key + rows
-    k = tile(k_ptr + b * stride_kb + g * stride_kh, first_key, stride_kt.to(tl.int64), rows, cols, T, D, True, PAD)
-    v = tile(v_ptr + b * stride_vb + g * stride_vh, first_key, stride_vt.to(tl.int64), rows, cols, T, D, True, PAD)
+    k = tile(k_ptr + b * stride_kb + g * stride_kh, first_key, stride_kt, rows, cols, T, D, True, PAD)
+    v = tile(v_ptr + b * stride_vb + g * stride_vh, first_key, stride_vt, rows, cols, T, D, True, PAD)
     # Queries in [diagonal, whole) see every key of the block, whole blocks of them that end within the row.
     hi, last = T, key
     diagonal = first_key + (KEYS + QUERIES - 2) // QUERIES * QUERIES
@@ -85,22 +85,21 @@ def _attention_dkdv(
     whole = diagonal + tl.maximum(whole_end - diagonal, 0) // QUERIES * QUERIES
     dk = tl.zeros((KEYS, CHANNELS), tl.float32)
     dv = tl.zeros((KEYS, CHANNELS), tl.float32)
-    long_qt, long_dt = stride_qt.to(tl.int64), stride_dt.to(tl.int64)
     for member in range(GROUP):
         h = g * GROUP + member
         q_head, d_head = q_ptr + b * stride_qb + h * stride_qh, d_ptr + b * stride_db + h * stride_dh
         lse_head, delta_head = lse_ptr + (b * H + h) * T, delta_ptr + (b * H + h) * T
         dk, dv = _dkdv_range(
-            dk, dv, k, v, q_head, d_head, lse_head, delta_head, first_key, diagonal, key, last, long_qt, long_dt, T, D,
+            dk, dv, k, v, q_head, d_head, lse_head, delta_head, first_key, diagonal, key, last, stride_qt, stride_dt, T, D,
             window, scale, cap, True, WINDOW, SPANS, SOFTCAP, QUERIES, CHANNELS, PAD, UPCAST, EXACT,
         )  # fmt: skip
         if not SPANS:
             dk, dv = _dkdv_range(
-                dk, dv, k, v, q_head, d_head, lse_head, delta_head, diagonal, whole, key, last, long_qt, long_dt, T, D,
+                dk, dv, k, v, q_head, d_head, lse_head, delta_head, diagonal, whole, key, last, stride_qt, stride_dt, T, D,
                 window, scale, cap, False, WINDOW, SPANS, SOFTCAP, QUERIES, CHANNELS, PAD, UPCAST, EXACT,
             )  # fmt: skip
             dk, dv = _dkdv_range(
-                dk, dv, k, v, q_head, d_head, lse_head, delta_head, whole, hi, key, last, long_qt, long_dt, T, D,
+                dk, dv, k, v, q_head, d_head, lse_head, delta_head, whole, hi, key, last, stride_qt, stride_dt, T, D,
                 window, scale, cap, True, WINDOW, SPANS, SOFTCAP, QUERIES, CHANNELS, PAD, UPCAST, EXACT,
             )  # fmt: skip
     where = ((b * T + key) * kv_heads + g)[:, None] * D + cols[None, :]
@@ -145,28 +144,27 @@ def _attention_dq(
     b, h = (tl.program_id(0) // blocks // H).to(tl.int64), (tl.program_id(0) // blocks % H).to(tl.int64)
     rows, cols = tl.arange(0, QUERIES), tl.arange(0, CHANNELS)
     query = first_query + rows
-    q = tile(q_ptr + b * stride_qb + h * stride_qh, first_query, stride_qt.to(tl.int64), rows, cols, T, D, True, PAD)
-    d = tile(d_ptr + b * stride_db + h * stride_dh, first_query, stride_dt.to(tl.int64), rows, cols, T, D, True, PAD)
+    q = tile(q_ptr + b * stride_qb + h * stride_qh, first_query, stride_qt, rows, cols, T, D, True, PAD)
+    d = tile(d_ptr + b * stride_db + h * stride_dh, first_query, stride_dt, rows, cols, T, D, True, PAD)
     lse = tl.load(lse_ptr + (b * H + h) * T + query, mask=query < T, other=0.0)
     delta = tl.load(delta_ptr + (b * H + h) * T + query, mask=query < T, other=0.0)
     k_ptr += b * stride_kb + h // GROUP * stride_kh
     v_ptr += b * stride_vb + h // GROUP * stride_vh
     spans_ptr += b * T * 2
-    long_kt, long_vt = stride_kt.to(tl.int64), stride_vt.to(tl.int64)
     lo, full, diagonal, hi = key_range(spans_ptr, first_query, T, window, WINDOW, SPANS, QUERIES, KEYS)
     dq = tl.zeros((QUERIES, CHANNELS), tl.float32)
     if not SPANS:
         if WINDOW:
             dq = _dq_range(
-                dq, q, d, lse, delta, k_ptr, v_ptr, spans_ptr, lo, full, query, long_kt, long_vt, T, D, window, scale,
+                dq, q, d, lse, delta, k_ptr, v_ptr, spans_ptr, lo, full, query, stride_kt, stride_vt, T, D, window, scale,
                 cap, True, WINDOW, SPANS, SOFTCAP, KEYS, CHANNELS, PAD, UPCAST, EXACT,
             )  # fmt: skip
         dq = _dq_range(
-            dq, q, d, lse, delta, k_ptr, v_ptr, spans_ptr, full, diagonal, query, long_kt, long_vt, T, D, window, scale,
+            dq, q, d, lse, delta, k_ptr, v_ptr, spans_ptr, full, diagonal, query, stride_kt, stride_vt, T, D, window, scale,
             cap, False, WINDOW, SPANS, SOFTCAP, KEYS, CHANNELS, PAD, UPCAST, EXACT,
         )  # fmt: skip
     dq = _dq_range(
-        dq, q, d, lse, delta, k_ptr, v_ptr, spans_ptr, diagonal, hi, query, long_kt, long_vt, T, D, window, scale, cap,
+        dq, q, d, lse, delta, k_ptr, v_ptr, spans_ptr, diagonal, hi, query, stride_kt, stride_vt, T, D, window, scale, cap,
         True, WINDOW, SPANS, SOFTCAP, KEYS, CHANNELS, PAD, UPCAST, EXACT,
     )  # fmt: skip
     where = ((b * T + query) * H + h)[:, None] * D + cols[None, :]

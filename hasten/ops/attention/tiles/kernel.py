@@ -83,8 +83,8 @@ def launch(tile: Tile) -> dict[str, int]:
 
 @triton.jit
 def tile(ptr, start, stride, rows, cols, T, D, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr):
-    """Tokens start + rows of one head, zero where there are none. ptr: the head's first token. stride: int64."""
-    where = ptr + start * stride + rows[:, None] * stride + cols[None, :]
+    """Tokens start + rows of one head, zero where there are none. ptr: the head's first token."""
+    where = ptr + tl.cast(start, tl.int64) * stride + (rows[:, None] * stride + cols[None, :])
     if MASK_ROWS:
         return tl.load(where, mask=(start + rows < T)[:, None] & (cols < D)[None, :], other=0.0)
     elif MASK_COLS:
