@@ -37,9 +37,9 @@ def flat_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def project(
-    x_NE: torch.Tensor, linears: Sequence[LoraLinear], residual_NO: torch.Tensor | None = None, share: bool = True
+    x_NE: torch.Tensor, linears: Sequence[LoraLinear], residual_NO: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None, Adapters | None]:
-    """(y (N, O), x @ A.T (N, R), adapters): all linears' outputs side by side. share: False leaves B's share out."""
+    """(y (N, O), x @ A.T (N, R), adapters): all linears' outputs side by side."""
     found = adapters(linears, x_NE.dtype)
     xa = None if found is None else x_NE @ found.a.T
     bias = bias_of(linears, x_NE.dtype)
@@ -47,7 +47,7 @@ def project(
     if base is None and bias is not None:
         base, bias = bias.expand(x_NE.shape[0], -1), None
     start = base
-    if share and found is not None and xa is not None:
+    if found is not None and xa is not None:
         if base is None:
             start = xa @ found.b
         elif found.b.shape[0] <= MAX_RANK:
