@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from hasten.ops.precision import at_least_fp32
 
@@ -81,12 +80,18 @@ def score_chunks(
     assert weight is not None
     d_hidden = torch.empty_like(hidden) if needs[0] and upstream is not None else None
     d_weight = d_bias = d_a = d_b = None
-    size = tokens_at_once(rule, hidden, needs[1] and upstream is not None)
-    for start in range(0, max(hidden.shape[0], 1), size):  # no token at all: one empty chunk, whose sums are zeros
-        raw = d_raw = None  # the last chunk's logits go before the next one's are made
-        part = slice(start, start + size)
+    count, words = hidden.shape[0], weight.shape[0]
+    size = min(tokens_at_once(rule, hidden, needs[1] and upstream is not None), max(count, 1))
+    # Rows begin at multiples of 16 bytes, which products with a vocabulary of any size then read at full speed.
+    room = hidden.new_empty(size, -(-words // 8) * 8)[:, :words]
+    for start in range(0, max(count, 1), size):  # no token at all: one empty chunk, whose sums are zeros
+        part = slice(start, min(start + size, count))
         h = hidden[part]
-        raw = F.linear(h, weight, bias)
+        raw = room[: h.shape[0]]
+        if bias is None:
+            torch.mm(h, weight.T, out=raw)
+        else:
+            torch.addmm(bias, h, weight.T, out=raw)
         low = None if a is None else h @ a.T
         if low is not None and b is not None:
             raw.addmm_(low, b.T, alpha=scale)

@@ -1,89 +1,126 @@
 """Everything between a chunk's logits and their gradient, in one Triton kernel. Nothing here waits for the device.
 
-A row of logits is read once for the scores, a second time (from the L2 cache) for the gradient, which takes its place.
+A row of logits is read once for the scores and a second time for the gradient, which takes its place. Each thread keeps the
+running maximum and sums of its own columns (Milakov & Gimelshein 2018, arXiv:1805.02867), eight neighbouring ones at a
+time; they are joined once, at the row's end.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 
+from hasten.ops.backend import on_device
 from hasten.ops.linear_cross_entropy.function import Upstream
 
 if TYPE_CHECKING:
     from hasten.ops.linear_cross_entropy import ScoreRule
 
 
+@dataclass(frozen=True)
+class Launch:
+    """columns: of a row, at a time."""
+
+    columns: int
+    warps: int
+
+
+LAUNCHES = (
+    Launch(8192, 16), Launch(8192, 32), Launch(8192, 8), Launch(4096, 16), Launch(4096, 8), Launch(16384, 16),
+    Launch(16384, 32),
+)  # fmt: skip
+"""The first one runs; `python -m benchmarks.head_speed` times them all."""
+
+
 @triton.jit
-def _squash(raw, logit_scale, softcap, temperature, SOFTCAP: tl.constexpr):
+def _squash(raw, inner, outer, slope, SOFTCAP: tl.constexpr):
     """(z, dz/draw)."""
-    scaled = raw * logit_scale
     if SOFTCAP:
-        t = 2.0 * tl.sigmoid(2.0 * scaled / softcap) - 1.0
-        return t * (softcap / temperature), (1.0 - t * t) * (logit_scale / temperature)
+        t = 2.0 * tl.sigmoid(2.0 * inner * raw) - 1.0  # tanh
+        return t * outer, (1.0 - t * t) * slope
     else:
-        return scaled / temperature, logit_scale / temperature
+        return raw * outer, slope
 
 
 @triton.jit
 def _score_rows(
     raw_ptr, labels_ptr, scores_ptr, d_loss_ptr, d_log_prob_ptr, d_entropy_ptr,
-    stride_raw, V, count, logit_scale, softcap, temperature, ignore_index, smoothing,
-    SOFTCAP: tl.constexpr, SCORES: tl.constexpr, GRAD: tl.constexpr, HAS_LOSS: tl.constexpr,
-    HAS_LOG_PROB: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    stride_raw, V, count, inner, outer, slope, ignore_index, smoothing,
+    SOFTCAP: tl.constexpr, SCORES: tl.constexpr, ENTROPY: tl.constexpr, TOP1: tl.constexpr, SQUARES: tl.constexpr,
+    MEAN: tl.constexpr, GRAD: tl.constexpr, HAS_LOSS: tl.constexpr, HAS_LOG_PROB: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
     base = raw_ptr + row * stride_raw
-    cols = tl.arange(0, BLOCK)
+    group = tl.arange(0, BLOCK // 8) * 8
+    cols = group[:, None] + tl.arange(0, 8)[None, :]
     if label == ignore_index:
         if SCORES:
             for k in tl.static_range(6):
                 tl.store(scores_ptr + k * count + row, 0.0)
         if GRAD:
             for start in range(0, V, BLOCK):
-                tl.store(base + start + cols, tl.zeros((BLOCK,), raw_ptr.dtype.element_ty), mask=start + cols < V)
+                zero = tl.zeros((BLOCK // 8, 8), raw_ptr.dtype.element_ty)
+                tl.store(base + start + cols, zero, mask=start + cols < V)
         return
     known = (label >= 0) & (label < V)
-    top = -float("inf")
-    top_at = 0
-    total = 0.0
-    weighted = 0.0
-    squares = 0.0
-    plain = 0.0
+    raw_label = tl.load(base + label, mask=known, other=float("nan")).to(tl.float32)
+    top = tl.full((BLOCK // 8,), -3e38, tl.float32)  # not infinite: the difference of two of them must be a number
+    top_at = tl.zeros((BLOCK // 8,), tl.int32)
+    total = tl.zeros((BLOCK // 8,), tl.float32)
+    weighted = tl.zeros((BLOCK // 8,), tl.float32)
+    squares = tl.zeros((BLOCK // 8,), tl.float32)
+    plain = tl.zeros((BLOCK // 8,), tl.float32)
     for start in range(0, V, BLOCK):
         mask = start + cols < V
         raw = tl.load(base + start + cols, mask=mask, other=0.0).to(tl.float32)
-        z, _ = _squash(raw, logit_scale, softcap, temperature, SOFTCAP)
+        z, _ = _squash(raw, inner, outer, slope, SOFTCAP)
+        if MEAN:
+            plain += tl.sum(tl.where(mask, z, 0.0), axis=1)
         z = tl.where(mask, z, -float("inf"))
-        block_top = tl.max(z, axis=0)
-        block_at = start + tl.argmax(z, axis=0)
-        top_at = tl.where(block_top > top, block_at, top_at)
-        new_top = tl.maximum(top, block_top)
+        highest = tl.max(z, axis=1)
+        if TOP1:
+            top_at = tl.where(highest > top, start + group + tl.argmax(z, axis=1), top_at)
+        new_top = tl.maximum(top, highest)
         shrink = tl.exp(top - new_top)
-        e = tl.exp(z - new_top)
-        total = total * shrink + tl.sum(e, axis=0)
-        weighted = weighted * shrink + tl.sum(tl.where(mask, z * e, 0.0), axis=0)
-        squares = squares * shrink * shrink + tl.sum(e * e, axis=0)
-        plain += tl.sum(tl.where(mask, z, 0.0), axis=0)
+        e = tl.exp(z - new_top[:, None])
+        total = total * shrink + tl.sum(e, axis=1)
+        if ENTROPY:
+            weighted = weighted * shrink + tl.sum(tl.where(mask, z * e, 0.0), axis=1)
+        if SQUARES:
+            squares = squares * shrink * shrink + tl.sum(e * e, axis=1)
         top = new_top
-    lse = top + tl.log(total)
-    raw_label = tl.load(base + label, mask=known, other=float("nan")).to(tl.float32)
+    highest = tl.max(top, axis=0)
+    shrink = tl.exp(top - highest)
+    sum_exp = tl.sum(total * shrink, axis=0)
+    lse = highest + tl.log(sum_exp)
+    entropy = lse
+    if ENTROPY:
+        entropy = lse - tl.sum(weighted * shrink, axis=0) / sum_exp
     tl.debug_barrier()  # no warp may write the label's gradient before the one that stores the scores has read its logit
-    z_label, _ = _squash(raw_label, logit_scale, softcap, temperature, SOFTCAP)
-    entropy = lse - weighted / total
     if SCORES:
+        z_label, _ = _squash(raw_label, inner, outer, slope, SOFTCAP)
         log_prob = z_label - lse
-        loss = -(1.0 - smoothing) * log_prob + smoothing * (lse - plain / V)
+        loss = -log_prob
+        if MEAN:
+            mean = tl.sum(plain, axis=0) / V
+            loss = (1.0 - smoothing) * loss + smoothing * (lse - mean)
+            tl.store(scores_ptr + 5 * count + row, mean)
         tl.store(scores_ptr + row, loss)
         tl.store(scores_ptr + count + row, log_prob)
-        tl.store(scores_ptr + 2 * count + row, entropy)
-        tl.store(scores_ptr + 3 * count + row, tl.where(top_at == label, 1.0, 0.0))
-        tl.store(scores_ptr + 4 * count + row, tl.log(squares) - 2.0 * tl.log(total))
-        tl.store(scores_ptr + 5 * count + row, plain / V)
+        if ENTROPY:
+            tl.store(scores_ptr + 2 * count + row, entropy)
+        if TOP1:
+            first = tl.min(tl.where(top == highest, top_at, V), axis=0)
+            tl.store(scores_ptr + 3 * count + row, tl.where(first == label, 1.0, 0.0))
+        if SQUARES:
+            log_squares = tl.log(tl.sum(squares * shrink * shrink, axis=0))
+            tl.store(scores_ptr + 4 * count + row, log_squares - 2.0 * tl.log(sum_exp))
     if GRAD:
         g_loss = 0.0
         g_log_prob = 0.0
@@ -95,16 +132,17 @@ def _score_rows(
         if HAS_ENTROPY:
             g_entropy = tl.load(d_entropy_ptr + row).to(tl.float32)
         hit = g_log_prob - g_loss * (1.0 - smoothing)
+        spread = g_loss * smoothing / V
         for start in range(0, V, BLOCK):
             mask = start + cols < V
             raw = tl.load(base + start + cols, mask=mask, other=0.0).to(tl.float32)
-            z, slope = _squash(raw, logit_scale, softcap, temperature, SOFTCAP)
+            z, dz = _squash(raw, inner, outer, slope, SOFTCAP)
             p = tl.exp(z - lse)
-            d = (g_loss - g_log_prob) * p - g_loss * smoothing / V
+            d = (g_loss - g_log_prob) * p - spread
             if HAS_ENTROPY:
                 d -= g_entropy * p * (z - lse + entropy)
             d += tl.where(start + cols == label, hit, 0.0)
-            tl.store(base + start + cols, (d * slope).to(raw_ptr.dtype.element_ty), mask=mask)
+            tl.store(base + start + cols, (d * dz).to(raw_ptr.dtype.element_ty), mask=mask)
 
 
 def score_rows(
@@ -113,22 +151,29 @@ def score_rows(
     rule: ScoreRule,
     scores: torch.Tensor | None,
     upstream: Upstream | None,
+    launch: Launch = LAUNCHES[0],
 ) -> torch.Tensor | None:
     """As `function.ScoreRows`: the gradient takes the place of raw, whose rows may be apart but not its columns."""
-    grads = upstream if upstream is not None else (None, None, None)
-    present = [g is not None for g in grads]
-    pointers = [g if g is not None else labels_N for g in grads]
+    d_loss, d_log_prob, d_entropy = upstream if upstream is not None else Upstream()
     rows, words = raw_NV.shape
-    block = min(8192, triton.next_power_of_2(words))
+    scored = scores is not None
+    block = min(launch.columns, max(64, triton.next_power_of_2(words)))
+    slope = rule.logit_scale / rule.temperature
     if rows == 0:
         return None if upstream is None else raw_NV
-    with torch.cuda.device_of(raw_NV):
+    with on_device(raw_NV):
         _score_rows[(rows,)](
-            raw_NV, labels_N, scores if scores is not None else labels_N, *pointers, raw_NV.stride(0), words,
-            scores.stride(0) if scores is not None else 0, rule.logit_scale, rule.softcap or 1.0, rule.temperature,
+            raw_NV, labels_N, *(x if x is not None else labels_N for x in (scores, d_loss, d_log_prob, d_entropy)),
+            raw_NV.stride(0), words, scores.stride(0) if scores is not None else 0,
+            0.0 if rule.softcap is None else rule.logit_scale / rule.softcap,
+            slope if rule.softcap is None else rule.softcap / rule.temperature, slope,
             rule.ignore_index, rule.label_smoothing,
-            SOFTCAP=rule.softcap is not None, SCORES=scores is not None, GRAD=upstream is not None,
-            HAS_LOSS=present[0], HAS_LOG_PROB=present[1], HAS_ENTROPY=present[2], BLOCK=block,
-            num_warps=16 if block >= 8192 else 4,
+            SOFTCAP=rule.softcap is not None, SCORES=scored,
+            ENTROPY=(scored and "entropy" in rule.want) or d_entropy is not None,
+            TOP1=scored and "is_top1" in rule.want, SQUARES=scored and "log_sum_sq_probs" in rule.want,
+            MEAN=scored and ("mean_logits" in rule.want or rule.label_smoothing != 0.0),
+            GRAD=upstream is not None, HAS_LOSS=d_loss is not None, HAS_LOG_PROB=d_log_prob is not None,
+            HAS_ENTROPY=d_entropy is not None, BLOCK=block,
+            num_warps=launch.warps if block == launch.columns else 4,
         )  # fmt: skip
     return None if upstream is None else raw_NV
