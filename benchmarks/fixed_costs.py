@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ import torch
 if TYPE_CHECKING:
     from benchmarks.train_step import Steps
 
+ROOT = Path(__file__).parent.parent
 IMPORTS = {
     "torch": "import torch",
     "transformers": "from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel",
@@ -41,10 +43,14 @@ def host_waits(steps: "Steps") -> dict[str, Any]:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     waits = [one for one in seen if "synchronizing CUDA operation" in str(one.message)]
-    return {
-        "count": len(waits),
-        "where": sorted({f"{one.filename.split('-packages/')[-1]}:{one.lineno}" for one in waits}),
-    }
+    return {"count": len(waits), "where": sorted({_place(one.filename, one.lineno) for one in waits})}
+
+
+def _place(file: str, line: int) -> str:
+    """file:line as seen from the folder of packages, or of this repository, that it lies in."""
+    path = Path(file)
+    roots = [one for one in path.parents if one.name.endswith("-packages") or one == ROOT]
+    return f"{path.relative_to(roots[0]) if roots else Path(*path.parts[-3:])}:{line}"
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu --out FOLDER [--only tests,ops,train,curves,sanitize] [--jobs 8b-lora,...]
                              [--variants hasten,unsloth,liger,transformers,trl] [--modes keep,recompute,default] [--profile]
-FOLDER gets results.json (see benchmarks/results.py; parts of several calls: python -m benchmarks.publish --merge), tests.txt
-and profiles.txt. Exits with 1 where a test, a library's parity with transformers or a sanitizer fails.
+FOLDER gets results.json (see benchmarks/results.py; parts of several calls: python -m benchmarks.publish --merge), and where
+there is something to say tests.txt, profiles.txt, errors.txt and sanitize.txt. Exits with 1 where a test, a library's parity with transformers or a sanitizer fails.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="timed steps a turn")
     parser.add_argument("--minutes", type=float, default=9.5, help="start no group of libraries that would end later")
-    parser.add_argument("--room", type=float, help="GiB that a group may take; default: 92 %% of the card")
+    parser.add_argument("--room", type=float, help="GiB that a group may take; default: 94 %% of the card")
     parser.add_argument("--checkpoints", type=Path, default=Path(tempfile.gettempdir()) / "checkpoints")
     args = parser.parse_args(arguments)
     for name, known in (("only", PARTS), ("jobs", jobs.JOBS), ("variants", jobs.VARIANTS), ("modes", jobs.MODES)):
@@ -70,7 +70,7 @@ class Training:
         self.costs = result.setdefault("fixed_costs", {})
 
     def room_gib(self) -> float:
-        return self.args.room or torch.cuda.get_device_properties(0).total_memory / jobs.GIB * 0.92
+        return self.args.room or torch.cuda.get_device_properties(0).total_memory / jobs.GIB * 0.94
 
     def run(self) -> bool:
         """Whether every library that came through agrees with transformers."""
@@ -90,8 +90,10 @@ class Training:
                 continue
             begin = time.perf_counter()
             self._write_checkpoint(job)
-            rows += race.race(
-                group, lambda v: self._start(job, mode, v), self.plan, lambda lane: self._ask(job, mode, lane)
+            rows += self._with_short_errors(
+                race.race(
+                    group, lambda v: self._start(job, mode, v), self.plan, lambda lane: self._ask(job, mode, lane)
+                )
             )
             self.longest = max(self.longest, time.perf_counter() - begin)
             shape = jobs.JOBS[job]
@@ -102,9 +104,20 @@ class Training:
             for row in checked[-len(group) :]:
                 print(line_of(row), flush=True)
 
+    def _with_short_errors(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rows with the first line of each error; all of it goes to errors.txt."""
+        for row in rows:
+            if "error" in row:
+                with (self.args.out / "errors.txt").open("a") as file:
+                    file.write(f"==== {row['variant']} of {row['group']}\n{row['error']}\n\n")
+                row["error"] = row["error"].splitlines()[0][:300]
+        return rows
+
     def _write_checkpoint(self, job: str) -> None:
         command = [sys.executable, "-m", "benchmarks.shapes", jobs.JOBS[job].shape, str(self.args.checkpoints)]
-        subprocess.run(command, check=True, capture_output=True)
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"the checkpoint of {job} could not be written:\n{done.stderr[-3000:]}")
 
     def _start(self, job: str, mode: str, variant: str) -> Worker:
         return Worker(variant, race.command_for(job, mode, variant, str(self.args.checkpoints)))
@@ -172,11 +185,12 @@ def main(arguments: list[str]) -> int:
         print("\n".join(say(result["curves"])), flush=True)
     if "sanitize" in args.only:
         from benchmarks.sanitize import TOOLS, sanitize
+        from benchmarks.sanitize import line_of as verdict_line
 
-        result["sanitize"] = sanitize(list(TOOLS))
+        result["sanitize"] = sanitize(list(TOOLS), args.out / "sanitize.txt")
         sound = sound and all(row["clean"] for row in result["sanitize"])
         for row in result["sanitize"]:
-            print(f"{row['tool']:10s} {'clean' if row['clean'] else 'NOT CLEAN'}  {row['verdict']}", flush=True)
+            print(verdict_line(row), flush=True)
     results.write(result, args.out / "results.json")
     return 0 if sound else 1
 

@@ -110,6 +110,7 @@ def sizes(shape: dict[str, Any]) -> Sizes:
 
 
 KEPT_PER_LAYER = {"hasten": 1.1, "unsloth": 1.2, "liger": 1.7, "transformers": 2.2, "trl": 2.2}
+KEPT_IN_FULL = 2.8
 WHOLE_LOGITS = {"transformers"}
 OVERHEAD_GIB = 1.0
 
@@ -118,7 +119,7 @@ def memory_gib(job: Job, mode: str, variant: str) -> tuple[float, float]:
     """(GiB a paused worker holds, GiB it holds during a step): rounded up guesses that only group workers.
 
     Paused: weights, optimizer, context. A step adds the layers' kept activations, in units of (6 width + 2 MLP width) bf16
-    numbers a token and layer as fitted to measured peaks; 12 bytes a logit where the whole logits are made; gradients.
+    numbers a token and layer as fitted to measured peaks; 14 bytes a logit where the whole logits are made; gradients.
     """
     shape, tokens = SHAPES[job.shape], job.tokens
     found = sizes(shape)
@@ -127,7 +128,7 @@ def memory_gib(job: Job, mode: str, variant: str) -> tuple[float, float]:
     trained = found.linears + dense if job.kind == "full" else 0
     paused = (weights + 4 * trained) / GIB + OVERHEAD_GIB
     width, mlp, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
-    layer = KEPT_PER_LAYER.get(variant, 2.2) * (6 * width + 2 * mlp) * 2 * tokens
+    layer = (KEPT_IN_FULL if trained else KEPT_PER_LAYER[variant]) * (6 * width + 2 * mlp) * 2 * tokens
     kept = layers * layer if mode == "keep" else layers * width * 2 * tokens + layer
-    logits = 12 * tokens * shape["vocab_size"] if variant in WHOLE_LOGITS else 2 * GIB
+    logits = 14 * tokens * shape["vocab_size"] if variant in WHOLE_LOGITS else 2 * GIB
     return paused, paused + (kept + logits + 2 * trained) * 1.15 / GIB

@@ -54,7 +54,7 @@ def _sections(result: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -
             parts += [f"### Training steps, {title}", tables.training_table(result, mode)]
     if profile := tables.profile_table(result):
         parts += ["### Where hasten's step goes", profile]
-    if result.get("train"):
+    if any("load_s" in row for row in result.get("train", [])):
         parts += ["### Loading and the first step", tables.load_table(result)]
     if result.get("fixed_costs"):
         parts += ["### Fixed costs", tables.costs_text(result)]

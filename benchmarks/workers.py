@@ -36,7 +36,8 @@ class Worker:
         try:
             line = self._lines.get(timeout=timeout)
         except queue.Empty:
-            self.end()
+            self._process.kill()
+            self._process.wait()
             raise WorkerFailed(f"no answer within {timeout:.0f} s{self._tail()}") from None
         if line is None:
             code = self._process.wait()
@@ -48,7 +49,10 @@ class Worker:
         return answer
 
     def ask(self, timeout: float, do: str, **arguments: Any) -> dict[str, Any]:
+        """Sends a command and returns its answer. Raises WorkerFailed as `reply` does, and where the process has been ended."""
         assert self._process.stdin is not None
+        if self._process.stdin.closed:
+            raise WorkerFailed("was ended before")
         try:
             self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
             self._process.stdin.flush()

@@ -1,0 +1,55 @@
+"""A worker that speaks train_step's protocol without a model, and results as a machine would have written them."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+FAKE = Path(__file__).with_name("fake_worker.py")
+
+
+def fake_command(**behaviour: Any) -> list[str]:
+    """How to start a fake worker; see fake_worker.py for what it can be told."""
+    return [sys.executable, str(FAKE), json.dumps(behaviour)]
+
+
+def train_row(variant: str, ms: float, **changes: Any) -> dict[str, Any]:
+    row = {
+        "job": "8b-lora", "mode": "keep", "shape": "llama-8b", "batch": 4, "length": 2048, "variant": variant,
+        "group": "hasten+unsloth", "ms": ms, "min_ms": ms - 1, "max_ms": ms + 1, "steps": 9, "peak_gib": 40.25,
+        "reserved_gib": 44.0, "losses": [12.5, 12.25], "first_step_s": 3.5, "load_s": 10.5, "import_s": 2.0,
+        "loaded_beside": 1, "parity": {"ok": True, "worst": 0.0005, "step": 1, "compared": 2, "against": "unsloth"},
+    }  # fmt: skip
+    return {**row, **changes}
+
+
+def example_result() -> dict[str, Any]:
+    """Every part that a result can have, with figures that are easy to find again."""
+    curve = {
+        "low": [3.0, 2.5], "high": [3.5, 3.0], "mean": [3.25, 2.75], "inside": 1.0, "final_stock": 2.7512,
+        "final_hasten": 2.7534, "sigmas": 0.25, "paired": 0.0123,
+    }  # fmt: skip
+    kinds = {"products": {"ms": 300.5, "calls": 450}, "_norm_fwd": {"ms": 5.25, "calls": 64}}
+    return {
+        "date": "2026-01-02",
+        "versions": {"gpu": "NVIDIA H900", "torch": "9.8.7", "unsloth": "2026.1.1", "trl": "not installed"},
+        "ceilings": {"matmul": 800e12, "copy": 4e12, "attention_forward": 500e12, "attention_backward": 400e12},
+        "ops": [
+            {"op": "RMSNorm, forward", "ms": 0.05, "bytes": 1e8, "flops": 1e8},
+            {"op": "MLP", "ms": 10.0, "bytes": 1e9, "flops": 4e12},
+        ],
+        "train": [
+            train_row("hasten", 400.4, profile={"wall_ms": 400.4, "busy_ms": 399.0, "idle_ms": 1.4, "kinds": kinds}),
+            train_row("unsloth", 500.5, parity={"against": None}),
+            train_row("hasten", 411.1, group="hasten"),
+        ],
+        "fixed_costs": {
+            "import": {"torch": 1.0, "transformers": 2.0, "peft": 0.5, "hasten": 0.123},
+            "8b-lora keep": {
+                "host_waits": {"count": 3, "where": ["x.py:1"]},
+                "lengths": [{"length": 1999, "compiled": ["_norm_fwd"], "first_ms": 777.0, "second_ms": 390.0}],
+            },
+        },
+        "curves": {"setting": {"smooth": 10, "seeds": 5, "steps": 200}, "seconds": {"all": 60.0}, "full": curve, "lora": curve},
+        "sanitize": [{"tool": "memcheck", "clean": True, "verdict": "ERROR SUMMARY: 0 errors", "at": {}, "ours": {}}],
+    }  # fmt: skip
