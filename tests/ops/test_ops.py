@@ -1,41 +1,14 @@
 """Each op against an independent formula in fp64: output, every gradient, odd, strided and empty shapes, gradcheck."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from ops_kit import DEVICE, DTYPES, assert_as_good_as_torch, both, poisoned_memory
 from torch.nn import functional as F
 
 from hasten.ops import QKNorm, attend, glu, norm, norm_and_pass, qk_rope
 from hasten.ops.glu import ACTIVATIONS
-from hasten.testing import relative_error
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-both = pytest.mark.parametrize("backend", ["reference", "triton"])
-
-
-def assert_as_good_as_torch(
-    ours: Callable[..., torch.Tensor],
-    formula: Callable[..., torch.Tensor],
-    inputs: list[torch.Tensor],
-    dtype: torch.dtype,
-) -> None:
-    """err(ours, fp64) <= 2 x err(the formula at `dtype`, fp64) + a rounding, for the output and each gradient."""
-    exact = [x.detach().to(DEVICE, dtype).double().requires_grad_() for x in inputs]
-    low = [x.detach().to(DEVICE, dtype).requires_grad_() for x in inputs]
-    mine = [x.detach().to(DEVICE, dtype).requires_grad_() for x in inputs]
-    results = []
-    upstream = None
-    for function, values in ((formula, exact), (formula, low), (ours, mine)):
-        out = function(*values)
-        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)) if upstream is None else upstream
-        results.append([out, *torch.autograd.grad(out, values, upstream.to(out.device, out.dtype))])
-    for index, (reference, torchs, hastens) in enumerate(zip(*results, strict=True)):
-        assert hastens.shape == reference.shape
-        limit = 2 * relative_error(torchs, reference) + 2 * torch.finfo(dtype).eps
-        assert relative_error(hastens, reference) <= limit, f"result {index} at {dtype}"
 
 
 def rms_formula(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -95,15 +68,19 @@ def test_qk_rope(dtype: torch.dtype, rotation: str, fp32: bool, backend: Any) ->
 
 
 @both
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["rms", "layer"])
-def test_norm_and_pass_adds_both_gradients(kind: str, backend: Any) -> None:
-    x, w = torch.randn(3, 5, 33, device=DEVICE, requires_grad=True), torch.randn(33, device=DEVICE, requires_grad=True)
-    normed, passed = norm_and_pass(x, w, 1e-5, kind, backend=backend)  # pyright: ignore[reportArgumentType]
-    assert torch.equal(passed, x)
-    upstream = torch.randn_like(x), torch.randn_like(x)
-    ours = torch.autograd.grad((normed, passed), (x, w), upstream)
-    theirs = torch.autograd.grad(norm(x, w, 1e-5, kind, backend="reference"), (x, w), upstream[0])  # pyright: ignore[reportArgumentType]
-    assert relative_error(ours[0], theirs[0] + upstream[1]) < 2e-6 and relative_error(ours[1], theirs[1]) < 2e-6
+def test_norm_and_pass_adds_both_gradients(dtype: torch.dtype, kind: Any, backend: Any) -> None:
+    def ours(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        normed, passed = norm_and_pass(x, w, 1e-5, kind, backend=backend)
+        assert torch.equal(passed, x)
+        return torch.stack((normed, passed))
+
+    def formula(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        normalise = F.rms_norm if kind == "rms" else F.layer_norm
+        return torch.stack((normalise(x, x.shape[-1:], eps=1e-5) * w, x))
+
+    assert_as_good_as_torch(ours, formula, [torch.randn(3, 5, 33), torch.randn(33)], dtype)
 
 
 def test_qk_rope_without_positions_returns_its_inputs_and_norms_first() -> None:
@@ -163,45 +140,46 @@ def test_attend(dtype: torch.dtype, softcap: float | None) -> None:
 
 
 @both
-def test_qk_rope_with_norms(backend: Any) -> None:
-    """Both weight shapes and both kinds, against norm and rotation done one after the other."""
-    for kind, weight_shapes in (("rms", ((16,), (16,))), ("layer", ((4, 16), (2, 16)))):
-        q, k = torch.randn(2, 7, 4, 16, device=DEVICE), torch.randn(2, 7, 2, 16, device=DEVICE)
-        weights = [torch.randn(shape, device=DEVICE) for shape in weight_shapes]
-        table = torch.rand(1, 7, 8, device=DEVICE).repeat(1, 1, 2)
-        tables = (table.cos(), table.sin())
-        inputs = [t.requires_grad_() for t in (q, k, *weights)]
-        fused = qk_rope(q, k, tables, qk_norm=QKNorm(*weights, 1e-5, kind, True, True), backend=backend)
-        normed = [norm(x, w, 1e-5, kind, True, True, "reference") for x, w in zip((q, k), weights, strict=True)]
-        apart = qk_rope(*normed, tables, backend="reference")
-        upstream = [torch.randn_like(x) for x in fused]
-        ours, theirs = (torch.autograd.grad(out, inputs, upstream) for out in (fused, apart))
-        for mine, expected in zip((*fused, *ours), (*apart, *theirs), strict=True):
-            assert relative_error(mine, expected) < 2e-6
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kind", "heads"), [("rms", False), ("layer", True)])
+def test_qk_rope_with_norms(dtype: torch.dtype, kind: Any, heads: bool, backend: Any) -> None:
+    """Both weight shapes and both kinds; the weights get gradients too."""
+    q, k = torch.randn(2, 7, 4, 16) * 3, torch.randn(2, 7, 2, 16) * 3
+    weights = [torch.randn((x.shape[2], 16) if heads else (16,)) for x in (q, k)]
+    angles = torch.arange(7)[None, :, None] * torch.rand(8)[None, None]
+
+    def ours(q: torch.Tensor, k: torch.Tensor, w_q: torch.Tensor, w_k: torch.Tensor) -> torch.Tensor:
+        doubled = torch.cat((angles, angles), -1)
+        tables = (doubled.cos().to(q), doubled.sin().to(q))
+        fused = qk_rope(q, k, tables, qk_norm=QKNorm(w_q, w_k, 1e-5, kind, True, True), backend=backend)
+        return torch.cat(fused, dim=2)
+
+    def formula(q: torch.Tensor, k: torch.Tensor, w_q: torch.Tensor, w_k: torch.Tensor) -> torch.Tensor:
+        normalise = F.rms_norm if kind == "rms" else F.layer_norm
+        normed = [normalise(x, x.shape[-1:], eps=1e-5) * (1 + w) for x, w in ((q, w_q), (k, w_k))]
+        return torch.cat([complex_rotation(x, angles[:, :, None], False) for x in normed], dim=2)
+
+    assert_as_good_as_torch(ours, formula, [q, k, *weights], dtype)
 
 
 @both
 def test_nothing_is_left_unwritten(backend: Any) -> None:
-    """Freshly allocated memory is full of NaN here; any element that a kernel leaves out shows."""
-    torch.utils.deterministic.fill_uninitialized_memory, kept = (
-        True,
-        torch.utils.deterministic.fill_uninitialized_memory,
-    )
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        x = torch.randn(5, 3, 37, device=DEVICE, requires_grad=True)
-        w = torch.randn(37, device=DEVICE, requires_grad=True)
-        q = torch.randn(2, 3, 5, 6, device=DEVICE, requires_grad=True)
-        table = torch.randn(1, 3, 3, device=DEVICE).repeat(1, 1, 2)
-        outputs = [norm(x, w, 1e-5, backend=backend), glu(x, x * 2, "silu", backend)]
+    x = torch.randn(5, 3, 37, device=DEVICE, requires_grad=True)
+    w = torch.randn(37, device=DEVICE, requires_grad=True)
+    q = torch.randn(2, 3, 5, 6, device=DEVICE, requires_grad=True)
+    head_weight = torch.randn(5, 6, device=DEVICE, requires_grad=True)
+    table = torch.randn(1, 3, 3, device=DEVICE).repeat(1, 1, 2)
+    weights = QKNorm(head_weight, head_weight, 1e-5, "layer", True, True)
+    inputs = [x, w, q, head_weight]
+    with poisoned_memory():
+        outputs = [norm(x, w, 1e-5, kind, backend=backend) for kind in ("rms", "layer")]
+        outputs += [*norm_and_pass(x, w, 1e-5, backend=backend), glu(x, x * 2, "silu", backend)]
         outputs += qk_rope(q, q * 2, (table, table), backend=backend)
+        outputs += qk_rope(q, q * 2, (table, table), "interleaved", qk_norm=weights, backend=backend)
         for out in outputs:
-            grads = torch.autograd.grad(out.sum(), [x, w, q], allow_unused=True, retain_graph=True)
+            grads = torch.autograd.grad(out.sum(), inputs, allow_unused=True, retain_graph=True)
             for tensor in (out, *(g for g in grads if g is not None)):
                 assert bool(tensor.isfinite().all())
-    finally:
-        torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = kept
 
 
 @both

@@ -1,0 +1,48 @@
+"""What the tests of the ops share: the rule of accuracy, and memory whose every byte is poisoned until it is written."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from hasten.testing import relative_error
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+both = pytest.mark.parametrize("backend", ["reference", "triton"])
+
+
+def assert_as_good_as_torch(
+    ours: Callable[..., torch.Tensor],
+    formula: Callable[..., torch.Tensor],
+    inputs: list[torch.Tensor],
+    dtype: torch.dtype,
+) -> None:
+    """err(ours, fp64) <= 2 x err(the formula at `dtype`, fp64) + a rounding, for the output and each gradient."""
+    exact = [x.detach().to(DEVICE, dtype).double().requires_grad_() for x in inputs]
+    low = [x.detach().to(DEVICE, dtype).requires_grad_() for x in inputs]
+    mine = [x.detach().to(DEVICE, dtype).requires_grad_() for x in inputs]
+    results = []
+    upstream = None
+    for function, values in ((formula, exact), (formula, low), (ours, mine)):
+        out = function(*values)
+        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)) if upstream is None else upstream
+        results.append([out, *torch.autograd.grad(out, values, upstream.to(out.device, out.dtype))])
+    for index, (reference, torchs, hastens) in enumerate(zip(*results, strict=True)):
+        assert hastens.shape == reference.shape
+        limit = 2 * relative_error(torchs, reference) + 2 * torch.finfo(dtype).eps
+        assert relative_error(hastens, reference) <= limit, f"result {index} at {dtype}"
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Freshly allocated memory is full of NaN (integers: their largest value); what a kernel leaves out shows."""
+    kept = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = kept
