@@ -14,11 +14,11 @@ BACKENDS = {
 }
 
 
-def milliseconds(function: Callable[[], Any]) -> float:
-    """Median time of a call, by device events."""
+def milliseconds(function: Callable[[], Any], warm_ms: int = 25, measure_ms: int = 100) -> float:
+    """Median time of a call, by device events, with the L2 cache flushed before each."""
     from triton.testing import do_bench
 
-    median = do_bench(function, return_mode="median")
+    median = do_bench(function, warmup=warm_ms, rep=measure_ms, return_mode="median")
     assert isinstance(median, float)
     return median
 

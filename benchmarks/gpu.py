@@ -65,7 +65,7 @@ class Training:
     def __init__(self, args: argparse.Namespace, result: dict[str, Any], begin: float) -> None:
         self.args, self.result, self.begin = args, result, begin
         self.plan = race.Plan(rounds=args.rounds, steps=args.steps, load_alone=args.load_alone)
-        self.longest = 0.0
+        self.longest, self.profiled = 0.0, set[tuple[str, str]]()
         result["train"], result["left_out"] = [], []
         self.costs = result.setdefault("fixed_costs", {})
 
@@ -126,7 +126,8 @@ class Training:
         if lane.row["variant"] != "hasten":
             return
         try:
-            if self.args.profile:
+            if self.args.profile and (job, mode) not in self.profiled:
+                self.profiled.add((job, mode))
                 profiled = lane.worker.ask(self.plan.turn_limit, "profile", wall_s=lane.row["ms"] / 1e3)
                 with (self.args.out / "profiles.txt").open("a") as file:
                     file.write(f"==== {job}, hasten, {mode}\n{profiled['text']}\n\n")
@@ -153,45 +154,60 @@ def line_of(row: dict[str, Any]) -> str:
     )
 
 
+def run_ops(result: dict[str, Any]) -> None:
+    from benchmarks import ceilings, op_speed
+    from benchmarks.tables import op_line
+
+    result["ceilings"] = ceilings.measure()
+    print({name: f"{rate / 1e12:.1f} T/s" for name, rate in result["ceilings"].items() if isinstance(rate, float)})
+    result["ops"] = op_speed.measure()
+    for row in result["ops"]:
+        print(op_line(row, result["ceilings"]), flush=True)
+    torch.cuda.empty_cache()
+
+
+def run_training(args: argparse.Namespace, result: dict[str, Any], begin: float) -> bool:
+    if not args.no_costs:
+        from benchmarks.fixed_costs import import_seconds
+
+        result["fixed_costs"] = {"import": import_seconds()}
+        print("imports:", {name: round(seconds, 2) for name, seconds in result["fixed_costs"]["import"].items()})
+    return Training(args, result, begin).run()
+
+
+def run_curves(result: dict[str, Any]) -> None:
+    from benchmarks.curves import measure_all, say
+
+    result["curves"] = measure_all()
+    print("\n".join(say(result["curves"])), flush=True)
+
+
+def run_sanitizers(result: dict[str, Any], out: Path) -> bool:
+    from benchmarks import sanitize
+
+    result["sanitize"] = sanitize.sanitize(list(sanitize.TOOLS), out / "sanitize.txt")
+    print("\n".join(sanitize.line_of(row) for row in result["sanitize"]), flush=True)
+    return all(row["clean"] for row in result["sanitize"])
+
+
 def main(arguments: list[str]) -> int:
     args, begin, sound = parse(arguments), time.perf_counter(), True
     args.out.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"date": datetime.date.today().isoformat(), "versions": results.versions()}
-    if "tests" in args.only:
-        result["tests"], passed = run_tests(args.out)
-        sound = sound and passed
-        print("tests:", result["tests"], flush=True)
-    if "ops" in args.only:
-        from benchmarks import ceilings, op_speed
-        from benchmarks.tables import op_line
-
-        result["ceilings"] = ceilings.measure()
-        print({name: rate for name, rate in result["ceilings"].items() if isinstance(rate, float)}, flush=True)
-        result["ops"] = op_speed.measure()
-        for row in result["ops"]:
-            print(op_line(row, result["ceilings"]), flush=True)
-        torch.cuda.empty_cache()
-    if "train" in args.only:
-        if not args.no_costs:
-            from benchmarks.fixed_costs import import_seconds
-
-            result["fixed_costs"] = {"import": import_seconds()}
-            print("imports:", {name: round(seconds, 2) for name, seconds in result["fixed_costs"]["import"].items()})
-        sound = Training(args, result, begin).run() and sound
-    if "curves" in args.only:
-        from benchmarks.curves import measure_all, say
-
-        result["curves"] = measure_all()
-        print("\n".join(say(result["curves"])), flush=True)
-    if "sanitize" in args.only:
-        from benchmarks.sanitize import TOOLS, sanitize
-        from benchmarks.sanitize import line_of as verdict_line
-
-        result["sanitize"] = sanitize(list(TOOLS), args.out / "sanitize.txt")
-        sound = sound and all(row["clean"] for row in result["sanitize"])
-        for row in result["sanitize"]:
-            print(verdict_line(row), flush=True)
-    results.write(result, args.out / "results.json")
+    for part in (one for one in PARTS if one in args.only):
+        if part == "tests":
+            result["tests"], passed = run_tests(args.out)
+            print("tests:", result["tests"], flush=True)
+            sound = sound and passed
+        elif part == "ops":
+            run_ops(result)
+        elif part == "train":
+            sound = run_training(args, result, begin) and sound
+        elif part == "curves":
+            run_curves(result)
+        else:
+            sound = run_sanitizers(result, args.out) and sound
+        results.write(result, args.out / "results.json")
     return 0 if sound else 1
 
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 from triton.errors import TritonError
-from triton.testing import do_bench
 
+from benchmarks.ceilings import milliseconds
 from hasten.ops.nf4 import NF4Weight, kernel
 
 SHAPES = [(14336, 4096), (4096, 14336), (1024, 4096), (4096, 4096), (8192, 8192), (16384, 2048)]
 
 
 def _microseconds(function: Any) -> float:
-    return do_bench(function, warmup=5, rep=30, return_mode="median") * 1e3
+    return milliseconds(function, 5, 30) * 1e3
 
 
 def quantized(shape: tuple[int, int]) -> tuple[NF4Weight, Any]:
@@ -26,6 +26,7 @@ def quantized(shape: tuple[int, int]) -> tuple[NF4Weight, Any]:
 
     dense = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
     packed, state = bnb.quantize_4bit(dense, blocksize=64, compress_statistics=True, quant_type="nf4")
+    assert state is not None and state.state2 is not None and state.code is not None
     outer = state.state2
     weight = NF4Weight(packed, state.code, shape, state.absmax, outer.code, outer.absmax, state.offset)
     return weight, lambda: bnb.dequantize_4bit(packed, state)

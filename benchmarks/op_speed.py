@@ -11,10 +11,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.ceilings import milliseconds
+from benchmarks.nf4_speed import quantized
 from hasten.ops import ScoreRule, glu, linear_cross_entropy, norm, qk_rope
 from hasten.ops.attention import attention
 from hasten.ops.lora import LoraLinear, lora_linears, lora_mlp
-from hasten.ops.nf4 import NF4Weight, dequantize_nf4
+from hasten.ops.nf4 import dequantize_nf4
 from hasten.weights.plain import DenseWeight
 
 BATCH, TOKENS, WIDTH, MLP, HEADS, KV, D, WORDS, RANK = 4, 8192, 4096, 14336, 32, 8, 128, 128256, 16
@@ -165,19 +166,9 @@ def measure() -> list[dict[str, Any]]:
 
 
 def _nf4() -> list[dict[str, Any]]:
-    import bitsandbytes.functional as bnb
-
-    weight = draw(MLP, WIDTH)
-    packed, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
-    assert state is not None and state.state2 is not None and state.code is not None
-    ours = NF4Weight(
-        packed, state.code, (MLP, WIDTH), state.absmax, state.state2.code, state.state2.absmax, state.offset
-    )
-    count = float(weight.numel())
-    calls = {
-        "NF4 to bf16": lambda: dequantize_nf4(ours, torch.bfloat16),
-        "NF4 to bf16, bitsandbytes": lambda: bnb.dequantize_4bit(packed, state),
-    }
+    ours, theirs = quantized((MLP, WIDTH))
+    count = float(MLP * WIDTH)
+    calls = {"NF4 to bf16": lambda: dequantize_nf4(ours, torch.bfloat16), "NF4 to bf16, bitsandbytes": theirs}
     return [
         {"op": name, "ms": milliseconds(call), "bytes": 2.5 * count, "flops": count} for name, call in calls.items()
     ]
