@@ -89,27 +89,28 @@ def _score_rows(
         new_top = tl.maximum(top, highest)
         shrink = tl.exp(top - new_top)
         e = tl.exp(z - new_top[:, None])
+        if ENTROPY:  # sum of e * (z - top), which keeps its digits where all z are large
+            below = tl.where(mask, (z - new_top[:, None]) * e, 0.0)
+            weighted = (weighted + total * (top - new_top)) * shrink + tl.sum(below, axis=1)
         total = total * shrink + tl.sum(e, axis=1)
-        if ENTROPY:
-            weighted = weighted * shrink + tl.sum(tl.where(mask, z * e, 0.0), axis=1)
         if SQUARES:
             squares = squares * shrink * shrink + tl.sum(e * e, axis=1)
         top = new_top
     highest = tl.max(top, axis=0)
     shrink = tl.exp(top - highest)
     sum_exp = tl.sum(total * shrink, axis=0)
-    lse = highest + tl.log(sum_exp)
-    entropy = lse
+    log_sum = tl.log(sum_exp)
+    entropy = log_sum
     if ENTROPY:
-        entropy = lse - tl.sum(weighted * shrink, axis=0) / sum_exp
+        entropy = log_sum - tl.sum((weighted + total * (top - highest)) * shrink, axis=0) / sum_exp
     tl.debug_barrier()  # no warp may write the label's gradient before the one that stores the scores has read its logit
     if SCORES:
         z_label, _ = _squash(raw_label, inner, outer, slope, SOFTCAP)
-        log_prob = z_label - lse
+        log_prob = (z_label - highest) - log_sum
         loss = -log_prob
         if MEAN:
             mean = tl.sum(plain, axis=0) / V
-            loss = (1.0 - smoothing) * loss + smoothing * (lse - mean)
+            loss = (1.0 - smoothing) * loss + smoothing * ((highest - mean) + log_sum)
             tl.store(scores_ptr + 5 * count + row, mean)
         tl.store(scores_ptr + row, loss)
         tl.store(scores_ptr + count + row, log_prob)
@@ -120,7 +121,7 @@ def _score_rows(
             tl.store(scores_ptr + 3 * count + row, tl.where(first == label, 1.0, 0.0))
         if SQUARES:
             log_squares = tl.log(tl.sum(squares * shrink * shrink, axis=0))
-            tl.store(scores_ptr + 4 * count + row, log_squares - 2.0 * tl.log(sum_exp))
+            tl.store(scores_ptr + 4 * count + row, log_squares - 2.0 * log_sum)
     if GRAD:
         g_loss = 0.0
         g_log_prob = 0.0
@@ -133,14 +134,15 @@ def _score_rows(
             g_entropy = tl.load(d_entropy_ptr + row).to(tl.float32)
         hit = g_log_prob - g_loss * (1.0 - smoothing)
         spread = g_loss * smoothing / V
+        factor = (g_loss - g_log_prob) / sum_exp
         for start in range(0, V, BLOCK):
             mask = start + cols < V
             raw = tl.load(base + start + cols, mask=mask, other=0.0).to(tl.float32)
             z, dz = _squash(raw, inner, outer, slope, SOFTCAP)
-            p = tl.exp(z - lse)
-            d = (g_loss - g_log_prob) * p - spread
+            e = tl.exp(z - highest)
+            d = factor * e - spread
             if HAS_ENTROPY:
-                d -= g_entropy * p * (z - lse + entropy)
+                d -= g_entropy / sum_exp * e * ((z - highest) - log_sum + entropy)
             d += tl.where(start + cols == label, hit, 0.0)
             tl.store(base + start + cols, (d * dz).to(raw_ptr.dtype.element_ty), mask=mask)
 
