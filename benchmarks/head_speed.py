@@ -4,23 +4,17 @@
 Prints three short tables, in about a minute on an H200. Times are medians in milliseconds, forward and backward.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from triton.testing import do_bench
 
-from benchmarks.op_speed import copy_bandwidth
+from benchmarks.ceilings import copy_rate, milliseconds
 from hasten.ops import LoraHead, ScoreRule, linear_cross_entropy, linear_cross_entropy_loss
 from hasten.ops.linear_cross_entropy import kernel
 from hasten.ops.linear_cross_entropy.function import Upstream, tokens_at_once
 
 WORDS = 128256
 SHAPES = {"1b": (16384, 2048), "8b": (8192, 4096)}
-
-
-def _ms(function: Callable[[], Any], rep: int = 100) -> float:
-    return do_bench(function, warmup=20, rep=rep, return_mode="median")
 
 
 def _draw(*shape: int) -> torch.Tensor:
@@ -38,7 +32,7 @@ def kernels(bandwidth: float) -> None:
     moved = 2 * raw.numel() * 2
     for launch in kernel.LAUNCHES:
         times = [
-            _ms(lambda: kernel.score_rows(raw, labels, r, scores, upstream, launch))  # noqa: B023
+            milliseconds(lambda: kernel.score_rows(raw, labels, r, scores, upstream, launch))  # noqa: B023
             for r in (rule, capped, wanted)
         ]
         cells = (f"{t:6.3f} ({moved / bandwidth * 1e3 / t:4.2f})".rjust(16) for t in times)
@@ -57,10 +51,10 @@ def sums(width: int) -> None:
         torch.addmm(total, d_raw.T, hidden, out_dtype=fp32, out=total)
         error = float((total - exact).norm() / exact.norm())
         times = {
-            "bf16 product": _ms(lambda: torch.mm(d_raw.T, hidden, out=low)),  # noqa: B023
-            "fp32 product": _ms(lambda: torch.mm(d_raw.T, hidden, out_dtype=fp32)),  # noqa: B023
-            "added inside": _ms(lambda: torch.addmm(total, d_raw.T, hidden, out_dtype=fp32, out=total)),  # noqa: B023
-            "added after": _ms(lambda: total.add_(torch.mm(d_raw.T, hidden, out_dtype=fp32))),  # noqa: B023
+            "bf16 product": milliseconds(lambda: torch.mm(d_raw.T, hidden, out=low)),  # noqa: B023
+            "fp32 product": milliseconds(lambda: torch.mm(d_raw.T, hidden, out_dtype=fp32)),  # noqa: B023
+            "added inside": milliseconds(lambda: torch.addmm(total, d_raw.T, hidden, out_dtype=fp32, out=total)),  # noqa: B023
+            "added after": milliseconds(lambda: total.add_(torch.mm(d_raw.T, hidden, out_dtype=fp32))),  # noqa: B023
         }
         flop = 2 * tokens * WORDS * width
         print(f"{tokens} tokens x {width}, error of the sum {error:.1e}:")
@@ -76,7 +70,7 @@ def losses(name: str) -> None:
     lora = LoraHead(_draw(16, width).requires_grad_(), _draw(WORDS, 16).requires_grad_(), 1.0)
     rule = ScoreRule()
     low = _draw(1024, WORDS)
-    product = _ms(lambda: torch.mm(hidden[:1024], weight.T, out=low.detach())) * tokens / 1024  # pyright: ignore
+    product = milliseconds(lambda: torch.mm(hidden[:1024], weight.T, out=low.detach())) * tokens / 1024  # pyright: ignore
     print(f"{name}: {tokens} tokens x {width}; one product with the head takes {product:.1f} ms")
     for case, trains, pair in (("frozen", False, None), ("LoRA", False, lora), ("trained", True, None)):
         weight.requires_grad_(trains)
@@ -91,7 +85,7 @@ def losses(name: str) -> None:
             return torch.autograd.grad(total, leaves)  # noqa: B023
 
         for way, function in (("loss", loss), ("per token", per_token)):
-            time = _ms(function, rep=300)
+            time = milliseconds(function, measure_ms=300)
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             function()
@@ -105,7 +99,7 @@ def losses(name: str) -> None:
 
 
 def main() -> None:
-    kernels(copy_bandwidth())
+    kernels(copy_rate())
     sums(2048)
     for name in SHAPES:
         losses(name)
