@@ -68,6 +68,7 @@ class Training:
         self.longest, self.profiled = 0.0, set[tuple[str, str]]()
         result["train"], result["left_out"] = [], []
         self.costs = result.setdefault("fixed_costs", {})
+        self.alone: dict[tuple[str, str], float] = {}
 
     def room_gib(self) -> float:
         return self.args.room or torch.cuda.get_device_properties(0).total_memory / jobs.GIB * 0.94
@@ -98,6 +99,7 @@ class Training:
             self.longest = max(self.longest, time.perf_counter() - begin)
             shape = jobs.JOBS[job]
             facts = {"job": job, "mode": mode, "shape": shape.shape, "batch": shape.batch, "length": shape.length}
+            facts["alone_ms"] = self._alone(job, mode)
             checked = [{**facts, **row} for row in race.with_parity(rows)]
             self.result["train"] = [*done, *checked]
             results.write(self.result, self.args.out / "results.json")
@@ -112,6 +114,17 @@ class Training:
                     file.write(f"==== {row['variant']} of {row['group']}\n{row['error']}\n\n")
                 row["error"] = row["error"].splitlines()[0][:300]
         return rows
+
+    def _alone(self, job: str, mode: str) -> float | None:
+        """See benchmarks/alone.py; measured once a job and mode, beside no worker."""
+        if not torch.cuda.is_available():
+            return None
+        if (job, mode) not in self.alone:
+            from benchmarks.alone import alone_ms
+
+            self.alone[job, mode] = alone_ms(job, mode)
+            torch.cuda.empty_cache()
+        return self.alone[job, mode]
 
     def _write_checkpoint(self, job: str) -> None:
         command = [sys.executable, "-m", "benchmarks.shapes", jobs.JOBS[job].shape, str(self.args.checkpoints)]

@@ -12,6 +12,7 @@ import torch
 from hasten.ops import LoraHead, NormInput, QKNorm, ScoreRule, glu, linear_cross_entropy, norm, norm_and_pass, qk_rope
 from hasten.ops.attention import attention, row_spans
 from hasten.ops.lora import Heads, LoraLinear, lora_linears, lora_mlp, lora_qkv
+from hasten.ops.lora.share.kernel import MIN_WIDTH_BACKWARD
 from hasten.ops.nf4 import NF4Weight, dequantize_nf4
 from hasten.weights.plain import DenseWeight
 
@@ -92,6 +93,7 @@ def _loras() -> None:
     heads = Heads(8, (table, table), qk_norm=QKNorm(_draw(8), _draw(8), 1e-5))
     normed = norm(source, weight, 1e-5, backend="triton").requires_grad_()
     _back(lora_qkv(normed, [_adapted(out, 24, 5) for out in (40, 8, 8)], heads, made_from, "triton"))
+    _back(lora_linears(x, [_adapted(MIN_WIDTH_BACKWARD + 4, 24, 5)], backend="triton"))
     for ranks in ((3, 20, 4), (16, 16, 16)):
         gate, up = (_adapted(150, 24, rank) for rank in ranks[:2])
         _back([lora_mlp(x, (gate, up, _adapted(24, 150, ranks[2])), "silu", residual, backend="triton")])

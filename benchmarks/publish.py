@@ -37,7 +37,8 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
         "fused AdamW, on random tokens from the same start. Medians over all timed steps; GiB are the most allocated during "
         "them. Losses are compared at every step, and a figure whose losses are off is not shown. `(1.20x)`: that many "
         "times hasten's time in the same run.\nThe floor counts products, attention and weights' bytes at the measured "
-        "ceilings (benchmarks/floors.py) and nothing else.",
+        "ceilings (benchmarks/floors.py) and nothing else. `products alone`: the same products and attention back to back on "
+        "the same card in the same call, once its power limit has settled (benchmarks/alone.py).",
     ]
     for result in results:
         parts += _sections(result, results)

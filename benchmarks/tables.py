@@ -88,9 +88,22 @@ def training_table(result: Result, mode: str) -> str:
             cells.append(
                 next((_beside(peer, group) for group in groups if any(r["variant"] == peer for r in group)), "-")
             )
-        cells += [_target(job, mode), _floor(result, job, mode), _parity(row for group in groups for row in group)]
+        cells += [
+            _target(job, mode),
+            _floor(result, job, mode),
+            _alone(ours),
+            _parity(row for group in groups for row in group),
+        ]
         rows.append(cells)
-    head = ["a step of", "hasten", *(VARIANTS[peer] for peer in peers), "target", "floor", "losses differ by at most"]
+    head = [
+        "a step of",
+        "hasten",
+        *(VARIANTS[peer] for peer in peers),
+        "target",
+        "floor",
+        "products alone",
+        "losses differ by at most",
+    ]
     return table(head, rows)
 
 
@@ -113,6 +126,14 @@ def _floor(result: Result, job: str, mode: str) -> str:
     if not {"matmul", "copy", "attention_forward", "attention_backward"} <= set(ceilings):
         return "-"
     return f"{floor_ms(JOBS[job], mode, ceilings)['total']:.0f} ms"
+
+
+def _alone(ours: Mapping[str, Any] | None) -> str:
+    """What the step's products and attention take alone, and that as a share of hasten's whole step."""
+    if ours is None or not ours.get("alone_ms"):
+        return "-"
+    share = f" ({ours['alone_ms'] / ours['ms']:.0%} of hasten's step)" if "ms" in ours else ""
+    return f"{ours['alone_ms']:.0f} ms{share}"
 
 
 def load_table(result: Result) -> str:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from hasten.ops import NormInput, QKNorm, norm, qk_rope
 from hasten.ops.lora import Heads, LoraLinear, joint, lora_linears, lora_mlp, lora_qkv
+from hasten.ops.lora.share.kernel import MIN_WIDTH_BACKWARD, lay_share, share_bwd
 from hasten.testing import relative_error
 from hasten.weights import lay_side_by_side
 from hasten.weights.plain import DenseWeight
@@ -18,12 +19,12 @@ both = pytest.mark.parametrize("backend", ["reference", "triton"])
 WIDTH, RANK = 24, 4
 
 
-def linear(out: int, width: int, lora: bool, bias: bool, dtype: torch.dtype) -> LoraLinear:
+def linear(out: int, width: int, lora: bool, bias: bool, dtype: torch.dtype, rank: int = RANK) -> LoraLinear:
     def draw(*shape: int) -> torch.Tensor:
         return (torch.randn(*shape) * 0.3).to(DEVICE, dtype)
 
     pair = (
-        {"a": draw(RANK, width).requires_grad_(), "b": draw(out, RANK).requires_grad_(), "scale": 0.5} if lora else {}
+        {"a": draw(rank, width).requires_grad_(), "b": draw(out, rank).requires_grad_(), "scale": 0.5} if lora else {}
     )
     return LoraLinear(DenseWeight(draw(out, width)), draw(out) if bias else None, **pair)
 
@@ -254,3 +255,31 @@ def test_weights_behind_each_other_are_read_as_one_without_a_copy() -> None:
     assert joint.weight_of(linears[::-1], torch.float32).data_ptr() not in {p.data_ptr() for p in parameters}
     torch.testing.assert_close(joint.weight_of(linears[::-1], torch.float32), torch.cat(before[::-1]))
     assert not lay_side_by_side([*modules, torch.nn.Linear(WIDTH + 1, 4, device=DEVICE)])
+
+
+@pytest.mark.parametrize(("rows", "rank"), [(1, 1), (70, 5), (130, 32)])
+def test_wide_outputs_make_both_thin_gradients_from_one_read(rows: int, rank: int) -> None:
+    wide = [MIN_WIDTH_BACKWARD, MIN_WIDTH_BACKWARD + 52, MIN_WIDTH_BACKWARD]
+    linears = [linear(out, WIDTH, index != 2, False, torch.float32, rank) for index, out in enumerate(wide)]
+    x = torch.randn(rows, WIDTH, device=DEVICE, requires_grad=True)
+    ours = lora_linears(x, linears, backend="triton")
+    theirs = [formula(x, one) for one in linears]
+    for mine, expected in zip(gradients(ours, x, linears), gradients(theirs, x, linears), strict=True):
+        assert mine.shape == expected.shape and relative_error(mine, expected) < 3e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_share_launchers_write_all_and_only_their_outputs(dtype: torch.dtype) -> None:
+    """Rows apart, odd sizes, a base of one row; sums over many splits of rows."""
+    wide = torch.randn(75, 410, device=DEVICE).to(dtype)
+    base, xa, b = (
+        wide[:, 100:401],
+        torch.randn(75, 7, device=DEVICE).to(dtype),
+        torch.randn(7, 301, device=DEVICE).to(dtype),
+    )
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for start in (base, base[:1].expand(75, -1)):
+        assert relative_error(lay_share(start, xa, b), start.double() + xa.double() @ b.double()) < tolerance
+    d_xa, d_b = share_bwd(base, xa, b, splits=3)
+    assert relative_error(d_xa, base.double() @ b.double().T) < tolerance
+    assert relative_error(d_b, base.double().T @ xa.double()) < tolerance

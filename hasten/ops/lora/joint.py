@@ -45,6 +45,15 @@ def ranks(linears: Sequence[LoraLinear]) -> list[int]:
     return [0 if one.a is None else one.a.shape[0] for one in linears]
 
 
+def blocks_of(linears: Sequence[LoraLinear]) -> list[tuple[slice, slice]]:
+    """Where each linear's own block lies in the (R, O) diagonal."""
+    found, row, column = [], 0, 0
+    for rank, width in zip(ranks(linears), widths(linears), strict=True):
+        found.append((slice(row, row + rank), slice(column, column + width)))
+        row, column = row + rank, column + width
+    return found
+
+
 def adapters(linears: Sequence[LoraLinear], dtype: torch.dtype) -> Adapters | None:
     """Both matrices of all LoRAs together, or None where there is none."""
     with_lora = [one.a for one in linears if one.a is not None]
@@ -53,11 +62,9 @@ def adapters(linears: Sequence[LoraLinear], dtype: torch.dtype) -> Adapters | No
     a = torch.cat(with_lora).to(dtype) if len(with_lora) > 1 else with_lora[0].to(dtype)
     shape = (a.shape[0], sum(widths(linears)))
     b = torch.empty(shape, device=a.device, dtype=dtype) if len(linears) == 1 else a.new_zeros(shape)
-    row = column = 0
-    for one, rank, width in zip(linears, ranks(linears), widths(linears), strict=True):
+    for one, block in zip(linears, blocks_of(linears), strict=True):
         if one.b is not None:
-            torch.mul(one.b.T, one.scale, out=b[row : row + rank, column : column + width])
-        row, column = row + rank, column + width
+            torch.mul(one.b.T, one.scale, out=b[block])
     return Adapters(a, b)
 
 
@@ -107,24 +114,20 @@ def parameter_gradients(
     dy_NO: torch.Tensor,
     x_NE: torch.Tensor | None,
     d_xa: torch.Tensor | None,
-    d_b: torch.Tensor | None,
+    d_bs: Sequence[torch.Tensor],
 ) -> list[Any]:
-    """The gradients of `parameters(linears)`. d_b: (R, O) fp32, of B before it was scaled; only its diagonal blocks count."""
+    """The gradients of `parameters(linears)`. d_bs: each linear's (O_i, R_i), of B before it was scaled."""
     d_a = None
     if d_xa is not None and x_NE is not None:
         kind = next(one.a.dtype for one in linears if one.a is not None)
         d_a = product_fp32(d_xa.T, x_NE, kind)
     found: list[Any] = []
-    row = column = 0
-    for one, rank, width in zip(linears, ranks(linears), widths(linears), strict=True):
-        mine = dy_NO[:, column : column + width]
-        if one.b is None or d_a is None or d_b is None:
+    for index, (one, (rows, columns)) in enumerate(zip(linears, blocks_of(linears), strict=True)):
+        if one.a is None or one.b is None or d_a is None:
             found += [None, None]
         else:
-            block = d_b[row : row + rank, column : column + width]
-            found += [d_a[row : row + rank].to(one.a.dtype), (block * one.scale).T.to(one.b.dtype)]  # pyright: ignore[reportOptionalMemberAccess]
-        weight, bias = one.trained_weight, one.trained_bias
+            found += [d_a[rows].to(one.a.dtype), (d_bs[index] * one.scale).to(one.b.dtype)]
+        weight, bias, mine = one.trained_weight, one.trained_bias, dy_NO[:, columns]
         found.append(None if weight is None or x_NE is None else product_fp32(mine.T, x_NE, weight.dtype))
         found.append(None if bias is None else mine.sum(0, dtype=torch.float32).to(bias.dtype))
-        row, column = row + rank, column + width
     return found

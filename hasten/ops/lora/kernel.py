@@ -17,13 +17,15 @@ from hasten.ops.lora.joint import (
     Adapters,
     adapters,
     bias_of,
+    blocks_of,
     parameter_gradients,
     parameters,
     product_fp32,
+    ranks,
     weight_of,
     widths,
 )
-from hasten.ops.lora.share.kernel import MAX_RANK, lay_share
+from hasten.ops.lora.share.kernel import MAX_RANK, MAX_RANK_BACKWARD, MIN_WIDTH_BACKWARD, lay_share, share_bwd
 from hasten.ops.norm import NormInput
 
 if TYPE_CHECKING:
@@ -65,12 +67,25 @@ def project(
 
 
 def thin_gradients(
-    dy_NO: torch.Tensor, xa_NR: torch.Tensor | None, b_RO: torch.Tensor | None
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(d(x @ A.T) (N, R), d_b (R, O) in fp32 of B before it was scaled)."""
+    linears: Sequence[LoraLinear], dy_NO: torch.Tensor, xa_NR: torch.Tensor | None, b_RO: torch.Tensor | None
+) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+    """d(x @ A.T) (N, R), and for each linear the (O_i, R_i) gradient, fp32, of its B before it was scaled."""
     if xa_NR is None or b_RO is None:
-        return None, None
-    return dy_NO @ b_RO.T, product_fp32(xa_NR.T, dy_NO, torch.float32)
+        return None, []
+    blocks = blocks_of(linears)
+    one_read = all(rank <= MAX_RANK_BACKWARD for rank in ranks(linears)) and min(widths(linears)) >= MIN_WIDTH_BACKWARD
+    if not one_read or not len(dy_NO):
+        tall = product_fp32(xa_NR.T, dy_NO, torch.float32)
+        return dy_NO @ b_RO.T, [tall[block].T for block in blocks]
+    d_xa, d_bs = torch.empty_like(xa_NR), []
+    for rows, columns in blocks:
+        if rows.start == rows.stop:
+            d_bs.append(b_RO[rows, columns].T)
+            continue
+        d_xa_own, d_b = share_bwd(dy_NO[:, columns], xa_NR[:, rows], b_RO[rows, columns])
+        d_xa[:, rows] = d_xa_own
+        d_bs.append(d_b)
+    return d_xa, d_bs
 
 
 def input_gradient(
@@ -131,7 +146,7 @@ class LoraLinearsFunction(torch.autograd.Function):
         source, norm_weight, xa, a, b = ctx.saved_tensors
         rows = [flat_rows(g) for g in grads]
         dy = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
-        d_xa, d_b = thin_gradients(dy, xa, b)
+        d_xa, d_b = thin_gradients(ctx.linears, dy, xa, b)
         dx = input_gradient(dy, ctx.linears, d_xa, a).view(ctx.shape) if ctx.needs_input_grad[0] else None
         flat = Kept.rows(source, norm_weight, ctx.rule)
         d_residual = grads[0] if ctx.has_residual else None

@@ -42,13 +42,13 @@ class LoraMlpFunction(torch.autograd.Function):
         source, norm_weight, xa, a, b, pa, a_down, b_down, gu = ctx.saved_tensors
         both, down = ctx.linears[:2], ctx.linears[2:]
         dy, halves = flat_rows(grad), gu.chunk(2, dim=1)
-        d_pa, d_b_down = thin_gradients(dy, pa, b_down)
+        d_pa, d_b_down = thin_gradients(down, dy, pa, b_down)
         d_product = input_gradient(dy, down, d_pa, a_down)
         product = torch.empty_like(d_product) if needs_input(down) else None
         glu_bwd(d_product, *halves, ctx.activation, halves, product)
         d_down = parameter_gradients(down, dy, product, d_pa, d_b_down)
         del product, d_product
-        d_xa, d_b = thin_gradients(gu, xa, b)
+        d_xa, d_b = thin_gradients(both, gu, xa, b)
         dx = input_gradient(gu, both, d_xa, a).view(ctx.shape) if ctx.needs_input_grad[0] else None
         flat = Kept.rows(source, norm_weight, ctx.rule)
         d_residual = grad if ctx.has_residual else None

@@ -1,4 +1,9 @@
-"""base + xa @ b in one pass: what a product with beta = 1 then adds itself to, so that nothing is read twice."""
+"""LoRA's share of an output, forward and backward, with one pass over what is as large as the output.
+
+Forward: base + xa @ b, to which a product with beta = 1 then adds itself. Backward: d(xa) and d(b) from one read of the output's
+gradient: programs own a strip of columns and walk down the rows; what is summed over rows stays in registers, what is
+summed over columns is written per strip in fp32 and added up afterwards, in a fixed order.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,8 @@ import triton
 import triton.language as tl
 
 MAX_RANK = 128
+MAX_RANK_BACKWARD = 32  # beyond, two products of cuBLAS are faster
+MIN_WIDTH_BACKWARD = 2048  # below, too
 
 
 @triton.jit
@@ -22,6 +29,28 @@ def thin_dot(left, right, UPCAST: tl.constexpr):
     if UPCAST:
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, input_precision="ieee")
+
+
+@triton.jit
+def _share_bwd(
+    dy_ptr, xa_ptr, b_ptr, strips_ptr, sums_ptr, stride_dy, stride_xa, stride_b, N, F, R, ROWS_EACH,
+    BLOCK_R: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    strip, split = tl.program_id(0), tl.program_id(1)
+    cols = strip * COLS + tl.arange(0, COLS)
+    ranks = tl.arange(0, BLOCK_R)
+    b_cols = load_tile(b_ptr, ranks, cols, stride_b, R, F)
+    total = tl.zeros((COLS, BLOCK_R), dtype=tl.float32)
+    first = split.to(tl.int64) * ROWS_EACH
+    for start in range(0, ROWS_EACH, ROWS):
+        rows = first + start + tl.arange(0, ROWS)
+        dy = load_tile(dy_ptr, rows, cols, stride_dy, N, F)
+        xa = load_tile(xa_ptr, rows, ranks, stride_xa, N, R)
+        total += thin_dot(tl.trans(dy), xa, UPCAST)
+        part = strips_ptr + (strip.to(tl.int64) * N + rows[:, None]) * BLOCK_R + ranks[None, :]
+        tl.store(part, thin_dot(dy, tl.trans(b_cols), UPCAST), mask=(rows < N)[:, None] & (ranks >= 0)[None, :])
+    at = sums_ptr + (split.to(tl.int64) * F + cols[:, None]) * BLOCK_R + ranks[None, :]
+    tl.store(at, total, mask=(cols < F)[:, None] & (ranks >= 0)[None, :])
 
 
 @triton.jit
@@ -57,3 +86,26 @@ def lay_share(base_NF: torch.Tensor, xa_NR: torch.Tensor, b_RF: torch.Tensor) ->
             rows, width, xa_NR.shape[1], BLOCK_R=rank_block(xa_NR.shape[1]), UPCAST=not out.is_cuda, num_warps=4, **tile,
         )  # fmt: skip
     return out
+
+
+def share_bwd(
+    dy_NF: torch.Tensor,
+    xa_NR: torch.Tensor,
+    b_RF: torch.Tensor,
+    tile: dict[str, int] | None = None,
+    splits: int = 8,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dy @ b.T (N, R), dy.T @ xa (F, R)), both fp32. Columns contiguous; at least one row."""
+    rows, width = dy_NF.shape
+    block = rank_block(xa_NR.shape[1])
+    tile = {"ROWS": 64, "COLS": 256, "num_warps": 4, "num_stages": 3} if tile is None else tile
+    each = triton.cdiv(triton.cdiv(rows, splits), tile["ROWS"]) * tile["ROWS"]
+    splits, strips = triton.cdiv(rows, each), triton.cdiv(width, tile["COLS"])
+    parts = torch.empty(strips, rows, block, device=dy_NF.device, dtype=torch.float32)
+    sums = torch.empty(splits, width, block, device=dy_NF.device, dtype=torch.float32)
+    _share_bwd[(strips, splits)](
+        dy_NF, xa_NR, b_RF, parts, sums, dy_NF.stride(0), xa_NR.stride(0), b_RF.stride(0), rows, width, xa_NR.shape[1], each,
+        BLOCK_R=block, UPCAST=not dy_NF.is_cuda, **tile,
+    )  # fmt: skip
+    rank = xa_NR.shape[1]
+    return parts.sum(0)[:, :rank], sums.sum(0)[:, :rank]
