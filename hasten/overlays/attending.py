@@ -49,7 +49,7 @@ class BackboneOverlay(Overlay):
         """As the stock backbone's. Raises InputError for packed rows that the attention in use would mix."""
         given = input_ids if input_ids is not None else inputs_embeds
         documents = kwargs.get("cu_seq_lens_q")
-        if given is not None and _is_empty(past_key_values) and _has_two_axes(attention_mask, position_ids):
+        if given is not None and _is_empty(past_key_values) and _says_of_each(given, attention_mask, position_ids):
             if self.chooses(given, kwargs):
                 rows = (given.shape[0], given.shape[1], given.device)
                 attention_mask = as_mask(row_spans(rows, attention_mask, position_ids, documents), given)
@@ -117,9 +117,9 @@ def as_mask(spans_BT2: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
 
 def holds_spans(attention_mask: Any) -> TypeGuard[torch.Tensor]:
     """Whether what came as an attention mask is `as_mask`'s."""
-    return (
-        isinstance(attention_mask, torch.Tensor) and attention_mask.dtype == torch.int32 and attention_mask.dim() == 4
-    )
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dtype != torch.int32:
+        return False
+    return attention_mask.dim() == 4 and attention_mask.shape[-1] == 2
 
 
 def attend_rows(
@@ -141,6 +141,7 @@ def _is_empty(past: Cache | None) -> bool:
     return past is None or (type(past) is DynamicCache and past.get_seq_length() == 0)
 
 
-def _has_two_axes(attention_mask: Any, position_ids: torch.Tensor | None) -> bool:
-    plain_mask = attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2)
-    return plain_mask and (position_ids is None or position_ids.dim() == 2)
+def _says_of_each(rows: torch.Tensor, attention_mask: Any, position_ids: torch.Tensor | None) -> bool:
+    """Whether mask and positions, where given, say one thing of each token of the rows (B, T, ...)."""
+    whole_mask = attention_mask is None or getattr(attention_mask, "shape", None) == rows.shape[:2]
+    return whole_mask and (position_ids is None or position_ids.shape[1:] == rows.shape[1:2])

@@ -74,11 +74,18 @@ def attention(  # noqa: PLR0913
     if backend == "sdpa":
         if attention_backend(tokens, window, softcap, spans_BT2 is not None) != "sdpa":
             raise ValueError("torch's attention without a dense mask knows no window, softcap or spans; use 'triton'")
-        q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD))
-        grouped = heads != k_BTKD.shape[2]
-        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped).transpose(1, 2)
+        return _sdpa(q_BTHD, k_BTKD, v_BTKD, scale)
     if backend == "triton":
         from hasten.ops.attention import kernel
 
         return kernel.attention(q_BTHD, k_BTKD, v_BTKD, scale, window, softcap, spans_BT2)
     return reference.attention(q_BTHD, k_BTKD, v_BTKD, scale, window, softcap, spans_BT2)
+
+
+def _sdpa(q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, scale: float) -> torch.Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD))
+    groups = q.shape[1] // k.shape[1]
+    if q.dtype == torch.float32 and groups > 1:  # torch's only fp32 kernel without a T x T buffer knows no groups
+        k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+        groups = 1
+    return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=groups > 1).transpose(1, 2)
