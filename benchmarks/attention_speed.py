@@ -24,7 +24,6 @@ from hasten.ops.attention import row_spans
 from hasten.ops.attention.backward.kernel import attention_bwd
 from hasten.ops.attention.kernel import attention_fwd
 from hasten.ops.attention.tiles.kernel import Rule, Tile, Tiles, tiles_for
-from hasten.testing import relative_error
 
 COMPILERS = 12
 UNFIT = (TritonError, RuntimeError, ValueError, TypeError)
@@ -203,6 +202,8 @@ def compile_one(shape: Shape, kernel: str, tiles: Tiles) -> str | None:
 
 
 def measure(name: str, shape: Shape, unfit: dict[Any, str | None]) -> None:
+    from hasten.testing import relative_error  # not by the compiling processes, which it would hold up for seconds
+
     print(f"{name}: {shape}", flush=True)
     inputs = draw(shape)
     expected = None
