@@ -4,11 +4,11 @@ On a machine with a GPU the same comparison runs there, on the kernels themselve
 """
 
 import copy
-import sys
 from typing import Any
 
 import pytest
 import torch
+from kernels_kit import DEVICE, lora
 from peft import LoraConfig, get_peft_model
 
 from hasten.families import FAMILIES
@@ -17,26 +17,8 @@ from hasten.patching import apply, report
 from hasten.testing import Comparison, relative_error, tiny_model
 from hasten.testing.quantize import quantize_linears
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IDS = torch.randint(6, 288, (2, 11), generator=torch.Generator().manual_seed(0))
 LABELS = IDS.masked_fill(torch.arange(11) < 4, -100)
-
-
-@pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """hasten's own choice of backend, made "triton" for every tensor."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("hasten.") and hasattr(module, "backend_for"):
-            monkeypatch.setattr(module, "backend_for", lambda x, wanted=None: wanted or "triton")
-
-
-def lora(model: Any, **kwargs: Any) -> Any:
-    torch.manual_seed(3)
-    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **kwargs))
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return adapted
 
 
 def compare(ours: Any, stock: Any, title: str) -> None:

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from hasten.ops.backend import on_device
+
 CODES = {"silu": 0, "swish": 0, "gelu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "relu": 3}
 
 
@@ -90,10 +92,11 @@ def glu_fwd(
     grid, meta = _grid(rows, width)
     for start in range(0, rows, 65535):
         stop = min(start + 65535, rows)
-        _glu_fwd[(grid[0], stop - start)](
-            gate_NF[start:], up_NF[start:], out[start:], gate_NF.stride(0), up_NF.stride(0), width,
-            CODE=CODES[activation], **meta,
-        )  # fmt: skip
+        with on_device(gate_NF):
+            _glu_fwd[(grid[0], stop - start)](
+                gate_NF[start:], up_NF[start:], out[start:], gate_NF.stride(0), up_NF.stride(0), width,
+                CODE=CODES[activation], **meta,
+            )  # fmt: skip
     return out
 
 
@@ -111,12 +114,13 @@ def glu_bwd(
     grid, meta = _grid(rows, width)
     for start in range(0, rows, 65535):
         stop = min(start + 65535, rows)
-        _glu_bwd[(grid[0], stop - start)](
-            d_NF[start:], gate_NF[start:], up_NF[start:], into[0][start:], into[1][start:],
-            out[start:] if out is not None else d_NF,
-            d_NF.stride(0), gate_NF.stride(0), up_NF.stride(0), into[0].stride(0), into[1].stride(0), width,
-            CODE=CODES[activation], WRITE_OUT=out is not None, **meta,
-        )  # fmt: skip
+        with on_device(gate_NF):
+            _glu_bwd[(grid[0], stop - start)](
+                d_NF[start:], gate_NF[start:], up_NF[start:], into[0][start:], into[1][start:],
+                out[start:] if out is not None else d_NF,
+                d_NF.stride(0), gate_NF.stride(0), up_NF.stride(0), into[0].stride(0), into[1].stride(0), width,
+                CODE=CODES[activation], WRITE_OUT=out is not None, **meta,
+            )  # fmt: skip
 
 
 class GluFunction(torch.autograd.Function):

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from hasten.ops.backend import on_device
+
 
 @triton.jit
 def _norm_fwd(
@@ -125,11 +127,12 @@ def norm_fwd(
     mean = torch.empty_like(rstd) if kind == "layer" else rstd
     block = triton.next_power_of_2(width)
     if rows:
-        _norm_fwd[(rows,)](
-            x_ND, weight, y, rstd, mean, x_ND.stride(0), width, weight.numel() // width, eps,
-            LAYER=kind == "layer", UNIT_OFFSET=unit_offset, FP32_WEIGHT=fp32_weight,
-            BLOCK=block, num_warps=_warps(block),
-        )  # fmt: skip
+        with on_device(x_ND):
+            _norm_fwd[(rows,)](
+                x_ND, weight, y, rstd, mean, x_ND.stride(0), width, weight.numel() // width, eps,
+                LAYER=kind == "layer", UNIT_OFFSET=unit_offset, FP32_WEIGHT=fp32_weight,
+                BLOCK=block, num_warps=_warps(block),
+            )  # fmt: skip
     return y, rstd, mean
 
 
@@ -152,12 +155,13 @@ def norm_bwd(
     programs -= programs % heads
     dw = torch.empty(programs, width, device=x_ND.device, dtype=torch.float32) if train_weight else dx
     if rows:
-        _norm_bwd[(programs,)](
-            dy_ND, x_ND, weight, *stats, dsum_ND if dsum_ND is not None else dx, dx, dw, dy_ND.stride(0), x_ND.stride(0),
-            rows, width, heads, programs,
-            LAYER=kind == "layer", UNIT_OFFSET=unit_offset, ADD=dsum_ND is not None, TRAIN_W=train_weight,
-            BLOCK=block, num_warps=_warps(block),
-        )  # fmt: skip
+        with on_device(x_ND):
+            _norm_bwd[(programs,)](
+                dy_ND, x_ND, weight, *stats, dsum_ND if dsum_ND is not None else dx, dx, dw, dy_ND.stride(0), x_ND.stride(0),
+                rows, width, heads, programs,
+                LAYER=kind == "layer", UNIT_OFFSET=unit_offset, ADD=dsum_ND is not None, TRAIN_W=train_weight,
+                BLOCK=block, num_warps=_warps(block),
+            )  # fmt: skip
     if not train_weight:
         return dx, None
     return dx, dw.view(-1, heads, width).sum(0).view(weight.shape).to(weight.dtype)

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from hasten.ops.backend import on_device
+
 
 @triton.jit
 def _load_tables(cos_ptr, sin_ptr, token, T, stride_table, i, half_mask, D, INTERLEAVED: tl.constexpr):
@@ -225,13 +227,14 @@ def qk_rope_fwd(qk: Pair, weights: Pair | None, table: Pair | None, rule: RopeRu
     cos, sin = table if table is not None else qk
     wq, wk = weights if weights is not None else qk
     if grid[0]:
-        _both_fwd[grid](
-            q, k, *out, wq, wk, cos, sin, q.stride(1), q.stride(2), k.stride(1), k.stride(2), out[0].stride(1),
-            out[1].stride(1), q.shape[1], q.shape[2], k.shape[2], q.shape[3], _table_stride(cos) if table else 0,
-            q.shape[3] if weights is not None and wq.dim() == 2 else 0, rule.eps, q_blocks,
-            ROPE=table is not None, INTERLEAVED=rule.interleaved, NORM=weights is not None, LAYER=rule.kind == "layer",
-            UNIT_OFFSET=rule.unit_offset, FP32_WEIGHT=rule.fp32_weight, **meta,
-        )  # fmt: skip
+        with on_device(q):
+            _both_fwd[grid](
+                q, k, *out, wq, wk, cos, sin, q.stride(1), q.stride(2), k.stride(1), k.stride(2), out[0].stride(1),
+                out[1].stride(1), q.shape[1], q.shape[2], k.shape[2], q.shape[3], _table_stride(cos) if table else 0,
+                q.shape[3] if weights is not None and wq.dim() == 2 else 0, rule.eps, q_blocks,
+                ROPE=table is not None, INTERLEAVED=rule.interleaved, NORM=weights is not None, LAYER=rule.kind == "layer",
+                UNIT_OFFSET=rule.unit_offset, FP32_WEIGHT=rule.fp32_weight, **meta,
+            )  # fmt: skip
 
 
 def qk_rope_bwd(  # noqa: PLR0917
@@ -248,14 +251,15 @@ def qk_rope_bwd(  # noqa: PLR0917
     wq, wk = weights if weights is not None else d
     cos, sin = table if table is not None else d
     if grid[0]:
-        _both_bwd[grid](
-            dq, dk, q, k, *out, wq, wk, *partial, cos, sin,
-            dq.stride(1), dq.stride(2), dk.stride(1), dk.stride(2), q.stride(1), q.stride(2), k.stride(1), k.stride(2),
-            out[0].stride(1), out[1].stride(1), dq.shape[1], dq.shape[2], dk.shape[2], dq.shape[3],
-            _table_stride(cos) if table else 0, dq.shape[3] if weights is not None and wq.dim() == 2 else 0, rule.eps,
-            q_blocks, ROPE=table is not None, INTERLEAVED=rule.interleaved, NORM=weights is not None,
-            LAYER=rule.kind == "layer", UNIT_OFFSET=rule.unit_offset, TRAIN_W=train, **meta,
-        )  # fmt: skip
+        with on_device(dq):
+            _both_bwd[grid](
+                dq, dk, q, k, *out, wq, wk, *partial, cos, sin,
+                dq.stride(1), dq.stride(2), dk.stride(1), dk.stride(2), q.stride(1), q.stride(2), k.stride(1), k.stride(2),
+                out[0].stride(1), out[1].stride(1), dq.shape[1], dq.shape[2], dk.shape[2], dq.shape[3],
+                _table_stride(cos) if table else 0, dq.shape[3] if weights is not None and wq.dim() == 2 else 0, rule.eps,
+                q_blocks, ROPE=table is not None, INTERLEAVED=rule.interleaved, NORM=weights is not None,
+                LAYER=rule.kind == "layer", UNIT_OFFSET=rule.unit_offset, TRAIN_W=train, **meta,
+            )  # fmt: skip
     if not train:
         return None, None
     return _sum_to(partial[0], wq), _sum_to(partial[1], wk)

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from hasten.ops.backend import on_device
+
 MAX_RANK = 128
 MAX_RANK_BACKWARD = 32  # beyond, two products of cuBLAS are faster
 MIN_WIDTH_BACKWARD = 2048  # below, too
@@ -80,7 +82,9 @@ def lay_share(base_NF: torch.Tensor, xa_NR: torch.Tensor, b_RF: torch.Tensor) ->
     out = torch.empty(rows, width, device=base_NF.device, dtype=base_NF.dtype)
     tile = {"ROWS": 16, "COLS": 128}
     grid = (triton.cdiv(width, tile["COLS"]), triton.cdiv(rows, tile["ROWS"]))
-    if rows:
+    if not rows:
+        return out
+    with on_device(out):
         _lay_share[grid](
             base_NF, xa_NR, b_RF, out, base_NF.stride(0), xa_NR.stride(0), b_RF.stride(0), out.stride(0),
             rows, width, xa_NR.shape[1], BLOCK_R=rank_block(xa_NR.shape[1]), UPCAST=not out.is_cuda, num_warps=4, **tile,
@@ -103,9 +107,10 @@ def share_bwd(
     splits, strips = triton.cdiv(rows, each), triton.cdiv(width, tile["COLS"])
     parts = torch.empty(strips, rows, block, device=dy_NF.device, dtype=torch.float32)
     sums = torch.empty(splits, width, block, device=dy_NF.device, dtype=torch.float32)
-    _share_bwd[(strips, splits)](
-        dy_NF, xa_NR, b_RF, parts, sums, dy_NF.stride(0), xa_NR.stride(0), b_RF.stride(0), rows, width, xa_NR.shape[1], each,
-        BLOCK_R=block, UPCAST=not dy_NF.is_cuda, **tile,
-    )  # fmt: skip
+    with on_device(dy_NF):
+        _share_bwd[(strips, splits)](
+            dy_NF, xa_NR, b_RF, parts, sums, dy_NF.stride(0), xa_NR.stride(0), b_RF.stride(0), rows, width, xa_NR.shape[1], each,
+            BLOCK_R=block, UPCAST=not dy_NF.is_cuda, **tile,
+        )  # fmt: skip
     rank = xa_NR.shape[1]
     return parts.sum(0)[:, :rank], sums.sum(0)[:, :rank]
