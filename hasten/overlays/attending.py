@@ -1,7 +1,7 @@
 """Who sees whom, settled once per forward of the backbone, in place of the dense masks that transformers would build.
 
 transformers hands a 4-D attention mask to every layer as it is. On a GPU, for whole rows, the backbone's overlay puts the
-rows' spans there: (B, 1, T, 2) int32 (see `ops.attention.spans`), or (1, 1, 0, 2) for plain causal rows. The attention
+rows' spans there: (B, 1, T, 3) int32 (see `ops.attention.spans`), or (1, 1, 0, 3) for plain causal rows. The attention
 overlay knows them by their dtype. Everything else (decoding over a cache, masks that the caller made, an attention
 backend that the user named) goes the way of transformers, whose packing has two gaps that are closed here.
 """
@@ -108,18 +108,18 @@ class BackboneOverlay(Overlay):
         return True
 
 
-def as_mask(spans_BT2: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
-    """Spans in the place of an attention mask: (B, 1, T, 2) int32, or (1, 1, 0, 2) for plain causal rows."""
-    if spans_BT2 is None:
-        return torch.empty(1, 1, 0, 2, dtype=torch.int32, device=rows.device)
-    return spans_BT2[:, None]
+def as_mask(spans_BT3: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
+    """Spans in the place of an attention mask: (B, 1, T, 3) int32, or (1, 1, 0, 3) for plain causal rows."""
+    if spans_BT3 is None:
+        return torch.empty(1, 1, 0, 3, dtype=torch.int32, device=rows.device)
+    return spans_BT3[:, None]
 
 
 def holds_spans(attention_mask: Any) -> TypeGuard[torch.Tensor]:
     """Whether what came as an attention mask is `as_mask`'s."""
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.dtype != torch.int32:
         return False
-    return attention_mask.dim() == 4 and attention_mask.shape[-1] == 2
+    return attention_mask.dim() == 4 and attention_mask.shape[-1] == 3
 
 
 def attend_rows(

@@ -79,7 +79,7 @@ def test_packed_documents_are_what_they_are_alone(name: str, chosen: None) -> No
     seen = masks_seen(ours)
     logits = ours(IDS, position_ids=RESTARTS).logits
     assert len(seen) == 2 and all(
-        m is seen[0] and m.dtype == torch.int32 and m.shape == (1, 1, TOKENS, 2) for m in seen
+        m is seen[0] and m.dtype == torch.int32 and m.shape == (1, 1, TOKENS, 3) for m in seen
     )
     expected = alone(stock)
     assert relative_error(logits, expected) < 2e-5

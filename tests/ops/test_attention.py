@@ -91,7 +91,7 @@ CASES = {
     "window beyond the row": Rows((23,), window=100, softcap=2.0),
     "softcap": Rows((50,), kv=2, softcap=2.0),
     "softcap out of reach": Rows((20,), softcap=50.0),
-    "documents": Rows((13, 1, 1, 20, 5), kv=1),
+    "documents": Rows((13, 1, 1, 80, 5), heads=2, kv=1),
     "a document one longer than a tile": Rows((33, 9), kv=2),
     "documents, window, softcap": Rows((30, 1, 17), kv=2, window=7, softcap=2.0),
     "left padding": Rows((41,), kv=2, padding=18),
@@ -216,24 +216,25 @@ def spans_of(mask: list[int] | None, positions: list[int] | None, starts: list[i
     spans = row_spans(
         (1, tokens, torch.device("cpu")), *given, None if starts is None else torch.tensor(starts, dtype=torch.int32)
     )
-    assert spans is not None and spans.dtype == torch.int32 and spans.shape == (1, tokens, 2)
+    assert spans is not None and spans.dtype == torch.int32 and spans.shape == (1, tokens, 3)
     return spans[0].T.tolist()
 
 
 def test_spans() -> None:
+    """first, last, clear of each token."""
     assert row_spans((1, 3, torch.device("cpu"))) is None
-    assert spans_of(None, [0, 1, 2, 3]) == [[0, 0, 0, 0], [3, 3, 3, 3]]
-    assert spans_of(None, [0, 1, 0, 0, 1, 2]) == [[0, 0, 2, 3, 3, 3], [1, 1, 2, 5, 5, 5]]
-    assert spans_of(None, [5, 6, 9, 10]) == [[0, 0, 2, 2], [1, 1, 3, 3]]  # transformers' rule: not on by one
+    assert spans_of(None, [0, 1, 2, 3]) == [[0, 0, 0, 0], [3, 3, 3, 3], [0, 0, 0, 0]]
+    assert spans_of(None, [0, 1, 0, 0, 1, 2]) == [[0, 0, 2, 3, 3, 3], [1, 1, 2, 5, 5, 5], [0, 0, 2, 3, 3, 3]]
+    assert spans_of(None, [5, 6, 9, 10])[:2] == [[0, 0, 2, 2], [1, 1, 3, 3]]  # transformers' rule: not on by one
     assert spans_of(None, None, [0, 2, 3, 6]) == spans_of(None, [0, 1, 0, 0, 1, 2])
-    assert spans_of([0, 0, 1, 1], None) == [[2, 2, 2, 2], [-1, -1, 3, 3]]
-    assert spans_of([1, 1, 0, 0], None) == [[0, 0, 0, 0], [3, 3, -1, -1]]
+    assert spans_of([0, 0, 1, 1], None) == [[2, 2, 2, 2], [-1, -1, 3, 3], [2, 2, 2, 2]]
+    assert spans_of([1, 1, 0, 0], None) == [[0, 0, 0, 0], [3, 3, -1, -1], [0, 0, 3, 4]]
     for positions in ([0, 0, 0, 1, 2], [1, 1, 0, 1, 2]):  # both ways in which generate counts padding
-        assert spans_of([0, 0, 1, 1, 1], positions) == [[2, 2, 2, 2, 2], [-1, -1, 4, 4, 4]]
+        assert spans_of([0, 0, 1, 1, 1], positions) == [[2, 2, 2, 2, 2], [-1, -1, 4, 4, 4], [2, 2, 2, 2, 2]]
     for positions in ([0, 1, 1, 2, 3], [0, 1, 2, 3, 4]):  # padding between tokens starts no document
-        assert spans_of([1, 1, 0, 1, 1], positions) == [[0, 0, 0, 0, 0], [4, 4, -1, 4, 4]]
-    assert spans_of([1, 1, 1, 1, 0], [0, 1, 0, 1, 0]) == [[0, 0, 2, 2, 2], [1, 1, 4, 4, -1]]
-    assert spans_of([0, 0, 0], None) == [[0, 0, 0], [-1, -1, -1]]
+        assert spans_of([1, 1, 0, 1, 1], positions) == [[0, 0, 0, 0, 0], [4, 4, -1, 4, 4], [0, 0, 3, 3, 3]]
+    assert spans_of([1, 1, 1, 1, 0], [0, 1, 0, 1, 0]) == [[0, 0, 2, 2, 2], [1, 1, 4, 4, -1], [0, 0, 2, 2, 5]]
+    assert spans_of([0, 0, 0], None) == [[0, 0, 0], [-1, -1, -1], [1, 2, 3]]
 
 
 @both
@@ -249,6 +250,31 @@ def test_padding_between_tokens_is_seen_by_nobody(backend: Any) -> None:
     assert torch.equal(attention(q, k, v, 0.3, None, None, spans, backend), out)
 
 
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("holes", [(), (40,), (0, 63, 64)])
+def test_padding_in_rows_of_many_tiles(holes: tuple[int, ...], window: int | None) -> None:
+    """Right padding, holes, documents: tiles without a mask must hold none of them."""
+    rows = Rows((150,), heads=2, kv=1, window=window)
+    mask = torch.ones(2, 150, dtype=torch.long)
+    mask[1, 130:] = 0
+    mask[1, list(holes)] = 0
+    positions = torch.arange(150).expand(2, -1).clone()
+    positions[1, 20:] -= 20
+    spans = row_spans((2, 150, torch.device(DEVICE)), mask, positions)
+    results = []
+    inputs = [x.to(DEVICE) for x in rows.draw()]
+    upstream = torch.randn(2, 150, 2, 16, device=DEVICE)
+    for backend in ("triton", "reference"):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        if backend == "triton":
+            out = flash(*leaves, 0.3, window, None, spans, SMALL)
+        else:
+            out = attention(*leaves, 0.3, window, None, spans, "reference")
+        results.append([out, *torch.autograd.grad(out, leaves, upstream)])
+    for mine, expected in zip(*results, strict=True):
+        assert relative_error(mine, expected) < 3e-6
+
+
 def test_the_choice_of_backend() -> None:
     assert attention_backend(64, None, None, spans=False) == "sdpa"
     assert attention_backend(64, 64, None, spans=False) == "sdpa"
@@ -258,7 +284,7 @@ def test_the_choice_of_backend() -> None:
     rows = Rows((21,), kv=2, window=30)
     assert_as_good_as_torch(rows.ours("sdpa"), rows.formula(), rows.draw(), torch.float32)
     q, k, v = (x.to(DEVICE) for x in rows.draw())
-    for arguments in ((0.3, 7), (0.3, None, 2.0), (0.3, None, None, torch.zeros(2, 21, 2, dtype=torch.int32))):
+    for arguments in ((0.3, 7), (0.3, None, 2.0), (0.3, None, None, torch.zeros(2, 21, 3, dtype=torch.int32))):
         with pytest.raises(ValueError, match="use 'triton'"):
             attention(q, k, v, *arguments, backend="sdpa")
 
@@ -282,7 +308,7 @@ def test_what_the_kernels_refuse() -> None:
     with pytest.raises(ValueError, match="must share"):
         attention(q, q.half(), q, 1.0, backend="triton")
     with pytest.raises(ValueError, match="spans are"):
-        attention(q, q, q, 1.0, None, None, torch.zeros(1, 5, 2, device=DEVICE), backend="triton")
+        attention(q, q, q, 1.0, None, None, torch.zeros(1, 5, 3, device=DEVICE), backend="triton")
 
 
 def test_gradcheck_of_the_reference() -> None:

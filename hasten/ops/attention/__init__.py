@@ -52,7 +52,7 @@ def attention(  # noqa: PLR0913
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
-    spans_BT2: torch.Tensor | None = None,
+    spans_BT3: torch.Tensor | None = None,
     backend: AttentionBackend | None = None,
 ) -> torch.Tensor:
     """Causal attention of whole rows (as many queries as keys). Nothing of size T x T is made but by the reference.
@@ -70,16 +70,16 @@ def attention(  # noqa: PLR0913
     if window is not None and window < 1:
         raise ValueError(f"a window counts the token itself, so it is 1 or more; got {window}")
     if backend is None and backend_for(q_BTHD) == "triton":
-        backend = attention_backend(tokens, window, softcap, spans_BT2 is not None)
+        backend = attention_backend(tokens, window, softcap, spans_BT3 is not None)
     if backend == "sdpa":
-        if attention_backend(tokens, window, softcap, spans_BT2 is not None) != "sdpa":
+        if attention_backend(tokens, window, softcap, spans_BT3 is not None) != "sdpa":
             raise ValueError("torch's attention without a dense mask knows no window, softcap or spans; use 'triton'")
         return _sdpa(q_BTHD, k_BTKD, v_BTKD, scale)
     if backend == "triton":
         from hasten.ops.attention import kernel
 
-        return kernel.attention(q_BTHD, k_BTKD, v_BTKD, scale, window, softcap, spans_BT2)
-    return reference.attention(q_BTHD, k_BTKD, v_BTKD, scale, window, softcap, spans_BT2)
+        return kernel.attention(q_BTHD, k_BTKD, v_BTKD, scale, window, softcap, spans_BT3)
+    return reference.attention(q_BTHD, k_BTKD, v_BTKD, scale, window, softcap, spans_BT3)
 
 
 def _sdpa(q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, scale: float) -> torch.Tensor:

@@ -46,7 +46,7 @@ def _fwd_range(
             key = start + rows
             last = key
             if SPANS:
-                last = tl.load(spans_ptr + key.to(tl.int64) * 2 + 1, mask=key < T, other=-1)
+                last = tl.load(spans_ptr + key.to(tl.int64) * 3 + 1, mask=key < T, other=-1)
             seen = visible(query[:, None], key[None, :], last[None, :], window, WINDOW, SPANS)
             scores = tl.where(seen, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
@@ -78,21 +78,20 @@ def _attention_fwd(
     q = tile(q_ptr + b * stride_qb + h * stride_qh, first_query, stride_qt, rows, cols, T, D, True, PAD)
     k_ptr += b * stride_kb + h // GROUP * stride_kh
     v_ptr += b * stride_vb + h // GROUP * stride_vh
-    spans_ptr += b * T * 2
+    spans_ptr += b * T * 3
     lo, full, diagonal, hi = key_range(spans_ptr, first_query, T, window, WINDOW, SPANS, QUERIES, KEYS)
     acc = tl.zeros((QUERIES, CHANNELS), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     top = tl.full((QUERIES,), float("-inf"), tl.float32)
-    if not SPANS:
-        if WINDOW:
-            acc, total, top = _fwd_range(
-                acc, total, top, q, k_ptr, v_ptr, spans_ptr, lo, full, query, stride_kt, stride_vt, T, D, window, scale, cap,
-                True, WINDOW, SPANS, SOFTCAP, KEYS, CHANNELS, PAD, UPCAST, EXACT,
-            )  # fmt: skip
+    if WINDOW or SPANS:
         acc, total, top = _fwd_range(
-            acc, total, top, q, k_ptr, v_ptr, spans_ptr, full, diagonal, query, stride_kt, stride_vt, T, D, window, scale, cap,
-            False, WINDOW, SPANS, SOFTCAP, KEYS, CHANNELS, PAD, UPCAST, EXACT,
+            acc, total, top, q, k_ptr, v_ptr, spans_ptr, lo, full, query, stride_kt, stride_vt, T, D, window, scale, cap,
+            True, WINDOW, SPANS, SOFTCAP, KEYS, CHANNELS, PAD, UPCAST, EXACT,
         )  # fmt: skip
+    acc, total, top = _fwd_range(
+        acc, total, top, q, k_ptr, v_ptr, spans_ptr, full, diagonal, query, stride_kt, stride_vt, T, D, window, scale, cap,
+        False, WINDOW, SPANS, SOFTCAP, KEYS, CHANNELS, PAD, UPCAST, EXACT,
+    )  # fmt: skip
     acc, total, top = _fwd_range(
         acc, total, top, q, k_ptr, v_ptr, spans_ptr, diagonal, hi, query, stride_kt, stride_vt, T, D, window, scale, cap,
         True, WINDOW, SPANS, SOFTCAP, KEYS, CHANNELS, PAD, UPCAST, EXACT,
@@ -156,7 +155,7 @@ def attention(  # noqa: PLR0913
     scale: float,
     window: int | None,
     softcap: float | None,
-    spans_BT2: torch.Tensor | None,
+    spans_BT3: torch.Tensor | None,
     tiles: Tiles | None = None,
 ) -> torch.Tensor:
     """tiles: None = by dtype and head size. Raises ValueError for heads, dtypes or spans that the kernels do not take."""
@@ -167,11 +166,11 @@ def attention(  # noqa: PLR0913
         raise ValueError(
             f"q, k, v must share float32, bfloat16 or float16; got {q_BTHD.dtype}, {k_BTKD.dtype}, {v_BTKD.dtype}"
         )
-    if spans_BT2 is not None:
-        if spans_BT2.shape != (*q_BTHD.shape[:2], 2) or spans_BT2.dtype != torch.int32:
-            raise ValueError(f"spans are (B, T, 2) int32; got {tuple(spans_BT2.shape)} {spans_BT2.dtype}")
-        spans_BT2 = spans_BT2.contiguous()
+    if spans_BT3 is not None:
+        if spans_BT3.shape != (*q_BTHD.shape[:2], 3) or spans_BT3.dtype != torch.int32:
+            raise ValueError(f"spans are (B, T, 3) int32; got {tuple(spans_BT3.shape)} {spans_BT3.dtype}")
+        spans_BT3 = spans_BT3.contiguous()
     if q_BTHD.numel() == 0:
         return torch.zeros_like(q_BTHD)
     rule = Rule(scale, window, softcap)
-    return AttentionFunction.apply(q_BTHD, k_BTKD, v_BTKD, spans_BT2, rule, tiles)  # pyright: ignore[reportReturnType]
+    return AttentionFunction.apply(q_BTHD, k_BTKD, v_BTKD, spans_BT3, rule, tiles)  # pyright: ignore[reportReturnType]

@@ -34,13 +34,13 @@ def attention(  # noqa: PLR0917
     scale: float,
     window: int | None,
     softcap: float | None,
-    spans_BT2: torch.Tensor | None,
+    spans_BT3: torch.Tensor | None,
 ) -> torch.Tensor:
     q, k, v = (at_least_fp32(x) for x in (q_BTHD, k_BTKD, v_BTKD))
     grouped = q.unflatten(2, (k.shape[2], -1))
     scores = torch.einsum("btkgd,bskd->bkgts", grouped, k) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    visible = visible_keys(q.shape[1], window, spans_BT2, q.device)[:, None, None]
+    visible = visible_keys(q.shape[1], window, spans_BT3, q.device)[:, None, None]
     weights = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1) * visible
     return torch.einsum("bkgts,bskd->btkgd", weights, v).flatten(2, 3).to(q_BTHD.dtype)

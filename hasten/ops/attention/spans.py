@@ -1,9 +1,12 @@
-"""Who sees whom in rows that hold several documents or padding, as two numbers a token instead of a T x T mask.
+"""Who sees whom in rows that hold several documents or padding, as three numbers a token instead of a T x T mask.
 
-spans_BT2 (int32): [..., 0] = first key that query t may see, [..., 1] = last query that may see key s (-1: none may).
-Key s is visible to query t where first[t] <= s <= t <= last[s]. `first` never decreases along a row, and both columns
-say the same thing of a document; `last` alone tells of padding between tokens. Made on the device, without looking at it
-from the host.
+spans_BT3 (int32):
+    [..., 0] first   the first key that query t may see
+    [..., 1] last    the last query that may see key s, -1 where none may
+    [..., 2] clear   from this key on query t sees every one up to itself; t + 1 where it does not even see itself
+Key s is visible to query t where first[t] <= s <= t <= last[s]. Of documents `first` and `last` say the same; `last` alone
+tells of padding between tokens. `first` and `clear` never decrease along a row and only save the kernels work: blocks that
+need no visit, blocks that need no mask. Made on the device, without looking at it from the host.
 """
 
 import torch
@@ -20,7 +23,7 @@ def row_spans(
     attention_mask: (B, T), zero = padding, wherever it stands. position_ids: (B or 1, T); a document starts where they
     do not go on by one, as in transformers' packed rows; beside a mask (which makes transformers overlook packing) where
     they do not grow from one real token to the next. document_starts: offsets into the B * T tokens (`cu_seq_lens_q`).
-    Returns (B, T, 2) int32.
+    Returns (B, T, 3) int32.
     """
     if attention_mask_BT is None and position_ids_BT is None and document_starts_N is None:
         return None
@@ -38,10 +41,12 @@ def row_spans(
     # A token's document ends before the next start at its right.
     starts_after = torch.nn.functional.pad(torch.where(starts_BT, index_T, tokens)[:, 1:], (0, 1), value=tokens)
     last_BT = starts_after.flip(1).cummin(1).values.flip(1) - 1
+    clear_BT = first_BT
     if real_BT is not None:
         first_BT = torch.maximum(first_BT, real_BT.int().argmax(1, keepdim=True))
         last_BT = torch.where(real_BT, last_BT, -1)
-    return torch.stack((first_BT, last_BT), -1).int()
+        clear_BT = torch.maximum(first_BT, torch.where(real_BT, 0, index_T + 1).cummax(1).values)
+    return torch.stack((first_BT, last_BT, clear_BT), -1).int()
 
 
 def document_starts(position_ids_BT: torch.Tensor, real_BT: torch.Tensor | None) -> torch.Tensor:
@@ -58,13 +63,13 @@ def document_starts(position_ids_BT: torch.Tensor, real_BT: torch.Tensor | None)
     return starts
 
 
-def visible_keys(tokens: int, window: int | None, spans_BT2: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+def visible_keys(tokens: int, window: int | None, spans_BT3: torch.Tensor | None, device: torch.device) -> torch.Tensor:
     """The dense mask, (B or 1, T, T) bool, True = visible: causal, in the window (the token itself counts), in the spans."""
     query, key = torch.arange(tokens, device=device)[:, None], torch.arange(tokens, device=device)
     visible = key <= query
     if window is not None:
         visible = visible & (key > query - window)
-    if spans_BT2 is None:
+    if spans_BT3 is None:
         return visible[None]
-    first_BT, last_BT = spans_BT2.unbind(-1)
+    first_BT, last_BT, _ = spans_BT3.unbind(-1)
     return visible & (key >= first_BT[:, :, None]) & (query <= last_BT[:, None])

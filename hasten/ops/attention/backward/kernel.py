@@ -78,9 +78,9 @@ def _attention_dkdv(
     if WINDOW:
         whole_end = tl.minimum(T, first_key + window)
     if SPANS:
-        last = tl.load(spans_ptr + (b * T + key) * 2 + 1, mask=key < T, other=-1)
+        last = tl.load(spans_ptr + (b * T + key) * 3 + 1, mask=key < T, other=-1)
         hi = tl.minimum(hi, tl.max(last, 0) + 1)
-        diagonal = hi
+        whole_end = tl.minimum(whole_end, tl.min(tl.where(key < T, last, T), 0) + 1)
     diagonal = tl.minimum(diagonal, hi)
     whole = diagonal + tl.maximum(whole_end - diagonal, 0) // QUERIES * QUERIES
     dk = tl.zeros((KEYS, CHANNELS), tl.float32)
@@ -93,15 +93,14 @@ def _attention_dkdv(
             dk, dv, k, v, q_head, d_head, lse_head, delta_head, first_key, diagonal, key, last, stride_qt, stride_dt, T, D,
             window, scale, cap, True, WINDOW, SPANS, SOFTCAP, QUERIES, CHANNELS, PAD, UPCAST, EXACT,
         )  # fmt: skip
-        if not SPANS:
-            dk, dv = _dkdv_range(
-                dk, dv, k, v, q_head, d_head, lse_head, delta_head, diagonal, whole, key, last, stride_qt, stride_dt, T, D,
-                window, scale, cap, False, WINDOW, SPANS, SOFTCAP, QUERIES, CHANNELS, PAD, UPCAST, EXACT,
-            )  # fmt: skip
-            dk, dv = _dkdv_range(
-                dk, dv, k, v, q_head, d_head, lse_head, delta_head, whole, hi, key, last, stride_qt, stride_dt, T, D,
-                window, scale, cap, True, WINDOW, SPANS, SOFTCAP, QUERIES, CHANNELS, PAD, UPCAST, EXACT,
-            )  # fmt: skip
+        dk, dv = _dkdv_range(
+            dk, dv, k, v, q_head, d_head, lse_head, delta_head, diagonal, whole, key, last, stride_qt, stride_dt, T, D,
+            window, scale, cap, False, WINDOW, SPANS, SOFTCAP, QUERIES, CHANNELS, PAD, UPCAST, EXACT,
+        )  # fmt: skip
+        dk, dv = _dkdv_range(
+            dk, dv, k, v, q_head, d_head, lse_head, delta_head, whole, hi, key, last, stride_qt, stride_dt, T, D,
+            window, scale, cap, True, WINDOW, SPANS, SOFTCAP, QUERIES, CHANNELS, PAD, UPCAST, EXACT,
+        )  # fmt: skip
     where = ((b * T + key) * kv_heads + g)[:, None] * D + cols[None, :]
     mask = (key < T)[:, None] & (cols < D)[None, :]
     tl.store(dk_ptr + where, (dk * plain_scale).to(dk_ptr.dtype.element_ty), mask=mask)
@@ -124,7 +123,7 @@ def _dq_range(
             key = start + rows
             last = key
             if SPANS:
-                last = tl.load(spans_ptr + key.to(tl.int64) * 2 + 1, mask=key < T, other=-1)
+                last = tl.load(spans_ptr + key.to(tl.int64) * 3 + 1, mask=key < T, other=-1)
             p = tl.where(visible(query[:, None], key[None, :], last[None, :], window, WINDOW, SPANS), p, 0.0)
         ds = p * (dot(d, tl.trans(v), UPCAST) - delta[:, None]) * slope
         dq += dot(ds.to(k.dtype), k, UPCAST)
@@ -150,19 +149,18 @@ def _attention_dq(
     delta = tl.load(delta_ptr + (b * H + h) * T + query, mask=query < T, other=0.0)
     k_ptr += b * stride_kb + h // GROUP * stride_kh
     v_ptr += b * stride_vb + h // GROUP * stride_vh
-    spans_ptr += b * T * 2
+    spans_ptr += b * T * 3
     lo, full, diagonal, hi = key_range(spans_ptr, first_query, T, window, WINDOW, SPANS, QUERIES, KEYS)
     dq = tl.zeros((QUERIES, CHANNELS), tl.float32)
-    if not SPANS:
-        if WINDOW:
-            dq = _dq_range(
-                dq, q, d, lse, delta, k_ptr, v_ptr, spans_ptr, lo, full, query, stride_kt, stride_vt, T, D, window, scale,
-                cap, True, WINDOW, SPANS, SOFTCAP, KEYS, CHANNELS, PAD, UPCAST, EXACT,
-            )  # fmt: skip
+    if WINDOW or SPANS:
         dq = _dq_range(
-            dq, q, d, lse, delta, k_ptr, v_ptr, spans_ptr, full, diagonal, query, stride_kt, stride_vt, T, D, window, scale,
-            cap, False, WINDOW, SPANS, SOFTCAP, KEYS, CHANNELS, PAD, UPCAST, EXACT,
+            dq, q, d, lse, delta, k_ptr, v_ptr, spans_ptr, lo, full, query, stride_kt, stride_vt, T, D, window, scale,
+            cap, True, WINDOW, SPANS, SOFTCAP, KEYS, CHANNELS, PAD, UPCAST, EXACT,
         )  # fmt: skip
+    dq = _dq_range(
+        dq, q, d, lse, delta, k_ptr, v_ptr, spans_ptr, full, diagonal, query, stride_kt, stride_vt, T, D, window, scale,
+        cap, False, WINDOW, SPANS, SOFTCAP, KEYS, CHANNELS, PAD, UPCAST, EXACT,
+    )  # fmt: skip
     dq = _dq_range(
         dq, q, d, lse, delta, k_ptr, v_ptr, spans_ptr, diagonal, hi, query, stride_kt, stride_vt, T, D, window, scale, cap,
         True, WINDOW, SPANS, SOFTCAP, KEYS, CHANNELS, PAD, UPCAST, EXACT,

@@ -135,16 +135,14 @@ def key_range(spans_ptr, first_query, T, window, WINDOW: tl.constexpr, SPANS: tl
                KEYS: tl.constexpr):  # fmt: skip
     """(lo, full, diagonal, hi): keys in [full, diagonal) are seen by every query of the block, whole blocks of them."""
     lo = first_query * 0
+    clear = lo
+    hi = tl.minimum(first_query + QUERIES, T)
     if WINDOW:
         lo = tl.maximum(lo, first_query - window + 1)
+        clear = first_query + QUERIES - window
     if SPANS:
-        lo = tl.maximum(lo, tl.load(spans_ptr + first_query.to(tl.int64) * 2))
-    hi = tl.minimum(first_query + QUERIES, T)
+        lo = tl.maximum(lo, tl.load(spans_ptr + first_query.to(tl.int64) * 3))
+        clear = tl.maximum(clear, tl.load(spans_ptr + (hi - 1).to(tl.int64) * 3 + 2))
     diagonal = lo + tl.maximum(first_query + 1 - lo, 0) // KEYS * KEYS
-    full = lo
-    if WINDOW:
-        full = lo + tl.cdiv(tl.maximum(first_query + QUERIES - window - lo, 0), KEYS) * KEYS
-        full = tl.minimum(full, diagonal)
-    if SPANS:  # padding may stand anywhere
-        full, diagonal = lo, lo
+    full = tl.minimum(lo + tl.cdiv(tl.maximum(clear - lo, 0), KEYS) * KEYS, diagonal)
     return lo, full, diagonal, hi
