@@ -38,7 +38,7 @@ TABLE = {
 }
 """By the padded head's channels, for 16-bit inputs."""
 
-FP32 = Tiles(Tile(32, 32, 8, 1), Tile(16, 32, 4, 1), Tile(32, 32, 4, 1))
+FP32 = Tiles(Tile(32, 32, 8, 1), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1))
 FP32_WIDE = Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))
 
 
