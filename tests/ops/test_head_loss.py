@@ -249,8 +249,11 @@ def test_rows_of_many_blocks(words: int, softcap: float | None, columns: int) ->
         scores = torch.full((6, 5), float("nan"), device=DEVICE)
         found.append((scores, score_rows(raw.clone(), labels, rule, scores, upstream, **extra)))
     (scores, d_raw), (mine, d_mine) = found
-    torch.testing.assert_close(mine, scores, rtol=1e-5, atol=2e-5)
-    torch.testing.assert_close(d_mine, d_raw, rtol=1e-5, atol=2e-5)
+    # A GPU multiplies and subtracts in one rounding, so what is left of logits in the ten thousands is off by their own ulp.
+    for row in range(5):
+        atol = 2e-5 + (0.0 if DEVICE == "cpu" or softcap else float(raw[row].abs().max()) * 2**-23)
+        torch.testing.assert_close(mine[:, row], scores[:, row], rtol=1e-5, atol=atol)
+        torch.testing.assert_close(d_mine[row], d_raw[row], rtol=1e-5, atol=atol)
 
 
 @both

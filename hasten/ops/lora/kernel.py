@@ -39,11 +39,15 @@ def flat_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def project(
-    x_NE: torch.Tensor, linears: Sequence[LoraLinear], residual_NO: torch.Tensor | None = None
+    x_NE: torch.Tensor,
+    linears: Sequence[LoraLinear],
+    residual_NO: torch.Tensor | None = None,
+    xa: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, Adapters | None]:
-    """(y (N, O), x @ A.T (N, R), adapters): all linears' outputs side by side."""
+    """(y (N, O), x @ A.T (N, R), adapters): all linears' outputs side by side. xa: x @ A.T, where it was made before."""
     found = adapters(linears, x_NE.dtype)
-    xa = None if found is None else x_NE @ found.a.T
+    if found is not None and xa is None:
+        xa = x_NE @ found.a.T
     bias = bias_of(linears, x_NE.dtype)
     base = residual_NO
     if base is None and bias is not None:

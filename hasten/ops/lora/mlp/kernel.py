@@ -1,4 +1,9 @@
-"""The gated MLP: gate and up in one buffer, over which the backward writes their gradients, the activation made again."""
+"""The gated MLP: gate and up in one buffer, over which the backward writes their gradients, the activation made again.
+
+Two Functions: the first one keeps all there is to keep and has the whole backward; the second one, the last product, keeps
+nothing. So a layer that is recomputed stops before that product (torch's checkpoint stops once it has all kept tensors).
+Between them runs a `thread`: a tensor of the output's shape without memory of its own, whose gradient is the output's.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from hasten.ops.glu.kernel import glu_bwd, glu_fwd
-from hasten.ops.lora.joint import parameter_gradients, parameters
+from hasten.ops.lora.joint import adapters, parameter_gradients, parameters, widths
 from hasten.ops.lora.kernel import Kept, flat_rows, input_gradient, needs_input, project, thin_gradients
 
 if TYPE_CHECKING:
@@ -17,25 +22,27 @@ if TYPE_CHECKING:
     from hasten.ops.norm import NormInput
 
 
-class LoraMlpFunction(torch.autograd.Function):
+class LoraGluFunction(torch.autograd.Function):
+    """(product, product @ A.T of down or None, thread)."""
+
     @staticmethod
-    def forward(  # noqa: PLR0917
-        ctx: Any, x: torch.Tensor, residual: torch.Tensor | None, made_from: Any, linears: Any, activation: str, *_: Any
-    ) -> torch.Tensor:
-        flat = flat_rows(x)
+    def forward(ctx: Any, x: torch.Tensor, made_from: Any, linears: Any, activation: str, *_: Any) -> Any:
+        flat, down = flat_rows(x), linears[2:]
         gu, xa, found = project(flat, linears[:2])
         product = glu_fwd(*gu.chunk(2, dim=1), activation)
-        out, pa, down = project(product, linears[2:], None if residual is None else flat_rows(residual))
+        ab_down = adapters(down, product.dtype)
+        pa = None if ab_down is None else product @ ab_down.a.T
         ab = (None, None) if found is None else (found.a, found.b)
-        ab_down = (None, None) if down is None else (down.a, down.b)
-        ctx.save_for_backward(*Kept.tensors(flat, made_from, needs_input(linears[:2])), xa, *ab, pa, *ab_down, gu)
+        kept_down = (None, None) if ab_down is None else (ab_down.a, ab_down.b)
+        ctx.save_for_backward(*Kept.tensors(flat, made_from, needs_input(linears[:2])), xa, *ab, pa, *kept_down, gu)
         ctx.linears, ctx.rule, ctx.activation, ctx.shape = linears, Kept.rule(made_from), activation, x.shape
-        ctx.has_residual, ctx.spent = residual is not None, False
-        return out.view(*x.shape[:-1], -1)
+        ctx.spent = False
+        ctx.mark_non_differentiable(*(t for t in (product, pa) if t is not None))
+        return product, pa, product.new_empty(1).expand(len(flat), sum(widths(down)))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+    def backward(ctx: Any, _product: Any, _pa: Any, grad: torch.Tensor) -> Any:
         if ctx.spent:
             raise RuntimeError("lora_mlp's backward ran already and overwrote what it had kept; run the forward again")
         ctx.spent = True
@@ -51,8 +58,21 @@ class LoraMlpFunction(torch.autograd.Function):
         d_xa, d_b = thin_gradients(both, gu, xa, b)
         dx = input_gradient(gu, both, d_xa, a).view(ctx.shape) if ctx.needs_input_grad[0] else None
         flat = Kept.rows(source, norm_weight, ctx.rule)
-        d_residual = grad if ctx.has_residual else None
-        return dx, d_residual, None, None, None, *parameter_gradients(both, gu, flat, d_xa, d_b), *d_down
+        return dx, None, None, None, *parameter_gradients(both, gu, flat, d_xa, d_b), *d_down
+
+
+class DownFunction(torch.autograd.Function):
+    """The last product, on top of a residual where given. All gradients but the residual's are made behind `thread`."""
+
+    @staticmethod
+    def forward(ctx: Any, thread: Any, product: Any, pa: Any, residual: torch.Tensor | None, down: Any) -> torch.Tensor:
+        ctx.shape = None if residual is None else residual.shape
+        return project(product, (down,), None if residual is None else flat_rows(residual), pa)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> Any:
+        return dy, None, None, None if ctx.shape is None else dy.view(ctx.shape), None
 
 
 def lora_mlp(
@@ -62,4 +82,6 @@ def lora_mlp(
     residual: torch.Tensor | None,
     made_from: NormInput | None,
 ) -> torch.Tensor:
-    return LoraMlpFunction.apply(x, residual, made_from, tuple(linears), activation, *parameters(linears))  # pyright: ignore[reportReturnType]
+    product, pa, thread = LoraGluFunction.apply(x, made_from, tuple(linears), activation, *parameters(linears))  # pyright: ignore[reportGeneralTypeIssues]
+    out: torch.Tensor = DownFunction.apply(thread, product, pa, residual, linears[2])  # pyright: ignore[reportAssignmentType]
+    return out.view(*x.shape[:-1], -1)
