@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from hasten.ops.attention import LARGEST_HEAD
 from hasten.ops.attention.backward.kernel import attention_bwd
 from hasten.ops.attention.tiles.kernel import (
     LENGTHS,
@@ -28,7 +29,6 @@ from hasten.ops.attention.tiles.kernel import (
 )
 from hasten.ops.backend import on_device
 
-LARGEST_HEAD = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
