@@ -64,9 +64,10 @@ def _build_fast(variant: str, job: Job, mode: str, folder: Path) -> Any:
     )
     if job.kind == "full":
         return model.train()
-    return FastLanguageModel.get_peft_model(
+    adapted: Any = FastLanguageModel.get_peft_model(
         model, r=RANK, target_modules=LINEARS, lora_alpha=ALPHA, use_gradient_checkpointing=checkpointing
     )
+    return adapted.train()
 
 
 def _build_transformers(variant: str, job: Job, mode: str, folder: Path) -> Any:

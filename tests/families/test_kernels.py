@@ -157,3 +157,26 @@ def test_recompute_ends_before_the_last_product(name: str, kernels: None, monkey
         assert sorted(calls) == [1, 1, *([2] * (4 if recompute else 2))]  # 1: down alone; 2: gate and up together
     for parameter, gradient in found[0].items():
         assert relative_error(found[1][parameter], gradient) <= (0 if DEVICE == "cpu" else 1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_decoding_two_rows_over_a_cache(name: str, kernels: None) -> None:
+    """Token by token, the second row padded on the left, against stock's own decoding."""
+    stock = tiny_model(name, num_hidden_layers=2, **_two_layers(name)).to(DEVICE).eval()
+    ours = copy.deepcopy(stock)
+    apply(ours)
+    mask = torch.ones(2, 11, dtype=torch.long, device=DEVICE)
+    mask[1, :3] = 0
+    logits = []
+    for model in (ours, stock):
+        steps, past = [], None
+        with torch.no_grad():
+            for start, stop in ((0, 8), (8, 9), (9, 10), (10, 11)):
+                out = model(
+                    IDS[:, start:stop].to(DEVICE), attention_mask=mask[:, :stop], past_key_values=past, use_cache=True,
+                    position_ids=(mask[:, :stop].cumsum(-1) - 1).clamp(min=0)[:, start:],
+                )  # fmt: skip
+                past = out.past_key_values
+                steps.append(out.logits[:, -1])
+        logits.append(torch.stack(steps))
+    assert relative_error(logits[0], logits[1]) < 2e-5

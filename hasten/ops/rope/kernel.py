@@ -195,8 +195,13 @@ def _plan(q: torch.Tensor, k: torch.Tensor) -> tuple[tuple[int, int], dict[str, 
 
 def flat_tokens(x: torch.Tensor) -> torch.Tensor:
     """Rows of one token each: (B, T, H, D) whose B and T strides fold into one and whose channels are contiguous."""
-    foldable = x.stride(3) == 1 and (x.shape[0] == 1 or x.stride(0) == x.stride(1) * x.shape[1])
+    foldable = x.stride(3) == 1 and (1 in x.shape[:2] or x.stride(0) == x.stride(1) * x.shape[1])
     return x if foldable else x.contiguous()
+
+
+def token_stride(x_BTHD: torch.Tensor) -> int:
+    """Elements from one token to the next, over rows and batch alike. (The stride of an axis of length one says nothing.)"""
+    return x_BTHD.stride(0) if x_BTHD.shape[1] == 1 else x_BTHD.stride(1)
 
 
 def _table_stride(table: torch.Tensor) -> int:
@@ -229,8 +234,8 @@ def qk_rope_fwd(qk: Pair, weights: Pair | None, table: Pair | None, rule: RopeRu
     if grid[0]:
         with on_device(q):
             _both_fwd[grid](
-                q, k, *out, wq, wk, cos, sin, q.stride(1), q.stride(2), k.stride(1), k.stride(2), out[0].stride(1),
-                out[1].stride(1), q.shape[1], q.shape[2], k.shape[2], q.shape[3], _table_stride(cos) if table else 0,
+                q, k, *out, wq, wk, cos, sin, token_stride(q), q.stride(2), token_stride(k), k.stride(2), token_stride(out[0]),
+                token_stride(out[1]), q.shape[1], q.shape[2], k.shape[2], q.shape[3], _table_stride(cos) if table else 0,
                 q.shape[3] if weights is not None and wq.dim() == 2 else 0, rule.eps, q_blocks,
                 ROPE=table is not None, INTERLEAVED=rule.interleaved, NORM=weights is not None, LAYER=rule.kind == "layer",
                 UNIT_OFFSET=rule.unit_offset, FP32_WEIGHT=rule.fp32_weight, **meta,
@@ -254,8 +259,8 @@ def qk_rope_bwd(  # noqa: PLR0917
         with on_device(dq):
             _both_bwd[grid](
                 dq, dk, q, k, *out, wq, wk, *partial, cos, sin,
-                dq.stride(1), dq.stride(2), dk.stride(1), dk.stride(2), q.stride(1), q.stride(2), k.stride(1), k.stride(2),
-                out[0].stride(1), out[1].stride(1), dq.shape[1], dq.shape[2], dk.shape[2], dq.shape[3],
+                token_stride(dq), dq.stride(2), token_stride(dk), dk.stride(2), token_stride(q), q.stride(2), token_stride(k), k.stride(2),
+                token_stride(out[0]), token_stride(out[1]), dq.shape[1], dq.shape[2], dk.shape[2], dq.shape[3],
                 _table_stride(cos) if table else 0, dq.shape[3] if weights is not None and wq.dim() == 2 else 0, rule.eps,
                 q_blocks, ROPE=table is not None, INTERLEAVED=rule.interleaved, NORM=weights is not None,
                 LAYER=rule.kind == "layer", UNIT_OFFSET=rule.unit_offset, TRAIN_W=train, **meta,
