@@ -43,7 +43,8 @@ class Products:
 
     def attend(self) -> torch.Tensor:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return scaled_dot_product_attention(*self.qkv, is_causal=True, enable_gqa=True)
+            q, k, v = self.qkv
+            return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
     def layer(self, weights: list[torch.Tensor]) -> None:
         for _ in range(2 if self.recompute else 1):

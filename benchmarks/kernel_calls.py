@@ -4,6 +4,7 @@
 is what the sanitizers watch (benchmarks/sanitize.py). A new kernel gets a line in CALLS; a test finds the one that has none.
 """
 
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -93,12 +94,15 @@ def _loras() -> None:
     heads = Heads(8, (table, table), qk_norm=QKNorm(_draw(8), _draw(8), 1e-5))
     normed = norm(source, weight, 1e-5, backend="triton").requires_grad_()
     _back(lora_qkv(normed, [_adapted(out, 24, 5) for out in (40, 8, 8)], heads, made_from, "triton"))
-    _back(lora_linears(x, [_adapted(MIN_WIDTH_BACKWARD + 4, 24, 5)], backend="triton"))
     for ranks in ((3, 20, 4), (16, 16, 16)):
         gate, up = (_adapted(150, 24, rank) for rank in ranks[:2])
         _back([lora_mlp(x, (gate, up, _adapted(24, 150, ranks[2])), "silu", residual, backend="triton")])
     plain = [LoraLinear(DenseWeight(_draw(*shape).detach())) for shape in ((150, 24), (150, 24), (24, 150))]
     _back([lora_mlp(x, (plain[0], plain[1], plain[2]), "gelu_pytorch_tanh", backend="triton")])
+
+
+def _wide_loras() -> None:
+    _back(lora_linears(_draw(2, 19, 24), [_adapted(MIN_WIDTH_BACKWARD + 4, 24, 5)], backend="triton"))
 
 
 def _attentions() -> None:
@@ -130,20 +134,22 @@ CALLS: dict[str, Callable[[], Any]] = {
     "activations": _activations,
     "heads": _heads,
     "LoRA": _loras,
+    "wide LoRA": _wide_loras,
     "attention": _attentions,
     "NF4": _nf4,
 }
 
 
-def call_all() -> None:
-    """Runs every entry of CALLS, each on fresh random inputs."""
+def call_all(names: Iterable[str] = CALLS) -> None:
+    """Runs entries of CALLS, each on fresh random inputs."""
     torch.manual_seed(0)
-    for call in CALLS.values():
-        call()
+    for name in names:
+        CALLS[name]()
     if DEVICE == "cuda":
         torch.cuda.synchronize()
 
 
 if __name__ == "__main__":
-    call_all()
-    print(f"called {', '.join(CALLS)}")
+    names = sys.argv[1:] or list(CALLS)
+    call_all(names)
+    print(f"called {', '.join(names)}")

@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parent / "results"
 PACKAGES = ["torch", "triton", "transformers", "peft", "bitsandbytes", "liger-kernel", "unsloth", "trl", "accelerate"]
 ABSENT = "not installed"
 WHOLE = ("ceilings", "curves", "tests")
-KEYS = {"ops": ("op",), "sanitize": ("tool",), "train": ("job", "mode", "group", "variant")}
+KEYS = {"ops": ("op",), "sanitize": ("tool", "calls"), "train": ("job", "mode", "group", "variant")}
 
 
 def versions() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """hasten's kernels under NVIDIA's compute-sanitizer: out-of-bounds accesses, races in shared memory, reads of unwritten memory.
 
-    python -m benchmarks.sanitize --out FILE.json [--tools memcheck,racecheck,initcheck]
-memcheck and racecheck watch hasten's own kernels only. initcheck watches all: a kernel that is not watched writes, for it,
+    python -m benchmarks.sanitize --out FILE.json [--tools memcheck,racecheck,initcheck] [--calls norms,...]
+Each tool sees each entry of kernel_calls.CALLS in a process of its own, several at a time. memcheck and racecheck watch hasten's own kernels only. initcheck watches all: a kernel that is not watched writes, for it,
 nothing, and all that reads from there would be reported.
 """
 
@@ -12,25 +12,28 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from benchmarks.kernel_calls import CALLS
 from benchmarks.kernels import launched_kernels
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
 VERDICT = re.compile(r"^=+ ((?:ERROR|RACECHECK) SUMMARY: (\d+) .*)$", re.M)
 PLACE = re.compile(r"(?:^=+\s+|access )at (.+?)\+0x[0-9a-f]+", re.M)
 SAID_DONE = "called "
+AT_ONCE = 8
 
 
-def command_for(tool: str, kernels: list[str]) -> list[str]:
+def command_for(tool: str, kernels: list[str], calls: str) -> list[str]:
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
     if tool == "memcheck":
         command += ["--report-api-errors", "no"]  # torch asks CUDA questions whose answer is an error
     if tool != "initcheck":
         for name in kernels:
             command += ["--kernel-name", f"kernel_substring={name}"]
-    return [*command, sys.executable, "-m", "benchmarks.kernel_calls"]
+    return [*command, sys.executable, "-m", "benchmarks.kernel_calls", calls]
 
 
 def judge(tool: str, kernels: list[str], code: int, text: str) -> dict[str, Any]:
@@ -48,39 +51,47 @@ def judge(tool: str, kernels: list[str], code: int, text: str) -> dict[str, Any]
     return {"tool": tool, "clean": finished and nothing, "verdict": verdict, "at": dict(places), "ours": mine}
 
 
-def sanitize(tools: list[str], log: Path, limit_s: float = 170) -> list[dict[str, Any]]:
-    """Runs each tool over all kernels and judges what it said; a tool that is not there or takes too long is not clean.
+def _run(tool: str, kernels: list[str], calls: str, limit_s: float) -> tuple[int, str]:
+    """(exit code, all that was said); a tool that is not there or takes too long has failed."""
+    try:
+        done = subprocess.run(
+            command_for(tool, kernels, calls), capture_output=True, text=True, timeout=limit_s,
+            env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        )  # fmt: skip
+    except (FileNotFoundError, subprocess.TimeoutExpired) as error:
+        return 1, f"{type(error).__name__}: {error}"
+    return done.returncode, done.stdout + done.stderr
+
+
+def sanitize(tools: list[str], log: Path, calls: list[str] | None = None, limit_s: float = 170) -> list[dict[str, Any]]:
+    """Runs each tool over each entry of CALLS (None: all of them) and judges what it said, one row each.
 
     log: gets all that a tool said that is not clean.
     """
     kernels = sorted(launched_kernels())
+    pairs = [(tool, name) for tool in tools for name in (calls or CALLS)]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        said = list(pool.map(lambda pair: _run(pair[0], kernels, pair[1], limit_s), pairs))
     rows = []
-    for tool in tools:
-        try:
-            done = subprocess.run(
-                command_for(tool, kernels), capture_output=True, text=True, timeout=limit_s,
-                env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-            )  # fmt: skip
-            code, text = done.returncode, done.stdout + done.stderr
-        except (FileNotFoundError, subprocess.TimeoutExpired) as error:
-            code, text = 1, f"{type(error).__name__}: {error}"
-        rows.append(judge(tool, kernels, code, text) | {"kernels": kernels})
+    for (tool, name), (code, text) in zip(pairs, said, strict=True):
+        rows.append(judge(tool, kernels, code, text) | {"calls": name})
         if not rows[-1]["clean"]:
             with log.open("a") as file:
-                file.write(f"==== {tool}\n{text[:200_000]}\n")
+                file.write(f"==== {tool}, {name}\n{text[:50_000]}\n")
     return rows
 
 
 def line_of(row: dict[str, Any]) -> str:
-    return f"{row['tool']:10s} {'clean' if row['clean'] else 'NOT CLEAN'}  {row['verdict']}"
+    return f"{row['tool']:10s} {row['calls']:12s} {'clean' if row['clean'] else 'NOT CLEAN'}  {row['verdict']}"
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tools", default=",".join(TOOLS))
+    parser.add_argument("--calls", default=",".join(CALLS))
     args = parser.parse_args(arguments)
-    rows = sanitize(args.tools.split(","), args.out.with_suffix(".txt"))
+    rows = sanitize(args.tools.split(","), args.out.with_suffix(".txt"), args.calls.split(","))
     args.out.write_text(json.dumps({"sanitize": rows}, indent=1))
     for row in rows:
         print(line_of(row))

@@ -197,8 +197,8 @@ def curves_table(result: Result) -> str:
 
 
 def sanitize_table(result: Result) -> str:
-    rows = [[row["tool"], "yes" if row["clean"] else "no", row["verdict"]] for row in result["sanitize"]]
-    return table(["tool", "clean", "what it said"], rows)
+    rows = [[row["tool"], row["calls"], "yes" if row["clean"] else "no", row["verdict"]] for row in result["sanitize"]]
+    return table(["tool", "kernels", "clean", "what it said"], rows)
 
 
 def readme_row(result: Result, job: str, mode: str) -> list[str]:

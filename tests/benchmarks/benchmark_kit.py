@@ -51,5 +51,5 @@ def example_result() -> dict[str, Any]:
             },
         },
         "curves": {"setting": {"smooth": 10, "seeds": 5, "steps": 200}, "seconds": {"all": 60.0}, "full": curve, "lora": curve},
-        "sanitize": [{"tool": "memcheck", "clean": True, "verdict": "ERROR SUMMARY: 0 errors", "at": {}, "ours": {}}],
+        "sanitize": [{"tool": "memcheck", "calls": "norms", "clean": True, "verdict": "ERROR SUMMARY: 0 errors", "at": {}, "ours": {}}],
     }  # fmt: skip

@@ -83,12 +83,12 @@ def test_verdicts(code: int, text: str, clean: bool, ours: dict[str, int]) -> No
 
 
 def test_a_missing_sanitizer_is_not_clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sanitize, "command_for", lambda tool, kernels: ["no-such-sanitizer"])
-    (row,) = sanitize.sanitize(["memcheck"], tmp_path / "log.txt")
+    monkeypatch.setattr(sanitize, "command_for", lambda tool, kernels, calls: ["no-such-sanitizer"])
+    (row,) = sanitize.sanitize(["memcheck"], tmp_path / "log.txt", ["norms"])
     assert not row["clean"] and "no-such-sanitizer" in row["verdict"]
     assert "no-such-sanitizer" in (tmp_path / "log.txt").read_text()
 
 
 def test_only_initcheck_watches_everything() -> None:
-    assert "kernel_substring=_norm_fwd" in sanitize.command_for("racecheck", ["_norm_fwd"])
-    assert "--kernel-name" not in sanitize.command_for("initcheck", ["_norm_fwd"])
+    assert "kernel_substring=_norm_fwd" in sanitize.command_for("racecheck", ["_norm_fwd"], "norms")
+    assert "--kernel-name" not in sanitize.command_for("initcheck", ["_norm_fwd"], "norms")
