@@ -13,7 +13,7 @@ import torch
 from hasten.ops import LoraHead, NormInput, QKNorm, ScoreRule, glu, linear_cross_entropy, norm, norm_and_pass, qk_rope
 from hasten.ops.attention import attention, row_spans
 from hasten.ops.lora import Heads, LoraLinear, lora_linears, lora_mlp, lora_qkv
-from hasten.ops.lora.share.kernel import MIN_WIDTH_BACKWARD
+from hasten.ops.lora.share.kernel import MIN_WIDTH_BACKWARD, lay_share, share_bwd
 from hasten.ops.nf4 import NF4Weight, dequantize_nf4
 from hasten.weights.plain import DenseWeight
 
@@ -101,6 +101,14 @@ def _loras() -> None:
     _back([lora_mlp(x, (plain[0], plain[1], plain[2]), "gelu_pytorch_tanh", backend="triton")])
 
 
+def _shares() -> None:
+    """The launchers alone, without a product of cuBLAS's between them."""
+    base, xa, b = _draw(75, 301).detach(), _draw(75, 7).detach(), _draw(7, 301).detach()
+    lay_share(base, xa, b)
+    lay_share(base[:1].expand(75, -1), xa, b)
+    share_bwd(base, xa, b, splits=3)
+
+
 def _wide_loras() -> None:
     _back(lora_linears(_draw(2, 19, 24), [_adapted(MIN_WIDTH_BACKWARD + 4, 24, 5)], backend="triton"))
 
@@ -135,6 +143,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "heads": _heads,
     "LoRA": _loras,
     "wide LoRA": _wide_loras,
+    "LoRA's shares": _shares,
     "attention": _attentions,
     "NF4": _nf4,
 }

@@ -24,6 +24,9 @@ VERDICT = re.compile(r"^=+ ((?:ERROR|RACECHECK) SUMMARY: (\d+) .*)$", re.M)
 PLACE = re.compile(r"(?:^=+\s+|access )at (.+?)\+0x[0-9a-f]+", re.M)
 SAID_DONE = "called "
 AT_ONCE = 8
+NOT_UNDER = {"racecheck": ("LoRA",)}
+"""Entries that a tool cannot run: racecheck ends in an internal error on the products of cuBLAS between our kernels. Each of
+these kernels is in another entry too."""
 
 
 def command_for(tool: str, kernels: list[str], calls: str) -> list[str]:
@@ -69,7 +72,7 @@ def sanitize(tools: list[str], log: Path, calls: list[str] | None = None, limit_
     log: gets all that a tool said that is not clean.
     """
     kernels = sorted(launched_kernels())
-    pairs = [(tool, name) for tool in tools for name in (calls or CALLS)]
+    pairs = [(tool, name) for tool in tools for name in (calls or CALLS) if name not in NOT_UNDER.get(tool, ())]
     with ThreadPoolExecutor(AT_ONCE) as pool:
         said = list(pool.map(lambda pair: _run(pair[0], kernels, pair[1], limit_s), pairs))
     rows = []

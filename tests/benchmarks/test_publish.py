@@ -44,7 +44,7 @@ def test_page_and_pictures_come_from_the_figures(root: Path) -> None:
     for figure in (
         "400 ms, 40.2 GiB", "500 ms, 40.2 GiB (1.25x)", "410 ms, 40 GiB", "5.0e-04 (Unsloth)", "_norm_fwd 5.2", "0.12",
         "| 8b-lora keep | 3 | 1999 | 1 | 777 | 390 |", "2.00 TB/s", "400.00 TFLOP/s", "50%", "2.7534", "+0.25", "0.0123",
-        "memcheck | yes", "torch 9.8.7", "10.5 | 3.5 | beside 1 others",
+        "memcheck | norms | yes", "torch 9.8.7", "10.5 | 3.5 | beside 1 others",
     ):  # fmt: skip
         assert figure in page, figure
     assert "trl not installed" not in page

@@ -109,7 +109,8 @@ def glu_bwd(
     out: torch.Tensor | None = None,
 ) -> None:
     """Writes the gradients of gate and up into `into` (rows with contiguous channels; gate's and up's own buffers are
-    allowed where the caller allocated them), and the recomputed product into `out` where given."""
+    allowed where the caller allocated them), and the recomputed product into `out` where given (d itself, if the
+    caller allocated it)."""
     rows, width = gate_NF.shape
     grid, meta = _grid(rows, width)
     for start in range(0, rows, 65535):

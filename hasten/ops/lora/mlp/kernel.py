@@ -51,7 +51,7 @@ class LoraGluFunction(torch.autograd.Function):
         dy, halves = flat_rows(grad), gu.chunk(2, dim=1)
         d_pa, d_b_down = thin_gradients(down, dy, pa, b_down)
         d_product = input_gradient(dy, down, d_pa, a_down)
-        product = torch.empty_like(d_product) if needs_input(down) else None
+        product = d_product if needs_input(down) else None  # which takes its gradient's place
         glu_bwd(d_product, *halves, ctx.activation, halves, product)
         d_down = parameter_gradients(down, dy, product, d_pa, d_b_down)
         del product, d_product
