@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from hasten.ops.attention import PLANNED
 from hasten.ops.backend import backend_for
 from hasten.overlays import AttentionOverlay, BackboneOverlay, HeadOverlay, MLPOverlay, Overlay
 from hasten.patching.plan import Plan, causal_lm_of
@@ -80,12 +81,13 @@ def _attention(base: Any) -> tuple[str, str]:
     layers = [m.facts for m in base.modules() if isinstance(m, AttentionOverlay)]
     capped = [facts for facts in layers if facts.softcap is not None]
     windows = [facts for facts in layers if facts.window is not None]
-    needs = ["packed and padded rows"]
+    needs = ["packed and padded rows, other lengths"]
     if windows:
         needs.insert(0, f"windows of {windows[0].window} in {len(windows)} of {len(layers)} layers")
     if len(capped) == len(layers):
         return "Triton", "softcap on scores, which torch's sdpa drops"
-    return "torch sdpa and Triton", f"sdpa for plain causal rows, Triton for {', '.join(needs)}; no dense mask"
+    why = f"sdpa for plain causal rows of a multiple of {PLANNED} tokens, Triton for {', '.join(needs)}; no dense mask"
+    return "torch sdpa and Triton", why
 
 
 GROUPS = {

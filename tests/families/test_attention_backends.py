@@ -263,7 +263,11 @@ def test_nothing_is_left_behind(chosen: None, tmp_path: Any) -> None:
 
 def test_the_report_names_the_choice(chosen: None) -> None:
     for name, title, reason in (
-        ("llama", "torch sdpa and Triton attention", "sdpa for plain causal rows, Triton for packed and padded rows"),
+        (
+            "llama",
+            "torch sdpa and Triton attention",
+            "sdpa for plain causal rows of a multiple of 64 tokens, Triton for packed and padded rows, other lengths",
+        ),
         ("cohere2", "torch sdpa and Triton attention", "Triton for windows of 8 in 1 of 2 layers, packed"),
         ("gemma2", "Triton attention", "softcap on scores"),
     ):

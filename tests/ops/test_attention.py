@@ -281,6 +281,8 @@ def test_the_choice_of_backend() -> None:
     assert attention_backend(64, 63, None, spans=False) == "triton"
     assert attention_backend(64, None, 50.0, spans=False) == "triton"
     assert attention_backend(64, None, None, spans=True) == "triton"
+    assert attention_backend(65, None, None, spans=False) == "triton"  # no plan of cuDNN's for every length
+    assert attention_backend(65, None, None, False, torch.float32) == "sdpa"
     rows = Rows((21,), kv=2, window=30)
     assert_as_good_as_torch(rows.ours("sdpa"), rows.formula(), rows.draw(), torch.float32)
     q, k, v = (x.to(DEVICE) for x in rows.draw())

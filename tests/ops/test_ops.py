@@ -228,3 +228,19 @@ def test_gradcheck() -> None:
     for rotation in ("half", "interleaved"):
         assert torch.autograd.gradcheck(lambda q: qk_rope(q, q * 2, tables, rotation, True), (q,))  # noqa: B023
     assert torch.autograd.gradcheck(lambda q: attend(q, q, q, None, 0.5, 3.0)[0], (q,))
+
+
+@pytest.mark.parametrize("fp32", [False, True])
+def test_a_16_bit_rotation_rounds_where_torch_does(fp32: bool) -> None:
+    kind = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter cuts bf16 off instead of rounding
+    q, k = (torch.randn(2, 7, heads, 16, device=DEVICE).to(kind) for heads in (4, 2))
+    table = tuple(torch.randn(1, 7, 8, device=DEVICE).repeat(1, 1, 2).to(kind) for _ in range(2))
+    upstream = [torch.randn_like(x) for x in (q, k)]
+    found = []
+    for backend in ("triton", "reference"):
+        leaves = [x.clone().requires_grad_() for x in (q, k)]
+        outs = qk_rope(*leaves, table, fp32=fp32, backend=backend)
+        found.append((*outs, *torch.autograd.grad(outs, leaves, upstream)))
+    for index, (mine, torchs) in enumerate(zip(*found, strict=True)):
+        if index < 2 or not fp32:  # in fp32, torch's backward rounds once more
+            assert torch.equal(mine, torchs)

@@ -13,7 +13,16 @@ from hasten.ops.attention import reference
 from hasten.ops.attention.spans import document_starts, row_spans, visible_keys
 from hasten.ops.backend import backend_for
 
-__all__ = ["LARGEST_HEAD", "attend", "attention", "attention_backend", "document_starts", "row_spans", "visible_keys"]
+__all__ = [
+    "LARGEST_HEAD",
+    "PLANNED",
+    "attend",
+    "attention",
+    "attention_backend",
+    "document_starts",
+    "row_spans",
+    "visible_keys",
+]
 
 AttentionBackend = Literal["reference", "triton", "sdpa"]
 
@@ -39,10 +48,21 @@ def attend(
     return reference.attend(q_BHTD, k_BHTD, v_BHTD, mask, scale, softcap, dropout)
 
 
-def attention_backend(tokens: int, window: int | None, softcap: float | None, spans: bool) -> AttentionBackend:
-    """The fastest exact backend on a GPU: torch's fused attention for plain causal rows, ours for what it cannot mask."""
-    plain = softcap is None and not spans and (window is None or window >= tokens)
-    return "sdpa" if plain else "triton"
+PLANNED = 64
+"""torch's attention in 16 bits is cuDNN's, which spends some 60 ms on a plan for each new length: only multiples go there."""
+
+
+def attention_backend(
+    tokens: int, window: int | None, softcap: float | None, spans: bool, dtype: torch.dtype = torch.bfloat16
+) -> AttentionBackend:
+    """The fastest exact backend on a GPU: torch's fused attention for plain causal rows, ours for what it cannot mask and for
+    lengths that come and go."""
+    planned = dtype == torch.float32 or tokens % PLANNED == 0
+    return "sdpa" if _is_plain(tokens, window, softcap, spans) and planned else "triton"
+
+
+def _is_plain(tokens: int, window: int | None, softcap: float | None, spans: bool) -> bool:
+    return softcap is None and not spans and (window is None or window >= tokens)
 
 
 def attention(  # noqa: PLR0913
@@ -70,9 +90,9 @@ def attention(  # noqa: PLR0913
     if window is not None and window < 1:
         raise ValueError(f"a window counts the token itself, so it is 1 or more; got {window}")
     if backend is None and backend_for(q_BTHD) == "triton":
-        backend = attention_backend(tokens, window, softcap, spans_BT3 is not None)
+        backend = attention_backend(tokens, window, softcap, spans_BT3 is not None, q_BTHD.dtype)
     if backend == "sdpa":
-        if attention_backend(tokens, window, softcap, spans_BT3 is not None) != "sdpa":
+        if not _is_plain(tokens, window, softcap, spans_BT3 is not None):
             raise ValueError("torch's attention without a dense mask knows no window, softcap or spans; use 'triton'")
         return _sdpa(q_BTHD, k_BTKD, v_BTKD, scale)
     if backend == "triton":

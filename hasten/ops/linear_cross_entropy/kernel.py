@@ -46,7 +46,7 @@ def _squash(raw, inner, outer, slope, SOFTCAP: tl.constexpr):
         return raw * outer, slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _score_rows(
     raw_ptr, labels_ptr, scores_ptr, d_loss_ptr, d_log_prob_ptr, d_entropy_ptr,
     stride_raw, V, count, inner, outer, slope, ignore_index, smoothing,

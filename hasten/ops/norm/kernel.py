@@ -57,7 +57,7 @@ def _norm_fwd(
     tl.store(y_ptr + row * D + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "STEP"])
 def _norm_bwd(
     dy_ptr,
     x_ptr,

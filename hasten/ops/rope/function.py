@@ -57,13 +57,14 @@ def qk_rope(
     fp32: bool,
     qk_norm: QKNorm | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`fp32` needs no case of its own: everything between reading and writing is fp32 here."""
     cos, sin = position if position is not None else (None, None)
     weights = (None, None) if qk_norm is None else (qk_norm.q_weight, qk_norm.k_weight)
-    return QKRopeFunction.apply(q_BTHD, k_BTHD, *weights, cos, sin, rope_rule(rotation, qk_norm))  # pyright: ignore[reportReturnType]
+    return QKRopeFunction.apply(q_BTHD, k_BTHD, *weights, cos, sin, rope_rule(rotation, fp32, qk_norm))  # pyright: ignore[reportReturnType]
 
 
-def rope_rule(rotation: str, qk_norm: QKNorm | None) -> RopeRule:
+def rope_rule(rotation: str, fp32: bool, qk_norm: QKNorm | None) -> RopeRule:
     if qk_norm is None:
-        return RopeRule(rotation == "interleaved")
-    return RopeRule(rotation == "interleaved", qk_norm.eps, qk_norm.kind, qk_norm.unit_offset, qk_norm.fp32_weight)
+        return RopeRule(rotation == "interleaved", fp32)
+    return RopeRule(
+        rotation == "interleaved", fp32, qk_norm.eps, qk_norm.kind, qk_norm.unit_offset, qk_norm.fp32_weight
+    )

@@ -55,11 +55,21 @@ def _store_pairs(base, x1, x2, row_mask, D, INTERLEAVED: tl.constexpr, HEADS: tl
 
 
 @triton.jit
+def _rotate(x1, x2, cos, sin, kind: tl.constexpr, ROUND: tl.constexpr):
+    """(x1 * cos + x2 * sin, x2 * cos - x1 * sin). ROUND: each product to 16 bits, as torch does without an fp32 cast."""
+    a1, a2, b1, b2 = x1 * cos, x2 * cos, x2 * sin, x1 * sin
+    if ROUND:
+        a1, a2 = a1.to(kind).to(tl.float32), a2.to(kind).to(tl.float32)
+        b1, b2 = b1.to(kind).to(tl.float32), b2.to(kind).to(tl.float32)
+    return a1 + b1, a2 - b2
+
+
+@triton.jit
 def _qk_rope_fwd(
     x_ptr, out_ptr, w_ptr, cos_ptr, sin_ptr,
     stride_token, stride_head, stride_out, T, H, D, stride_table, stride_w, eps,
     token, block,
-    ROPE: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, LAYER: tl.constexpr,
+    ROPE: tl.constexpr, ROUND: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, LAYER: tl.constexpr,
     UNIT_OFFSET: tl.constexpr, FP32_WEIGHT: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     heads = block * HEADS + tl.arange(0, HEADS)
@@ -87,7 +97,7 @@ def _qk_rope_fwd(
         x1, x2 = (x1 * w1).to(raw1.dtype).to(tl.float32), (x2 * w2).to(raw1.dtype).to(tl.float32)
     if ROPE:
         cos, sin = _load_tables(cos_ptr, sin_ptr, token, T, stride_table, i, half_mask, D, INTERLEAVED)
-        x1, x2 = x1 * cos[None, :] - x2 * sin[None, :], x2 * cos[None, :] + x1 * sin[None, :]
+        x1, x2 = _rotate(x1, x2, cos[None, :], -sin[None, :], raw1.dtype, ROUND)
     out = out_ptr + token * stride_out + heads[:, None] * D
     _store_pairs(out, x1, x2, known, D, INTERLEAVED, HEADS, HALF)
 
@@ -97,7 +107,7 @@ def _qk_rope_bwd(
     d_ptr, x_ptr, out_ptr, w_ptr, dw_ptr, cos_ptr, sin_ptr,
     stride_d_token, stride_d_head, stride_token, stride_head, stride_out, T, H, D, stride_table, stride_w, eps,
     token, block,
-    ROPE: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, LAYER: tl.constexpr,
+    ROPE: tl.constexpr, ROUND: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, LAYER: tl.constexpr,
     UNIT_OFFSET: tl.constexpr, TRAIN_W: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     heads = block * HEADS + tl.arange(0, HEADS)
@@ -110,7 +120,7 @@ def _qk_rope_bwd(
     g1, g2 = g1.to(tl.float32), g2.to(tl.float32)
     if ROPE:
         cos, sin = _load_tables(cos_ptr, sin_ptr, token, T, stride_table, i, half_mask, D, INTERLEAVED)
-        g1, g2 = g1 * cos[None, :] + g2 * sin[None, :], g2 * cos[None, :] - g1 * sin[None, :]
+        g1, g2 = _rotate(g1, g2, cos[None, :], sin[None, :], d_ptr.dtype.element_ty, ROUND)
     if NORM:
         base = x_ptr + token * stride_token + heads[:, None].to(tl.int64) * stride_head
         x1, x2 = _load_pairs(base, known, D, INTERLEAVED, HEADS, HALF)
@@ -140,11 +150,11 @@ def _qk_rope_bwd(
     _store_pairs(out, g1, g2, known, D, INTERLEAVED, HEADS, HALF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _both_fwd(
     q_ptr, k_ptr, q_out, k_out, wq_ptr, wk_ptr, cos_ptr, sin_ptr,
     sq_token, sq_head, sk_token, sk_head, sq_out, sk_out, T, HQ, HK, D, stride_table, stride_w, eps, q_blocks,
-    ROPE: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, LAYER: tl.constexpr,
+    ROPE: tl.constexpr, ROUND: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, LAYER: tl.constexpr,
     UNIT_OFFSET: tl.constexpr, FP32_WEIGHT: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -152,21 +162,21 @@ def _both_fwd(
     if block < q_blocks:
         _qk_rope_fwd(
             q_ptr, q_out, wq_ptr, cos_ptr, sin_ptr, sq_token, sq_head, sq_out, T, HQ, D, stride_table, stride_w, eps,
-            token, block, ROPE, INTERLEAVED, NORM, LAYER, UNIT_OFFSET, FP32_WEIGHT, HEADS, HALF,
+            token, block, ROPE, ROUND, INTERLEAVED, NORM, LAYER, UNIT_OFFSET, FP32_WEIGHT, HEADS, HALF,
         )  # fmt: skip
     else:
         _qk_rope_fwd(
             k_ptr, k_out, wk_ptr, cos_ptr, sin_ptr, sk_token, sk_head, sk_out, T, HK, D, stride_table, stride_w, eps,
-            token, block - q_blocks, ROPE, INTERLEAVED, NORM, LAYER, UNIT_OFFSET, FP32_WEIGHT, HEADS, HALF,
+            token, block - q_blocks, ROPE, ROUND, INTERLEAVED, NORM, LAYER, UNIT_OFFSET, FP32_WEIGHT, HEADS, HALF,
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _both_bwd(
     dq_ptr, dk_ptr, q_ptr, k_ptr, dq_out, dk_out, wq_ptr, wk_ptr, dwq_ptr, dwk_ptr, cos_ptr, sin_ptr,
     sdq_token, sdq_head, sdk_token, sdk_head, sq_token, sq_head, sk_token, sk_head, sq_out, sk_out,
     T, HQ, HK, D, stride_table, stride_w, eps, q_blocks,
-    ROPE: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, LAYER: tl.constexpr,
+    ROPE: tl.constexpr, ROUND: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, LAYER: tl.constexpr,
     UNIT_OFFSET: tl.constexpr, TRAIN_W: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -175,13 +185,13 @@ def _both_bwd(
         _qk_rope_bwd(
             dq_ptr, q_ptr, dq_out, wq_ptr, dwq_ptr, cos_ptr, sin_ptr, sdq_token, sdq_head, sq_token, sq_head,
             sq_out, T, HQ, D, stride_table, stride_w, eps, token, block,
-            ROPE, INTERLEAVED, NORM, LAYER, UNIT_OFFSET, TRAIN_W, HEADS, HALF,
+            ROPE, ROUND, INTERLEAVED, NORM, LAYER, UNIT_OFFSET, TRAIN_W, HEADS, HALF,
         )  # fmt: skip
     else:
         _qk_rope_bwd(
             dk_ptr, k_ptr, dk_out, wk_ptr, dwk_ptr, cos_ptr, sin_ptr, sdk_token, sdk_head, sk_token, sk_head,
             sk_out, T, HK, D, stride_table, stride_w, eps, token, block - q_blocks,
-            ROPE, INTERLEAVED, NORM, LAYER, UNIT_OFFSET, TRAIN_W, HEADS, HALF,
+            ROPE, ROUND, INTERLEAVED, NORM, LAYER, UNIT_OFFSET, TRAIN_W, HEADS, HALF,
         )  # fmt: skip
 
 
@@ -210,9 +220,10 @@ def _table_stride(table: torch.Tensor) -> int:
 
 @dataclass(frozen=True)
 class RopeRule:
-    """rotation's layout, and the norm before it: eps, kind, unit_offset, fp32_weight (read only where there are weights)."""
+    """rotation's layout, whether it is all in fp32, and the norm before it: eps, kind, unit_offset, fp32_weight (read only where there are weights)."""
 
     interleaved: bool
+    fp32: bool
     eps: float = 0.0
     kind: str = "rms"
     unit_offset: bool = False
@@ -237,7 +248,7 @@ def qk_rope_fwd(qk: Pair, weights: Pair | None, table: Pair | None, rule: RopeRu
                 q, k, *out, wq, wk, cos, sin, token_stride(q), q.stride(2), token_stride(k), k.stride(2), token_stride(out[0]),
                 token_stride(out[1]), q.shape[1], q.shape[2], k.shape[2], q.shape[3], _table_stride(cos) if table else 0,
                 q.shape[3] if weights is not None and wq.dim() == 2 else 0, rule.eps, q_blocks,
-                ROPE=table is not None, INTERLEAVED=rule.interleaved, NORM=weights is not None, LAYER=rule.kind == "layer",
+                ROPE=table is not None, ROUND=not rule.fp32, INTERLEAVED=rule.interleaved, NORM=weights is not None, LAYER=rule.kind == "layer",
                 UNIT_OFFSET=rule.unit_offset, FP32_WEIGHT=rule.fp32_weight, **meta,
             )  # fmt: skip
 
@@ -262,7 +273,7 @@ def qk_rope_bwd(  # noqa: PLR0917
                 token_stride(dq), dq.stride(2), token_stride(dk), dk.stride(2), token_stride(q), q.stride(2), token_stride(k), k.stride(2),
                 token_stride(out[0]), token_stride(out[1]), dq.shape[1], dq.shape[2], dk.shape[2], dq.shape[3],
                 _table_stride(cos) if table else 0, dq.shape[3] if weights is not None and wq.dim() == 2 else 0, rule.eps,
-                q_blocks, ROPE=table is not None, INTERLEAVED=rule.interleaved, NORM=weights is not None,
+                q_blocks, ROPE=table is not None, ROUND=not rule.fp32, INTERLEAVED=rule.interleaved, NORM=weights is not None,
                 LAYER=rule.kind == "layer", UNIT_OFFSET=rule.unit_offset, TRAIN_W=train, **meta,
             )  # fmt: skip
     if not train:

@@ -27,6 +27,7 @@ class LoraGluFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, made_from: Any, linears: Any, activation: str, *_: Any) -> Any:
+        ctx.set_materialize_grads(False)  # nobody wants zeros of the product's size
         flat, down = flat_rows(x), linears[2:]
         gu, xa, found = project(flat, linears[:2])
         product = glu_fwd(*gu.chunk(2, dim=1), activation)
@@ -42,7 +43,9 @@ class LoraGluFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _product: Any, _pa: Any, grad: torch.Tensor) -> Any:
+    def backward(ctx: Any, _product: Any, _pa: Any, grad: torch.Tensor | None) -> Any:
+        if grad is None:
+            return (None,) * (4 + 4 * len(ctx.linears))
         if ctx.spent:
             raise RuntimeError("lora_mlp's backward ran already and overwrote what it had kept; run the forward again")
         ctx.spent = True

@@ -37,7 +37,7 @@ class LoraQkvFunction(torch.autograd.Function):
         q, k, v = _heads(y, linears, x.shape[:2], heads.dim)
         table = None if heads.position is None else tuple(t.contiguous() for t in heads.position)
         weights = None if wq is None else (wq.contiguous(), wk.contiguous())
-        rule = rope_rule(heads.rotation, heads.qk_norm)
+        rule = rope_rule(heads.rotation, heads.fp32, heads.qk_norm)
         out = (q, k)
         if weights is not None:
             out = tuple(torch.empty(t.shape, device=t.device, dtype=t.dtype) for t in (q, k))

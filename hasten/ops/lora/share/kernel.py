@@ -33,7 +33,7 @@ def thin_dot(left, right, UPCAST: tl.constexpr):
     return tl.dot(left, right, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "ROWS_EACH"])
 def _share_bwd(
     dy_ptr, xa_ptr, b_ptr, strips_ptr, sums_ptr, stride_dy, stride_xa, stride_b, N, F, R, ROWS_EACH,
     BLOCK_R: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, UPCAST: tl.constexpr,
@@ -55,7 +55,7 @@ def _share_bwd(
     tl.store(at, total, mask=(cols < F)[:, None] & (ranks >= 0)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _lay_share(
     base_ptr, xa_ptr, b_ptr, out_ptr, stride_base, stride_xa, stride_b, stride_out, N, F, R,
     BLOCK_R: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, UPCAST: tl.constexpr,
