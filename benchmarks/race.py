@@ -5,6 +5,7 @@ take turns, so that whatever the machine does over the minutes happens to all of
 same start everywhere: losses are compared at every step, and a figure whose losses do not agree is not given.
 """
 
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,9 @@ from benchmarks.workers import Worker, WorkerFailed
 
 PARITY = 2e-3
 """Largest difference of two libraries' losses at any step (nats per token)."""
+GRADIENTS = 0.5
+"""Largest difference of two libraries' gradients over their size, on a sample at the second step. Products in bf16, in another
+order, through many random layers make some per cent; a wrong scale or a missing part of a gradient makes more than this."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,7 @@ def race(
             warm = lane.attempt(lambda: lane.worker.ask(plan.turn_limit, "warm", steps=plan.warm))  # noqa: B023
             lane.losses += warm.get("losses", [])
             lane.row["first_step_s"] = warm.get("first_s")
+            lane.row["gradients"] = warm.get("gradients", [])
         for _ in range(plan.rounds):
             for lane in _alive(lanes):
                 _turn(lane, plan)
@@ -166,10 +171,22 @@ def with_parity(rows: Sequence[Mapping[str, Any]], bound: float = PARITY) -> lis
             row["parity"] = {"against": None}
             continue
         row["parity"] = _compare(row["losses"], other["losses"], bound) | {"against": other["variant"]}
+        row["parity"]["gradients"] = _apart(row.get("gradients", []), other.get("gradients", []))
+        row["parity"]["ok"] &= row["parity"]["gradients"] is None or row["parity"]["gradients"] <= GRADIENTS
         if not row["parity"]["ok"]:
             for name in FIGURES:
                 row.pop(name, None)
+    for row in checked:
+        row.pop("gradients", None)
     return checked
+
+
+def _apart(mine: Sequence[float], theirs: Sequence[float]) -> float | None:
+    """|mine - theirs| / |theirs|, or None without samples of the same gradients."""
+    if not mine or len(mine) != len(theirs):
+        return None
+    size = math.sqrt(sum(b * b for b in theirs))
+    return math.sqrt(sum((a - b) ** 2 for a, b in zip(mine, theirs, strict=True))) / size
 
 
 def _compare(mine: Sequence[float], theirs: Sequence[float], bound: float) -> dict[str, Any]:

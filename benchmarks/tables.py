@@ -5,6 +5,7 @@ from typing import Any
 
 from benchmarks.floors import floor_ms
 from benchmarks.jobs import JOBS, MODES, PACKAGE_OF, TARGETS, VARIANTS
+from benchmarks.race import GRADIENTS
 
 Result = Mapping[str, Any]
 
@@ -63,6 +64,8 @@ def _figure(row: Mapping[str, Any]) -> str:
         return f"fails: {row['error'].splitlines()[0][:60]}"
     if "ms" not in row:
         parity = row["parity"]
+        if (parity.get("gradients") or 0) > GRADIENTS:
+            return f"gradients {parity['gradients']:.1%} from {VARIANTS[parity['against']]}"
         return f"losses {parity['worst']:.1e} from {VARIANTS[parity['against']]} at step {parity['step']}"
     return f"{row['ms']:.0f} ms, {row['peak_gib']:.1f} GiB"
 
@@ -72,7 +75,9 @@ def _parity(rows: Iterable[Mapping[str, Any]]) -> str:
     if not known:
         return "nobody beside it"
     worst = max(known, key=lambda one: one["worst"])
-    return f"{worst['worst']:.1e} ({VARIANTS[worst['against']]})"
+    gradients = worst.get("gradients")
+    said = "" if gradients is None else f", gradients by {gradients:.1%}"
+    return f"{worst['worst']:.1e}{said} ({VARIANTS[worst['against']]})"
 
 
 def training_table(result: Result, mode: str) -> str:

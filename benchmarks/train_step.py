@@ -6,7 +6,7 @@
 VARIANT, JOB, MODE: see benchmarks/jobs.py. FOLDER holds, or gets, the checkpoints.
 
 Served commands, one JSON object a line on stdin, answered by one on stdout:
-    {"do": "warm", "steps": n}                  losses, first_s (the first step, all compilation in it)
+    {"do": "warm", "steps": n}                  losses, first_s (the first step, all compilation in it), gradients (a sample)
     {"do": "run", "steps": n, "untimed": m}     losses of m + n steps, seconds of the last n, peak_gib of these
     {"do": "profile", "wall_s": s}              text, summary                  (see benchmarks/profiling.py)
     {"do": "costs", "lengths": [...]}           host_waits, lengths            (see benchmarks/fixed_costs.py)
@@ -31,6 +31,9 @@ from benchmarks.shapes import checkpoint
 from benchmarks.variants import build, import_library
 
 WARM, TIMED = 3, 8
+LEARNING_RATE = 2e-5
+"""At 1e-4 AdamW's first steps, of one size whatever the gradient's, make transformers differ from itself by 1.6e-3 (docs/log.md)."""
+SAMPLED = 32
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -48,7 +51,8 @@ class Steps:
     def __init__(self, model: Any, loss: Callable[[torch.Tensor], torch.Tensor], job: Job) -> None:
         self.job, self.loss = job, loss
         trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+        self.names = sorted((name, p) for name, p in model.named_parameters() if p.requires_grad)
+        self.optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True)
         self.generator = torch.Generator().manual_seed(2)
         self.words = SHAPES[job.shape]["vocab_size"]
 
@@ -57,11 +61,13 @@ class Steps:
         shape = (self.job.batch, length or self.job.length)
         return torch.randint(10, self.words, shape, generator=self.generator).to(DEVICE)
 
-    def take(self, ids: torch.Tensor) -> torch.Tensor:
-        """One step; its loss, which nobody has waited for yet."""
+    def take(self, ids: torch.Tensor, look: Callable[[], None] | None = None) -> torch.Tensor:
+        """One step; its loss, which nobody has waited for yet. look: called when the gradients are there."""
         with torch.autocast(DEVICE, torch.bfloat16):
             loss = self.loss(ids)
         loss.backward()
+        if look is not None:
+            look()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
@@ -74,9 +80,24 @@ class Steps:
         wait()
         return time.perf_counter() - begin, loss
 
+    def sample(self) -> list[float]:
+        """SAMPLED elements of every gradient, the same ones in every process, in the order of the parameters' names."""
+        generator, found = torch.Generator().manual_seed(4), []
+        for _, parameter in self.names:
+            at = torch.randint(parameter.numel(), (SAMPLED,), generator=generator).to(parameter.device)
+            assert parameter.grad is not None
+            found.append(parameter.grad.flatten()[at].float())
+        return torch.cat(found).tolist()
+
     def warm(self, steps: int) -> dict[str, Any]:
-        taken = [self.timed(self.batch()) for _ in range(steps)]
-        return {"first_s": taken[0][0], "losses": [float(loss) for _, loss in taken]}
+        """The first steps. Gradients are sampled at the second one: at the first, B is zero and with it every gradient of A."""
+        taken = [self.timed(self.batch())]
+        gradients: list[float] = []
+        if steps > 1:
+            loss = self.take(self.batch(), lambda: gradients.extend(self.sample()))
+            taken.append((0.0, loss))
+        taken += [self.timed(self.batch()) for _ in range(steps - 2)]
+        return {"first_s": taken[0][0], "losses": [float(loss) for _, loss in taken], "gradients": gradients}
 
     def run(self, steps: int, untimed: int) -> dict[str, Any]:
         losses = [self.take(self.batch()) for _ in range(untimed)]
@@ -164,6 +185,7 @@ def _run_alone(args: argparse.Namespace) -> None:
     loaded, steps = load(args.variant, args.job, args.mode, args.folder)
     warm, timed = steps.warm(WARM), steps.run(TIMED, 0)
     seconds = timed.pop("seconds")
+    warm.pop("gradients")
     result = {**loaded, **warm, **timed, "losses": warm["losses"] + timed["losses"]}
     result["ms"] = statistics.median(seconds) * 1e3
     if args.profile is not None:

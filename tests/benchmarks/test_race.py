@@ -69,11 +69,23 @@ def test_workers_end_even_where_the_race_breaks() -> None:
         started[0].ask(5, "run", steps=1, untimed=0)
 
 
+@pytest.mark.parametrize(("scale", "ok"), [(1.02, True), (2.0, False)])
+def test_gradients_that_are_off_fail(scale: float, ok: bool) -> None:
+    sample = [1.0, -2.0, 0.5]
+    rows = [
+        {"variant": "hasten", "losses": [1.0], "ms": 1.0, "gradients": [scale * g for g in sample]},
+        {"variant": "transformers", "losses": [1.0], "ms": 2.0, "gradients": sample},
+    ]
+    mine, stock = race.with_parity(rows)
+    assert mine["parity"]["ok"] is ok and ("ms" in mine) is ok and "gradients" not in {*mine, *stock}
+    assert mine["parity"]["gradients"] == pytest.approx(scale - 1)
+
+
 def test_parity_is_asked_at_every_step() -> None:
     rows = run({"hasten": {"drift": 3e-4}, "transformers": {}, "liger": {"loss": 5.0015}})
     checked = {row["variant"]: row for row in race.with_parity(list(rows.values()))}
     assert checked["hasten"]["parity"] == {
-        "ok": False, "worst": pytest.approx(3e-3), "step": 10, "compared": 11, "against": "transformers"
+        "ok": False, "worst": pytest.approx(3e-3), "step": 10, "compared": 11, "against": "transformers", "gradients": None,
     }  # fmt: skip
     assert not set(race.FIGURES) & set(checked["hasten"]) and len(checked["hasten"]["losses"]) == 11
     assert checked["liger"]["parity"]["ok"] and "ms" in checked["liger"]

@@ -56,7 +56,8 @@ def _store_pairs(base, x1, x2, row_mask, D, INTERLEAVED: tl.constexpr, HEADS: tl
 
 @triton.jit
 def _rotate(x1, x2, cos, sin, kind: tl.constexpr, ROUND: tl.constexpr):
-    """(x1 * cos + x2 * sin, x2 * cos - x1 * sin). ROUND: each product to 16 bits, as torch does without an fp32 cast."""
+    """(x1 * cos + x2 * sin, x2 * cos - x1 * sin). ROUND: each product to 16 bits, as torch does without an fp32 cast
+    (and launched without fusion, or the compiler makes one 16-bit multiply-add of it, which rounds once)."""
     a1, a2, b1, b2 = x1 * cos, x2 * cos, x2 * sin, x1 * sin
     if ROUND:
         a1, a2 = a1.to(kind).to(tl.float32), a2.to(kind).to(tl.float32)
@@ -249,7 +250,7 @@ def qk_rope_fwd(qk: Pair, weights: Pair | None, table: Pair | None, rule: RopeRu
                 token_stride(out[1]), q.shape[1], q.shape[2], k.shape[2], q.shape[3], _table_stride(cos) if table else 0,
                 q.shape[3] if weights is not None and wq.dim() == 2 else 0, rule.eps, q_blocks,
                 ROPE=table is not None, ROUND=not rule.fp32, INTERLEAVED=rule.interleaved, NORM=weights is not None, LAYER=rule.kind == "layer",
-                UNIT_OFFSET=rule.unit_offset, FP32_WEIGHT=rule.fp32_weight, **meta,
+                UNIT_OFFSET=rule.unit_offset, FP32_WEIGHT=rule.fp32_weight, enable_fp_fusion=rule.fp32, **meta,
             )  # fmt: skip
 
 
@@ -274,7 +275,7 @@ def qk_rope_bwd(  # noqa: PLR0917
                 token_stride(out[0]), token_stride(out[1]), dq.shape[1], dq.shape[2], dk.shape[2], dq.shape[3],
                 _table_stride(cos) if table else 0, dq.shape[3] if weights is not None and wq.dim() == 2 else 0, rule.eps,
                 q_blocks, ROPE=table is not None, ROUND=not rule.fp32, INTERLEAVED=rule.interleaved, NORM=weights is not None,
-                LAYER=rule.kind == "layer", UNIT_OFFSET=rule.unit_offset, TRAIN_W=train, **meta,
+                LAYER=rule.kind == "layer", UNIT_OFFSET=rule.unit_offset, TRAIN_W=train, enable_fp_fusion=rule.fp32, **meta,
             )  # fmt: skip
     if not train:
         return None, None
