@@ -10,7 +10,18 @@ from typing import Any
 
 import torch
 
-from hasten.ops import LoraHead, NormInput, QKNorm, ScoreRule, glu, linear_cross_entropy, norm, norm_and_pass, qk_rope
+from hasten.ops import (
+    LoraHead,
+    NormInput,
+    QKNorm,
+    ScoreRule,
+    glu,
+    linear_cross_entropy,
+    norm,
+    norm_and_pass,
+    norm_onto,
+    qk_rope,
+)
 from hasten.ops.attention import attention, row_spans
 from hasten.ops.lora import Heads, LoraLinear, lora_linears, lora_mlp, lora_qkv
 from hasten.ops.lora.share.kernel import MIN_WIDTH_BACKWARD, lay_share, share_bwd
@@ -42,6 +53,8 @@ def _norms() -> None:
         for offset, fp32 in ((False, False), (True, True)):
             x, weight = _draw(5, 3, width), _draw(*weights)
             _back([norm(x, weight, 1e-5, kind, offset, fp32, "triton")])  # pyright: ignore[reportArgumentType]
+            if len(weights) == 1:
+                _back([norm_onto(x, weight, _draw(5, 3, width), 1e-5, kind, offset, fp32, "triton")])  # pyright: ignore[reportArgumentType]
             frozen = weight.detach()
             _back(norm_and_pass(x, frozen, 1e-5, kind, offset, fp32, "triton"))  # pyright: ignore[reportArgumentType]
 

@@ -15,7 +15,7 @@ from hasten.ops.linear_cross_entropy import (
     linear_cross_entropy_loss,
     score_logits,
 )
-from hasten.ops.norm import NormInput, norm, norm_and_pass
+from hasten.ops.norm import NormInput, norm, norm_and_pass, norm_onto
 from hasten.ops.rope import QKNorm, qk_rope
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "linear_cross_entropy_loss",
     "norm",
     "norm_and_pass",
+    "norm_onto",
     "qk_rope",
     "score_logits",
 ]

@@ -13,6 +13,18 @@ from hasten.overlays.norm import NormOverlay
 from hasten.overlays.rows import compute_dtype
 from hasten.weights import is_watched
 
+NORMS = {
+    "serial": ("input_layernorm", "post_attention_layernorm"),
+    "parallel": ("input_layernorm",),
+    "sandwich": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+}
+"""A layer's norms, in each arrangement of the branches."""
+
 
 @dataclass(frozen=True)
 class LayerFacts:
@@ -42,24 +54,33 @@ class LayerOverlay(Overlay):
         return hidden_states + self._branch(self.mlp(self.post_attention_layernorm(hidden_states)))
 
     def _branches_add(self, hidden_states: torch.Tensor) -> bool:
-        """Whether the branches can add to the stream themselves: nothing between them and it, nobody watching them."""
-        if backend_for(hidden_states) != "triton" or self.facts.multiplier != 1.0 or self.facts.residual == "sandwich":
+        """Whether branches can join the stream in passes that run anyway: all parts are known, and nobody is watching them."""
+        if backend_for(hidden_states) != "triton":
             return False
         if compute_dtype(hidden_states) != hidden_states.dtype:
             return False  # a stream wider than autocast's products must not be rounded by them
-        norms = [self.input_layernorm]
-        if self.facts.residual == "serial":
-            norms.append(self.post_attention_layernorm)
+        if self.facts.multiplier != 1.0 and self.facts.residual != "serial":
+            return False
+        norms = [getattr(self, name) for name in NORMS[self.facts.residual]]
         known = ((self.self_attn, AttentionOverlay), (self.mlp, MLPOverlay), *((norm, NormOverlay) for norm in norms))
         return all(isinstance(module, kind) and not is_watched(module) for module, kind in known)
 
     def _fused(self, stream: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-        """Serial or parallel, each branch's last product adding to the stream, the stream's gradients meeting in the norms."""
+        """The stream's gradients meet in the norms. A branch joins the stream in its last product where nothing is between
+        them, else in its own norm's pass, or scaled in one pass."""
+        scale, after = self.facts.multiplier, self.facts.residual == "sandwich"
+        adds = scale == 1.0 and not after  # whether a branch's last product adds to the stream
         normed, stream, source = self.input_layernorm.and_pass(stream)
-        stream, _ = self.self_attn(hidden_states=normed, residual=stream, made_from=source, **kwargs)
-        if self.facts.residual == "serial":
-            normed, stream, source = self.post_attention_layernorm.and_pass(stream)
-        return self.mlp(normed, residual=stream, made_from=source)
+        branch, _ = self.self_attn(hidden_states=normed, residual=stream if adds else None, made_from=source, **kwargs)
+        stream = branch if adds else self._joined(stream, branch, self.post_attention_layernorm if after else None)
+        if self.facts.residual != "parallel":
+            before = self.pre_feedforward_layernorm if after else self.post_attention_layernorm
+            normed, stream, source = before.and_pass(stream)
+        branch = self.mlp(normed, residual=stream if adds else None, made_from=source)
+        return branch if adds else self._joined(stream, branch, self.post_feedforward_layernorm if after else None)
+
+    def _joined(self, stream: torch.Tensor, branch: torch.Tensor, norm: Any) -> torch.Tensor:
+        return torch.add(stream, branch, alpha=self.facts.multiplier) if norm is None else norm.onto(branch, stream)
 
     def _branch(self, branch: torch.Tensor) -> torch.Tensor:
         return branch if self.facts.multiplier == 1.0 else branch * self.facts.multiplier

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from hasten.ops import NormInput, norm, norm_and_pass
+from hasten.ops import NormInput, norm, norm_and_pass, norm_onto
 from hasten.overlays.base import Overlay
 
 
@@ -33,3 +33,8 @@ class NormOverlay(Overlay):
         rule = (f.eps, f.kind, f.unit_offset, f.fp32_weight)
         normed, stream = norm_and_pass(hidden_states, self.weight, *rule)
         return normed, stream, NormInput(hidden_states.detach(), self.weight.detach(), *rule)
+
+    def onto(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """residual + normed: for a branch that is normed before it joins the stream."""
+        f = self.facts
+        return norm_onto(hidden_states, self.weight, residual, f.eps, f.kind, f.unit_offset, f.fp32_weight)

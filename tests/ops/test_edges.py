@@ -16,6 +16,7 @@ from hasten.ops import (
     linear_cross_entropy_loss,
     norm,
     norm_and_pass,
+    norm_onto,
     qk_rope,
 )
 from hasten.ops.nf4 import NF4Weight, dequantize_nf4
@@ -57,6 +58,10 @@ def calls(rows: int, device: Any, backend: Any) -> dict[str, tuple[Callable[...,
         "layer norm": (
             lambda x, w: norm_and_pass(x, w, 1e-5, "layer", backend=backend),
             [draw(rows, 40, device=device), draw(40, device=device)],
+        ),
+        "norm onto": (
+            lambda x, w, r: norm_onto(x, w, r, 1e-5, backend=backend),
+            [draw(rows, 40, device=device), draw(40, device=device), draw(rows, 40, device=device)],
         ),
         "qk_rope": (rope, [heads, heads[:, :, :2] * 2, q_weight]),
         "glu": (

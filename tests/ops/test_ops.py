@@ -7,7 +7,7 @@ import torch
 from ops_kit import DEVICE, DTYPES, assert_as_good_as_torch, both, poisoned_memory
 from torch.nn import functional as F
 
-from hasten.ops import QKNorm, attend, glu, norm, norm_and_pass, qk_rope
+from hasten.ops import QKNorm, attend, glu, norm, norm_and_pass, norm_onto, qk_rope
 from hasten.ops.glu import ACTIVATIONS
 
 
@@ -81,6 +81,22 @@ def test_norm_and_pass_adds_both_gradients(dtype: torch.dtype, kind: Any, backen
         return torch.stack((normalise(x, x.shape[-1:], eps=1e-5) * w, x))
 
     assert_as_good_as_torch(ours, formula, [torch.randn(3, 5, 33), torch.randn(33)], dtype)
+
+
+@both
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("fp32_weight", [False, True])
+def test_norm_onto_a_residual(dtype: torch.dtype, kind: Any, fp32_weight: bool, backend: Any) -> None:
+    def ours(x: torch.Tensor, w: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return norm_onto(x, w, residual, 1e-5, kind, fp32_weight=fp32_weight, backend=backend)
+
+    def formula(x: torch.Tensor, w: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        normalise = F.rms_norm if kind == "rms" else F.layer_norm
+        return residual + normalise(x, x.shape[-1:], eps=1e-5) * w
+
+    inputs = [torch.randn(3, 5, 33), torch.randn(33), torch.randn(3, 5, 33)]
+    assert_as_good_as_torch(ours, formula, inputs, dtype)
 
 
 def test_qk_rope_without_positions_returns_its_inputs_and_norms_first() -> None:
@@ -173,7 +189,11 @@ def test_nothing_is_left_unwritten(backend: Any) -> None:
     inputs = [x, w, q, head_weight]
     with poisoned_memory():
         outputs = [norm(x, w, 1e-5, kind, backend=backend) for kind in ("rms", "layer")]
-        outputs += [*norm_and_pass(x, w, 1e-5, backend=backend), glu(x, x * 2, "silu", backend)]
+        outputs += [
+            *norm_and_pass(x, w, 1e-5, backend=backend),
+            norm_onto(x, w, x, 1e-5, backend=backend),
+            glu(x, x * 2, "silu", backend),
+        ]
         outputs += qk_rope(q, q * 2, (table, table), backend=backend)
         outputs += qk_rope(q, q * 2, (table, table), "interleaved", qk_norm=weights, backend=backend)
         for out in outputs:

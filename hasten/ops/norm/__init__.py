@@ -55,6 +55,26 @@ def norm_and_pass(
     return reference.norm(x, weight, eps, kind, unit_offset, fp32_weight), x
 
 
+def norm_onto(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor,
+    eps: float,
+    kind: Literal["rms", "layer"] = "rms",
+    unit_offset: bool = False,
+    fp32_weight: bool = False,
+    backend: Backend | None = None,
+) -> torch.Tensor:
+    """residual + norm(x): for a branch that is normed before it joins the stream. weight (D,); residual of x's shape, of the norm's
+    dtype. Gradients: x, weight, residual."""
+    normed_dtype = x.dtype if fp32_weight else torch.promote_types(x.dtype, weight.dtype)
+    if backend_for(x, backend) == "triton" and residual.dtype == normed_dtype:
+        from hasten.ops.norm import kernel
+
+        return kernel.norm_onto(x, weight, residual, eps, kind, unit_offset, fp32_weight)
+    return residual + norm(x, weight, eps, kind, unit_offset, fp32_weight, backend)
+
+
 @dataclass(frozen=True)
 class NormInput:
     """What a normed tensor is made from: an op that needs it again in its backward keeps this, and not the normed tensor.

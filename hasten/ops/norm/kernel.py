@@ -20,16 +20,19 @@ from hasten.ops.backend import on_device
 def _norm_fwd(
     x_ptr,
     w_ptr,
+    base_ptr,
     y_ptr,
     rstd_ptr,
     mean_ptr,
     stride_x,
+    stride_base,
     D,
     HEADS,
     eps,
     LAYER: tl.constexpr,
     UNIT_OFFSET: tl.constexpr,
     FP32_WEIGHT: tl.constexpr,
+    ADD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -54,6 +57,9 @@ def _norm_fwd(
         if UNIT_OFFSET:
             w = (1.0 + w.to(tl.float32)).to(w.dtype)
         y = normed.to(x.dtype).to(tl.float32) * w.to(tl.float32)
+    if ADD:
+        base = tl.load(base_ptr + row * stride_base + cols, mask=mask, other=0.0).to(tl.float32)
+        y = base + y.to(y_ptr.dtype.element_ty).to(tl.float32)
     tl.store(y_ptr + row * D + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -116,9 +122,10 @@ def _warps(block: int) -> int:
 
 
 def norm_fwd(
-    x_ND: torch.Tensor, weight: torch.Tensor, rule: tuple[float, str, bool, bool]
+    x_ND: torch.Tensor, weight: torch.Tensor, rule: tuple[float, str, bool, bool], base_ND: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(y, rstd, mean) of rows whose last axis is contiguous. rule: eps, kind, unit_offset, fp32_weight."""
+    """(y, rstd, mean) of rows whose last axis is contiguous. rule: eps, kind, unit_offset, fp32_weight. base: y is added to it,
+    after it was rounded to its dtype, which base shares."""
     eps, kind, unit_offset, fp32_weight = rule
     rows, width = x_ND.shape
     dtype = x_ND.dtype if fp32_weight else torch.promote_types(x_ND.dtype, weight.dtype)
@@ -129,8 +136,9 @@ def norm_fwd(
     if rows:
         with on_device(x_ND):
             _norm_fwd[(rows,)](
-                x_ND, weight, y, rstd, mean, x_ND.stride(0), width, weight.numel() // width, eps,
-                LAYER=kind == "layer", UNIT_OFFSET=unit_offset, FP32_WEIGHT=fp32_weight,
+                x_ND, weight, x_ND if base_ND is None else base_ND, y, rstd, mean, x_ND.stride(0),
+                0 if base_ND is None else base_ND.stride(0), width, weight.numel() // width, eps,
+                LAYER=kind == "layer", UNIT_OFFSET=unit_offset, FP32_WEIGHT=fp32_weight, ADD=base_ND is not None,
                 BLOCK=block, num_warps=_warps(block),
             )  # fmt: skip
     return y, rstd, mean
@@ -204,6 +212,24 @@ class NormAndPassFunction(torch.autograd.Function):
         return dx, dw, None
 
 
+class NormOntoFunction(torch.autograd.Function):
+    """residual + norm(x) in one pass; the residual's gradient is the output's own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, rule: Any) -> torch.Tensor:
+        flat = _rows(x)
+        y, rstd, mean = norm_fwd(flat, weight.contiguous(), rule, _rows(residual))
+        ctx.save_for_backward(flat, weight, rstd, mean)
+        ctx.rule = rule
+        return y.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> Any:
+        dx, dw = _backward(ctx, dy, None)
+        return dx, dw, dy, None
+
+
 def _backward(ctx: Any, dy: torch.Tensor, past: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
     flat, weight, rstd, mean = ctx.saved_tensors
     train = ctx.needs_input_grad[1]
@@ -221,3 +247,15 @@ def norm_and_pass(
     x: torch.Tensor, weight: torch.Tensor, eps: float, kind: str, unit_offset: bool, fp32_weight: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return NormAndPassFunction.apply(x, weight, (eps, kind, unit_offset, fp32_weight))  # pyright: ignore[reportReturnType]
+
+
+def norm_onto(  # noqa: PLR0913
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor,
+    eps: float,
+    kind: str,
+    unit_offset: bool,
+    fp32_weight: bool,
+) -> torch.Tensor:
+    return NormOntoFunction.apply(x, weight, residual, (eps, kind, unit_offset, fp32_weight))  # pyright: ignore[reportReturnType]
