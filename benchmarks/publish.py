@@ -18,6 +18,10 @@ from benchmarks.results import FOLDER, file_name, merge, newest, read, write
 
 ROOT = Path(__file__).parent.parent
 PAGE, README = Path("docs/benchmarks.md"), Path("README.md")
+PROFILED = (
+    "The rest is the step's time in the race less what the device was busy in one step under the profiler: gaps, and the higher "
+    "clock of a card that the profiler lets cool."
+)
 PICTURES = {"roofline": "ops", "curves": "curves"}
 """Picture -> the part of a result that it shows."""
 
@@ -54,7 +58,7 @@ def _sections(result: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -
         if any(row["mode"] == mode for row in result.get("train", [])):
             parts += [f"### Training steps, {title}", tables.training_table(result, mode)]
     if profile := tables.profile_table(result):
-        parts += ["### Where hasten's step goes", profile]
+        parts += ["### Where hasten's step goes", profile, PROFILED]
     if any("load_s" in row for row in result.get("train", [])):
         parts += ["### Loading and the first step", tables.load_table(result)]
     if result.get("fixed_costs"):

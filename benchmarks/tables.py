@@ -182,7 +182,7 @@ def profile_table(result: Result) -> str:
             f"{kind} {entry['ms']:.1f}" for kind, entry in profiled["kinds"].items() if entry["ms"] >= 0.5
         )
         rows.append([f"{job}, {mode}", f"{profiled['wall_ms']:.0f}", parts, f"{profiled['idle_ms']:.1f}"])
-    return table(["job", "step, ms", "on the device, ms", "idle, ms"], rows) if rows else ""
+    return table(["job", "step, ms", "on the device in one profiled step, ms", "the rest, ms"], rows) if rows else ""
 
 
 def curves_table(result: Result) -> str:
