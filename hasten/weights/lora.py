@@ -24,13 +24,14 @@ def unwrap(module: Any) -> tuple[nn.Module, list[Any]]:
     """
     layers: list[Any] = []
     while True:
-        if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
+        children = module._modules  # asking a Module for an attribute that it lacks is slow, and this runs at every call
+        if "modules_to_save" in children and "original_module" in children:
             acting = _acting_copy(module)
             module = module.original_module if acting is None else acting
-        elif "token_adapter" in module._modules:  # PEFT's trainable_token_indices
+        elif "token_adapter" in children:  # PEFT's trainable_token_indices
             layers.append(module.token_adapter)
             module = module.token_adapter.base_layer
-        elif "base_layer" in module._modules:
+        elif "base_layer" in children:
             layers.append(module)
             module = module.base_layer
         else:
@@ -62,7 +63,7 @@ def read_lora(module: Any, training: bool) -> tuple[LoraPair | None, str | None]
         return None, "adapters disabled while merged"  # PEFT takes them out of the weight on the next forward
     acting = [layer for layer in layers if layer not in merged and active_adapters(layer)]
     for layer in acting:
-        if not hasattr(layer, "lora_A"):
+        if "lora_A" not in layer._modules:
             tokens = hasattr(layer, "trainable_tokens_delta")
             return None, "single trained token rows" if tokens else f"adapter of type {type(layer).__name__}"
     if len(acting) > 1:
