@@ -242,6 +242,19 @@ def test_a_norm_s_output_is_made_again_and_not_kept() -> None:
             torch.testing.assert_close(kept_gradient, made_gradient)
 
 
+def test_a_norm_with_a_wider_weight_is_made_again_in_the_products_dtype() -> None:
+    stream, weight = torch.randn(6, WIDTH, device=DEVICE).half(), torch.randn(WIDTH, device=DEVICE)
+    one = linear(40, WIDTH, True, False, torch.float16)
+    found = []
+    for made_from in (None, NormInput(stream, weight, 1e-5)):
+        normed = norm(stream, weight, 1e-5, backend="triton")
+        assert normed.dtype == torch.float32
+        (out,) = lora_linears(normed.half().requires_grad_(), [one], made_from=made_from, backend="triton")
+        found.append(torch.autograd.grad(out.float().cos().sum(), [one.a, one.b]))  # pyright: ignore[reportArgumentType]
+    for kept, again in zip(*found, strict=True):
+        torch.testing.assert_close(kept, again)
+
+
 def test_weights_behind_each_other_are_read_as_one_without_a_copy() -> None:
     modules = [torch.nn.Linear(WIDTH, out, bias=False, device=DEVICE) for out in (32, 16, 8)]
     before = [m.weight.detach().clone() for m in modules]

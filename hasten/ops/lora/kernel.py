@@ -117,10 +117,13 @@ class Kept:
         )
 
     @staticmethod
-    def rows(x: torch.Tensor | None, weight: torch.Tensor | None, rule: tuple[Any, ...]) -> torch.Tensor | None:
+    def rows(
+        x: torch.Tensor | None, weight: torch.Tensor | None, rule: tuple[Any, ...], dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        """The input's rows again, in the products' dtype: a norm with an fp32 weight gives fp32 rows."""
         if x is None or weight is None:
             return x
-        return flat_rows(NormInput(x, weight, *rule).again())
+        return flat_rows(NormInput(x, weight, *rule).again()).to(dtype)
 
 
 def needs_input(linears: Sequence[LoraLinear]) -> bool:
@@ -152,7 +155,7 @@ class LoraLinearsFunction(torch.autograd.Function):
         dy = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
         d_xa, d_b = thin_gradients(ctx.linears, dy, xa, b)
         dx = input_gradient(dy, ctx.linears, d_xa, a).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        flat = Kept.rows(source, norm_weight, ctx.rule)
+        flat = Kept.rows(source, norm_weight, ctx.rule, dy.dtype)
         d_residual = grads[0] if ctx.has_residual else None
         return dx, d_residual, None, None, *parameter_gradients(ctx.linears, dy, flat, d_xa, d_b)
 

@@ -60,7 +60,7 @@ class LoraGluFunction(torch.autograd.Function):
         del product, d_product
         d_xa, d_b = thin_gradients(both, gu, xa, b)
         dx = input_gradient(gu, both, d_xa, a).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        flat = Kept.rows(source, norm_weight, ctx.rule)
+        flat = Kept.rows(source, norm_weight, ctx.rule, dy.dtype)
         return dx, None, None, None, *parameter_gradients(both, gu, flat, d_xa, d_b), *d_down
 
 

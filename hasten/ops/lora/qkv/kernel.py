@@ -70,7 +70,7 @@ class LoraQkvFunction(torch.autograd.Function):
             into[1].copy_(dk)
         d_xa, d_b = thin_gradients(linears, dy, xa, b)
         dx = input_gradient(dy, linears, d_xa, a).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        flat = Kept.rows(source, norm_weight, ctx.rule)
+        flat = Kept.rows(source, norm_weight, ctx.rule, dy.dtype)
         return dx, *d_weights, None, None, None, *parameter_gradients(linears, dy, flat, d_xa, d_b)
 
 
