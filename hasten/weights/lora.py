@@ -24,7 +24,8 @@ def unwrap(module: Any) -> tuple[nn.Module, list[Any]]:
     """
     layers: list[Any] = []
     while True:
-        children = module._modules  # asking a Module for an attribute that it lacks is slow, and this runs at every call
+        # Not hasattr: asking a Module for an attribute that it lacks is slow, and this runs at every call.
+        children = module._modules
         if "modules_to_save" in children and "original_module" in children:
             acting = _acting_copy(module)
             module = module.original_module if acting is None else acting
