@@ -60,8 +60,9 @@ def _lay_share(
     base_ptr, xa_ptr, b_ptr, out_ptr, stride_base, stride_xa, stride_b, stride_out, N, F, R,
     BLOCK_R: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    blocks = tl.cdiv(F, COLS)  # one axis of programs: others end at 65535, and rows are not so few
+    rows = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(0) % blocks * COLS + tl.arange(0, COLS)
     ranks = tl.arange(0, BLOCK_R)
     mask = (rows < N)[:, None] & (cols < F)[None, :]
     base = tl.load(base_ptr + rows[:, None] * stride_base + cols[None, :], mask=mask, other=0.0)
@@ -81,7 +82,7 @@ def lay_share(base_NF: torch.Tensor, xa_NR: torch.Tensor, b_RF: torch.Tensor) ->
     rows, width = base_NF.shape
     out = torch.empty(rows, width, device=base_NF.device, dtype=base_NF.dtype)
     tile = {"ROWS": 16, "COLS": 128}
-    grid = (triton.cdiv(width, tile["COLS"]), triton.cdiv(rows, tile["ROWS"]))
+    grid = (triton.cdiv(width, tile["COLS"]) * triton.cdiv(rows, tile["ROWS"]),)
     if not rows:
         return out
     with on_device(out):
