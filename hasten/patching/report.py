@@ -10,7 +10,7 @@ from hasten.ops.attention import PLANNED
 from hasten.ops.backend import backend_for
 from hasten.overlays import AttentionOverlay, BackboneOverlay, HeadOverlay, MLPOverlay, Overlay
 from hasten.patching.plan import Plan, causal_lm_of
-from hasten.weights import base_layer_of, plain_linear, read_linear, read_lora, storage_of
+from hasten.weights import base_layer_of, lie_apart, plain_linear, read_linear, read_lora, storage_of
 
 
 @dataclass(frozen=True)
@@ -108,11 +108,16 @@ def _shared_products(base: nn.Module) -> dict[str, tuple[str, str, str]]:
             members = {name: getattr(module, name) for name in group}
             reasons = {name: plain_linear(member, training=True)[1] for name, member in members.items()}
             blocked = next(((name, reason) for name, reason in reasons.items() if reason is not None), None)
+            one_product: tuple[str, ...] = module.one_product  # pyright: ignore[reportAssignmentType]
+            apart = one_product if lie_apart([getattr(module, name) for name in one_product]) else ()
             for name, member in members.items():
                 label = f"{name} ({_storage(member)})"
                 if blocked is None:
                     pair, _ = read_lora(member, training=True)
-                    rows[f"{path}.{name}"] = (label, "fused LoRA op", "plain LoRA" if pair else "no adapter")
+                    why = "plain LoRA" if pair else "no adapter"
+                    if name in apart:
+                        why += "; weights lie apart and are copied for each product (patch the model where it will run)"
+                    rows[f"{path}.{name}"] = (label, "fused LoRA op", why)
                 elif reasons[name] is None:
                     rows[f"{path}.{name}"] = (label, "its own module", f"{blocked[0]} beside it: {blocked[1]}")
     return rows

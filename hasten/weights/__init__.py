@@ -2,7 +2,7 @@
 
 from hasten.weights.linear import dequantize, holds, storage_of
 from hasten.weights.lora import LoraPair, active_adapters, base_layer_of, read_linear, read_lora, unwrap
-from hasten.weights.plain import is_watched, lay_side_by_side, plain_linear
+from hasten.weights.plain import is_watched, lay_side_by_side, lie_apart, plain_linear
 
 __all__ = [
     "LoraPair",
@@ -12,6 +12,7 @@ __all__ = [
     "holds",
     "is_watched",
     "lay_side_by_side",
+    "lie_apart",
     "plain_linear",
     "read_linear",
     "read_lora",

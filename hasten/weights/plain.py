@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hasten.ops.lora import LoraLinear
+from hasten.ops.lora.joint import as_one
 from hasten.ops.nf4 import NF4Weight, dequantize_nf4
 from hasten.weights.lora import base_layer_of, read_lora
 
@@ -122,3 +123,9 @@ def lay_side_by_side(modules: Sequence[Any]) -> bool:
     for weight, rows in zip(weights, whole.split([w.shape[0] for w in weights]), strict=True):
         weight.data = rows
     return True
+
+
+def lie_apart(modules: Sequence[Any]) -> bool:
+    """Whether one product over these Linears must first copy weights that are stored as they are into one buffer."""
+    held = [base.weight if type(base) is nn.Linear else None for base in map(base_layer_of, modules)]
+    return any(weight is not None for weight in held) and as_one(held) is None  # pyright: ignore[reportArgumentType]

@@ -119,6 +119,16 @@ def test_the_report_names_what_the_kernels_serve_and_what_not(kernels: None) -> 
     assert ("v_proj", "lora_dropout > 0") in said and ("q_proj", "v_proj beside it: lora_dropout > 0") in said
 
 
+def test_the_report_names_weights_that_each_product_must_copy(kernels: None) -> None:
+    model = tiny_model("llama", num_hidden_layers=2).to(DEVICE)
+    apply(model)
+    assert not any("lie apart" in row.why for row in report(model).rows)
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.weight.data = layer.self_attn.k_proj.weight.data.clone()
+    apart = {row.module.split()[0] for row in report(model).rows if "lie apart" in row.why}
+    assert apart == {"q_proj", "k_proj", "v_proj"}
+
+
 def test_autocast_does_not_round_an_fp32_stream(kernels: None) -> None:
     """The branches' products run in bf16 there; the stream that they are added to stays fp32, as in transformers."""
     stock = tiny_model("llama", num_hidden_layers=2).to(DEVICE)

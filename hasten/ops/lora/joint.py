@@ -72,11 +72,9 @@ def weight_of(linears: Sequence[LoraLinear], dtype: torch.dtype) -> torch.Tensor
     """[W_1; W_2; ...] in `dtype`: a view where the weights lie behind each other in memory, else a new buffer."""
     if len(linears) == 1:
         return linears[0].weight.dense(dtype)
-    held = [one.weight.held for one in linears]
-    if all(w is not None and w.dtype == dtype for w in held):
-        view = _as_one(held)  # pyright: ignore[reportArgumentType]
-        if view is not None:
-            return view
+    view = as_one([one.weight.held for one in linears])
+    if view is not None and view.dtype == dtype:
+        return view
     shapes = widths(linears)
     whole = torch.empty(sum(shapes), linears[0].weight.shape[1], device=linears[0].weight.device, dtype=dtype)
     for one, rows in zip(linears, whole.split(shapes), strict=True):
@@ -84,16 +82,21 @@ def weight_of(linears: Sequence[LoraLinear], dtype: torch.dtype) -> torch.Tensor
     return whole
 
 
-def _as_one(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """One view over matrices that follow each other in one storage, or None."""
+def as_one(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """One view over matrices of one dtype that follow each other in one storage, or None."""
     first, end = tensors[0], None
+    if first is None:
+        return None
     for one in tensors:
-        if not one.is_contiguous() or one.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+        if one is None or one.dtype != first.dtype or not one.is_contiguous():
+            return None
+        if one.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
             return None
         if end is not None and one.storage_offset() != end:
             return None
         end = one.storage_offset() + one.numel()
-    return first.detach().as_strided((sum(one.shape[0] for one in tensors), first.shape[1]), (first.shape[1], 1))
+    rows = sum(one.shape[0] for one in tensors if one is not None)
+    return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))
 
 
 def bias_of(linears: Sequence[LoraLinear], dtype: torch.dtype) -> torch.Tensor | None:
