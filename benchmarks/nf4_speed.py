@@ -54,9 +54,7 @@ def measure(shape: tuple[int, int], apart: int, launches: dict[str, kernel.Launc
 
 
 def main() -> None:
-    launches = {
-        f"{launch.words}x{launch.warps}{' gather' if launch.gather else ''}": launch for launch in kernel.LAUNCHES
-    }
+    launches = {f"{launch.words}x{launch.warps}": launch for launch in kernel.LAUNCHES}
     first = True
     for shape, apart in [*((shape, 0) for shape in SHAPES), ((4096, 4096), 64)]:
         times = measure(shape, apart, launches)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from hasten.ops.backend import on_device
+from hasten.ops.rows import flat_rows
 
 CODES = {"silu": 0, "swish": 0, "gelu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "relu": 3}
 
@@ -78,17 +79,10 @@ def _grid(rows: int, width: int) -> tuple[tuple[int, int], dict[str, int]]:
     return (triton.cdiv(width, block), rows), {"BLOCK": block, "num_warps": 4 if block <= 1024 else 8}
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    flat = x.reshape(-1, x.shape[-1])
-    return flat if flat.stride(-1) == 1 else flat.contiguous()
-
-
-def glu_fwd(
-    gate_NF: torch.Tensor, up_NF: torch.Tensor, activation: str, out: torch.Tensor | None = None
-) -> torch.Tensor:
-    """act(gate) * up of rows with contiguous channels, into `out` where given (contiguous)."""
+def glu_fwd(gate_NF: torch.Tensor, up_NF: torch.Tensor, activation: str) -> torch.Tensor:
+    """act(gate) * up of rows with contiguous channels."""
     rows, width = gate_NF.shape
-    out = torch.empty(rows, width, device=gate_NF.device, dtype=gate_NF.dtype) if out is None else out
+    out = torch.empty(rows, width, device=gate_NF.device, dtype=gate_NF.dtype)
     grid, meta = _grid(rows, width)
     for start in range(0, rows, 65535):
         stop = min(start + 65535, rows)
@@ -131,7 +125,7 @@ class GluFunction(torch.autograd.Function):
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        return glu_fwd(_rows(gate), _rows(up), activation).view(gate.shape)
+        return glu_fwd(flat_rows(gate), flat_rows(up), activation).view(gate.shape)
 
     @staticmethod
     @once_differentiable
@@ -139,7 +133,9 @@ class GluFunction(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         dgate, dup = (torch.empty(gate.shape, device=gate.device, dtype=gate.dtype) for _ in range(2))
         width = gate.shape[-1]
-        glu_bwd(_rows(d), _rows(gate), _rows(up), ctx.activation, (dgate.view(-1, width), dup.view(-1, width)))
+        glu_bwd(
+            flat_rows(d), flat_rows(gate), flat_rows(up), ctx.activation, (dgate.view(-1, width), dup.view(-1, width))
+        )
         return dgate, dup, None
 
 

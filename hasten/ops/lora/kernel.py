@@ -14,7 +14,6 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from hasten.ops.lora.joint import (
-    Adapters,
     adapters,
     bias_of,
     blocks_of,
@@ -27,39 +26,40 @@ from hasten.ops.lora.joint import (
 )
 from hasten.ops.lora.share.kernel import MAX_RANK, MAX_RANK_BACKWARD, MIN_WIDTH_BACKWARD, lay_share, share_bwd
 from hasten.ops.norm import NormInput
+from hasten.ops.rows import flat_rows
 
 if TYPE_CHECKING:
     from hasten.ops.lora import LoraLinear
 
 
-def flat_rows(x: torch.Tensor) -> torch.Tensor:
-    """(..., E) as rows, channels contiguous."""
-    flat = x.reshape(-1, x.shape[-1])
-    return flat if flat.stride(-1) == 1 else flat.contiguous()
+def low_rank(
+    x_NE: torch.Tensor, linears: Sequence[LoraLinear]
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """(x @ A.T (N, R), A (R, E), B (R, O) scaled) of all linears' LoRAs together; three times None without any."""
+    found = adapters(linears, x_NE.dtype)
+    return (None, None, None) if found is None else (x_NE @ found.a.T, found.a, found.b)
 
 
 def project(
     x_NE: torch.Tensor,
     linears: Sequence[LoraLinear],
+    xa: torch.Tensor | None,
+    b: torch.Tensor | None,
     residual_NO: torch.Tensor | None = None,
-    xa: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None, Adapters | None]:
-    """(y (N, O), x @ A.T (N, R), adapters): all linears' outputs side by side. xa: x @ A.T, where it was made before."""
-    found = adapters(linears, x_NE.dtype)
-    if found is not None and xa is None:
-        xa = x_NE @ found.a.T
+) -> torch.Tensor:
+    """All linears' outputs (N, O) side by side, on top of `residual` where given. xa, b: of `low_rank`."""
     bias = bias_of(linears, x_NE.dtype)
     base = residual_NO
     if base is None and bias is not None:
         base, bias = bias.expand(x_NE.shape[0], -1), None
     start = base
-    if found is not None and xa is not None:
+    if xa is not None and b is not None:
         if base is None:
-            start = xa @ found.b
-        elif found.b.shape[0] <= MAX_RANK:
-            start = lay_share(base, xa, found.b)
+            start = xa @ b
+        elif b.shape[0] <= MAX_RANK:
+            start = lay_share(base, xa, b)
         else:
-            start = torch.addmm(base, xa, found.b)
+            start = torch.addmm(base, xa, b)
     weight = weight_of(linears, x_NE.dtype)
     if start is None:
         y = x_NE @ weight.T
@@ -67,7 +67,7 @@ def project(
         y = torch.addmm(start, x_NE, weight.T)
     else:
         y = start.addmm_(x_NE, weight.T)
-    return (y if bias is None else y.add_(bias)), xa, found
+    return y if bias is None else y.add_(bias)
 
 
 def thin_gradients(
@@ -136,9 +136,9 @@ class LoraLinearsFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, residual: torch.Tensor | None, made_from: Any, linears: Any, *_: Any) -> Any:
         flat = flat_rows(x)
-        y, xa, found = project(flat, linears, None if residual is None else flat_rows(residual))
-        ab = (None, None) if found is None else (found.a, found.b)
-        ctx.save_for_backward(*Kept.tensors(flat, made_from, needs_input(linears)), xa, *ab)
+        xa, a, b = low_rank(flat, linears)
+        y = project(flat, linears, xa, b, None if residual is None else flat_rows(residual))
+        ctx.save_for_backward(*Kept.tensors(flat, made_from, needs_input(linears)), xa, a, b)
         ctx.linears, ctx.rule, ctx.shape, ctx.has_residual = (
             linears,
             Kept.rule(made_from),

@@ -24,22 +24,20 @@ CODES_A_WORD = 8
 
 @dataclass(frozen=True)
 class Launch:
-    """words: of eight codes, a program. gather: the table of codes is looked up in shared memory, not through the L1 cache."""
+    """words: of eight codes, a program."""
 
     words: int
     warps: int
-    gather: bool = False
 
 
-LAUNCHES = (Launch(512, 4), Launch(512, 4, gather=True), Launch(1024, 8))
+LAUNCHES = (Launch(512, 4), Launch(1024, 8))
 """The first one runs; `python -m benchmarks.nf4_speed` times them all."""
 
 
 @triton.jit
 def _dequantize(
     words_ptr, code_ptr, scales_ptr, scale_code_ptr, outer_ptr, offset_ptr, out_ptr, stride_out, row_words, parts,
-    DOUBLE: tl.constexpr, BLOCK_WORDS: tl.constexpr, SCALE_BLOCK: tl.constexpr, GATHER: tl.constexpr,
-    WORDS: tl.constexpr,
+    DOUBLE: tl.constexpr, BLOCK_WORDS: tl.constexpr, SCALE_BLOCK: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) // parts
     first = tl.program_id(0) % parts * WORDS  # in its row; a row begins with a new word and a new block
@@ -55,12 +53,7 @@ def _dequantize(
         scale = inner * outer + tl.load(offset_ptr)
     place = tl.arange(0, 8)  # the bytes of a word in order, of each byte the high half first
     nibble = (packed[:, None] >> (place // 2 * 8 + 4 - place % 2 * 4)[None, :]) & 15
-    if GATHER:
-        code = tl.load(code_ptr + tl.arange(0, 16))
-        value = tl.reshape(tl.gather(code, tl.reshape(nibble, (WORDS * 8,)), 0), (WORDS, 8))
-    else:
-        value = tl.load(code_ptr + nibble)
-    value = (value * scale[:, None]).to(out_ptr.dtype.element_ty)
+    value = (tl.load(code_ptr + nibble) * scale[:, None]).to(out_ptr.dtype.element_ty)
     target = out_ptr + row.to(tl.int64) * stride_out + first.to(tl.int64) * 8
     tl.store(target + (lane[:, None] * 8 + place[None, :]), value, mask=inside[:, None])
 
@@ -103,5 +96,5 @@ def _write(weight: NF4Weight, out: torch.Tensor, launch: Launch) -> None:
             weight.offset if weight.offset is not None else weight.code,
             out, out.stride(0), row_words, parts,
             DOUBLE=weight.scale_code is not None, BLOCK_WORDS=weight.block // CODES_A_WORD,
-            SCALE_BLOCK=weight.scale_block, GATHER=launch.gather, WORDS=launch.words, num_warps=launch.warps,
+            SCALE_BLOCK=weight.scale_block, WORDS=launch.words, num_warps=launch.warps,
         )  # fmt: skip

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from hasten.ops.backend import on_device
+from hasten.ops.rows import flat_rows
 
 
 @triton.jit
@@ -175,27 +176,24 @@ def norm_bwd(
     return dx, dw.view(-1, heads, width).sum(0).view(weight.shape).to(weight.dtype)
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    flat = x.reshape(-1, x.shape[-1])
-    return flat if flat.stride(-1) == 1 else flat.contiguous()
+def _forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, rule: Any, base: torch.Tensor | None) -> torch.Tensor:
+    """norm(x), on top of `base` where given. Keeps x and one or two statistics a row."""
+    flat = flat_rows(x)
+    y, rstd, mean = norm_fwd(flat, weight.contiguous(), rule, None if base is None else flat_rows(base))
+    ctx.save_for_backward(flat, weight, rstd, mean)
+    ctx.rule = rule
+    return y.view(x.shape)
 
 
 class NormFunction(torch.autograd.Function):
-    """y = norm(x). Saves x and one or two statistics a row."""
-
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, rule: Any) -> torch.Tensor:
-        flat = _rows(x)
-        y, rstd, mean = norm_fwd(flat, weight.contiguous(), rule)
-        ctx.save_for_backward(flat, weight, rstd, mean)
-        ctx.rule = rule
-        return y.view(x.shape)
+        return _forward(ctx, x, weight, rule, None)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
-        dx, dw = _backward(ctx, dy, None)
-        return dx, dw, None
+        return *_backward(ctx, dy, None), None
 
 
 class NormAndPassFunction(torch.autograd.Function):
@@ -203,13 +201,12 @@ class NormAndPassFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, rule: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return NormFunction.forward(ctx, x, weight, rule), x.view_as(x)
+        return _forward(ctx, x, weight, rule, None), x.view_as(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor, dpass: torch.Tensor) -> Any:
-        dx, dw = _backward(ctx, dy, _rows(dpass).contiguous())
-        return dx, dw, None
+        return *_backward(ctx, dy, flat_rows(dpass).contiguous()), None
 
 
 class NormOntoFunction(torch.autograd.Function):
@@ -217,23 +214,18 @@ class NormOntoFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, rule: Any) -> torch.Tensor:
-        flat = _rows(x)
-        y, rstd, mean = norm_fwd(flat, weight.contiguous(), rule, _rows(residual))
-        ctx.save_for_backward(flat, weight, rstd, mean)
-        ctx.rule = rule
-        return y.view(x.shape)
+        return _forward(ctx, x, weight, rule, residual)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
-        dx, dw = _backward(ctx, dy, None)
-        return dx, dw, dy, None
+        return *_backward(ctx, dy, None), dy, None
 
 
 def _backward(ctx: Any, dy: torch.Tensor, past: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
     flat, weight, rstd, mean = ctx.saved_tensors
     train = ctx.needs_input_grad[1]
-    dx, dw = norm_bwd(_rows(dy), flat, weight.contiguous(), (rstd, mean), ctx.rule, past, train)
+    dx, dw = norm_bwd(flat_rows(dy), flat, weight.contiguous(), (rstd, mean), ctx.rule, past, train)
     return dx.view(dy.shape), dw
 
 

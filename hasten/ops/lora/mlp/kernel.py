@@ -14,8 +14,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from hasten.ops.glu.kernel import glu_bwd, glu_fwd
-from hasten.ops.lora.joint import adapters, parameter_gradients, parameters, widths
-from hasten.ops.lora.kernel import Kept, flat_rows, input_gradient, needs_input, project, thin_gradients
+from hasten.ops.lora.joint import parameter_gradients, parameters, widths
+from hasten.ops.lora.kernel import Kept, input_gradient, low_rank, needs_input, project, thin_gradients
+from hasten.ops.rows import flat_rows
 
 if TYPE_CHECKING:
     from hasten.ops.lora import LoraLinear
@@ -23,27 +24,26 @@ if TYPE_CHECKING:
 
 
 class LoraGluFunction(torch.autograd.Function):
-    """(product, product @ A.T of down or None, thread)."""
+    """(product, product @ A.T and B of down's LoRA or None, thread)."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, made_from: Any, linears: Any, activation: str, *_: Any) -> Any:
         ctx.set_materialize_grads(False)  # nobody wants zeros of the product's size
         flat, down = flat_rows(x), linears[2:]
-        gu, xa, found = project(flat, linears[:2])
+        xa, a, b = low_rank(flat, linears[:2])
+        gu = project(flat, linears[:2], xa, b)
         product = glu_fwd(*gu.chunk(2, dim=1), activation)
-        ab_down = adapters(down, product.dtype)
-        pa = None if ab_down is None else product @ ab_down.a.T
-        ab = (None, None) if found is None else (found.a, found.b)
-        kept_down = (None, None) if ab_down is None else (ab_down.a, ab_down.b)
-        ctx.save_for_backward(*Kept.tensors(flat, made_from, needs_input(linears[:2])), xa, *ab, pa, *kept_down, gu)
+        pa, a_down, b_down = low_rank(product, down)
+        kept = Kept.tensors(flat, made_from, needs_input(linears[:2]))
+        ctx.save_for_backward(*kept, xa, a, b, pa, a_down, b_down, gu)
         ctx.linears, ctx.rule, ctx.activation, ctx.shape = linears, Kept.rule(made_from), activation, x.shape
         ctx.spent = False
-        ctx.mark_non_differentiable(*(t for t in (product, pa) if t is not None))
-        return product, pa, product.new_empty(1).expand(len(flat), sum(widths(down)))
+        ctx.mark_non_differentiable(*(t for t in (product, pa, b_down) if t is not None))
+        return product, pa, b_down, product.new_empty(1).expand(len(flat), sum(widths(down)))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _product: Any, _pa: Any, grad: torch.Tensor | None) -> Any:
+    def backward(ctx: Any, _product: Any, _pa: Any, _b: Any, grad: torch.Tensor | None) -> Any:
         if grad is None:
             return (None,) * (4 + 4 * len(ctx.linears))
         if ctx.spent:
@@ -68,14 +68,14 @@ class DownFunction(torch.autograd.Function):
     """The last product, on top of a residual where given. All gradients but the residual's are made behind `thread`."""
 
     @staticmethod
-    def forward(ctx: Any, thread: Any, product: Any, pa: Any, residual: torch.Tensor | None, down: Any) -> torch.Tensor:
+    def forward(ctx: Any, _thread: Any, product: Any, pa: Any, b: Any, residual: Any, down: LoraLinear) -> torch.Tensor:
         ctx.shape = None if residual is None else residual.shape
-        return project(product, (down,), None if residual is None else flat_rows(residual), pa)[0]
+        return project(product, (down,), pa, b, None if residual is None else flat_rows(residual))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
-        return dy, None, None, None if ctx.shape is None else dy.view(ctx.shape), None
+        return dy, None, None, None, None if ctx.shape is None else dy.view(ctx.shape), None
 
 
 def lora_mlp(
@@ -85,6 +85,6 @@ def lora_mlp(
     residual: torch.Tensor | None,
     made_from: NormInput | None,
 ) -> torch.Tensor:
-    product, pa, thread = LoraGluFunction.apply(x, made_from, tuple(linears), activation, *parameters(linears))  # pyright: ignore[reportGeneralTypeIssues]
-    out: torch.Tensor = DownFunction.apply(thread, product, pa, residual, linears[2])  # pyright: ignore[reportAssignmentType]
+    *inner, thread = LoraGluFunction.apply(x, made_from, tuple(linears), activation, *parameters(linears))  # pyright: ignore[reportGeneralTypeIssues]
+    out: torch.Tensor = DownFunction.apply(thread, *inner, residual, linears[2])  # pyright: ignore[reportAssignmentType]
     return out.view(*x.shape[:-1], -1)

@@ -12,9 +12,10 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from hasten.ops.lora.joint import parameter_gradients, parameters, widths
-from hasten.ops.lora.kernel import Kept, flat_rows, input_gradient, needs_input, project, thin_gradients
+from hasten.ops.lora.kernel import Kept, input_gradient, low_rank, needs_input, project, thin_gradients
 from hasten.ops.rope.function import rope_rule
 from hasten.ops.rope.kernel import flat_tokens, qk_rope_bwd, qk_rope_fwd
+from hasten.ops.rows import flat_rows
 
 if TYPE_CHECKING:
     from hasten.ops.lora import Heads, LoraLinear
@@ -33,7 +34,8 @@ class LoraQkvFunction(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, wq: Any, wk: Any, made_from: Any, linears: Any, heads: Heads, *_: Any
     ) -> Any:
         flat = flat_rows(x)
-        y, xa, found = project(flat, linears)
+        xa, a, b = low_rank(flat, linears)
+        y = project(flat, linears, xa, b)
         q, k, v = _heads(y, linears, x.shape[:2], heads.dim)
         table = None if heads.position is None else tuple(t.contiguous() for t in heads.position)
         weights = None if wq is None else (wq.contiguous(), wk.contiguous())
@@ -43,9 +45,8 @@ class LoraQkvFunction(torch.autograd.Function):
             out = tuple(torch.empty(t.shape, device=t.device, dtype=t.dtype) for t in (q, k))
         if weights is not None or table is not None:
             qk_rope_fwd((q, k), weights, table, rule, out)
-        ab = (None, None) if found is None else (found.a, found.b)
         ctx.save_for_backward(
-            *Kept.tensors(flat, made_from, needs_input(linears)), xa, *ab, y if weights else None,
+            *Kept.tensors(flat, made_from, needs_input(linears)), xa, a, b, y if weights else None,
             *(weights or (None, None)), *(table or (None, None)),
         )  # fmt: skip
         ctx.linears, ctx.rule, ctx.rope, ctx.shape, ctx.dim = linears, Kept.rule(made_from), rule, x.shape, heads.dim
