@@ -1,0 +1,1 @@
+"""What each layer stores, recomputes or sends to host memory: costs, plan, policy."""
