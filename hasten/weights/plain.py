@@ -7,31 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from hasten.ops.lora import LoraLinear
+from hasten.ops.lora import DenseWeight, LoraLinear
 from hasten.ops.lora.joint import as_one
 from hasten.ops.nf4 import NF4Weight, dequantize_nf4
 from hasten.weights.lora import base_layer_of, read_lora
-
-
-@dataclass(frozen=True)
-class DenseWeight:
-    """A parameter as it is."""
-
-    held: torch.Tensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.held.shape[0], self.held.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        return self.held.device
-
-    def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        return self.held.to(dtype)
-
-    def write(self, out: torch.Tensor) -> None:
-        out.copy_(self.held.detach())
 
 
 @dataclass(frozen=True)

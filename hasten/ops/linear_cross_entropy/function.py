@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch.autograd.function import once_differentiable
 
-from hasten.ops.precision import at_least_fp32
+from hasten.ops.precision import add_product, at_least_fp32
 
 if TYPE_CHECKING:
     from hasten.ops.linear_cross_entropy import ScoreRule
@@ -105,25 +105,15 @@ def score_chunks(
             if d_low is not None and a is not None:
                 d_hidden[part].addmm_(d_low, a)
         if needs[1]:
-            d_weight = _add_product(d_weight, d_raw.T, h)
+            d_weight = add_product(d_weight, d_raw.T, h)
         if needs[2]:
             column_sums = d_raw.sum(0, dtype=at_least_fp32(d_raw[:0]).dtype)
             d_bias = column_sums if d_bias is None else d_bias.add_(column_sums)
         if needs[3] and d_low is not None:
-            d_a = _add_product(d_a, d_low.T, h)
+            d_a = add_product(d_a, d_low.T, h)
         if needs[4] and low is not None:
-            d_b = _add_product(d_b, d_raw.T, low * scale)
+            d_b = add_product(d_b, d_raw.T, low * scale)
     return [d_hidden, d_weight, d_bias, d_a, d_b]
-
-
-def _add_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """total + left @ right, summed in at least fp32, into `total` where there is one: on a GPU inside of the product."""
-    if not left.is_cuda:
-        left, right = at_least_fp32(left), at_least_fp32(right)
-    wide: dict[str, Any] = {} if left.dtype in (torch.float32, torch.float64) else {"out_dtype": torch.float32}
-    if total is None:
-        return torch.mm(left, right, **wide)
-    return torch.addmm(total, left, right, out=total, **wide)
 
 
 def _scaled(unit: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -39,6 +39,27 @@ class Weight(Protocol):
 
 
 @dataclass(frozen=True)
+class DenseWeight:
+    """A matrix as it is."""
+
+    held: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.held.shape[0], self.held.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.held.device
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.held.to(dtype)
+
+    def write(self, out: torch.Tensor) -> None:
+        out.copy_(self.held.detach())
+
+
+@dataclass(frozen=True)
 class LoraLinear:
     """One Linear. bias (out,). a (R, in), b (out, R): None = no LoRA. a and b always train; weight and bias where the tensors
     that they are held in ask for gradients."""
@@ -115,15 +136,19 @@ def lora_mlp(
     activation: str,
     residual: torch.Tensor | None = None,
     made_from: NormInput | None = None,
+    tile: int | None = None,
     backend: Backend | None = None,
 ) -> torch.Tensor:
     """The gated MLP, on top of `residual` (..., E) where given; linears: gate, up, down. x: (..., E). Keeps the products of gate
     and up for the backward, which writes over them, and makes the activation again.
 
-    Gradients and `made_from` as in `lora_linears`.
+    tile: so many rows at a time, forward and backward; then only the input is kept, gate and up are made again too, and what is
+    as wide as the MLP is never longer than a tile. None = all rows at once. Gradients and `made_from` as in `lora_linears`.
     """
     if backend_for(x, backend) == "triton":
-        from hasten.ops.lora.mlp import kernel
+        from hasten.ops.lora.mlp import kernel, tiled
 
+        if tile is not None:
+            return tiled.lora_mlp(x, linears, activation, residual, made_from, tile)
         return kernel.lora_mlp(x, linears, activation, residual, made_from)
-    return reference.lora_mlp(x, linears, activation, residual)
+    return reference.lora_mlp(x, linears, activation, residual, tile)

@@ -9,6 +9,7 @@ import torch
 
 from hasten.ops.glu.reference import glu
 from hasten.ops.rope.reference import qk_rope
+from hasten.ops.rows import in_tiles
 
 if TYPE_CHECKING:
     from hasten.ops.lora import Heads, LoraLinear
@@ -40,7 +41,12 @@ def lora_mlp(
     linears: tuple[LoraLinear, LoraLinear, LoraLinear],
     activation: str,
     residual: torch.Tensor | None,
+    tile: int | None,
 ) -> torch.Tensor:
     gate, up, down = linears
-    out = _linear(glu(_linear(x, gate), _linear(x, up), activation), down)
+
+    def mlp(x: torch.Tensor) -> torch.Tensor:
+        return _linear(glu(_linear(x, gate), _linear(x, up), activation), down)
+
+    out = mlp(x) if tile is None else in_tiles(mlp, x, tile)
     return out if residual is None else residual + out

@@ -1,1 +1,1 @@
-"""The gated MLP over LoRA linears as one Function."""
+"""The gated MLP over LoRA linears: all rows at once (kernel), or some at a time (tiled)."""

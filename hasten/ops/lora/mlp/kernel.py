@@ -8,7 +8,7 @@ Between them runs a `thread`: a tensor of the output's shape without memory of i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -23,23 +23,53 @@ if TYPE_CHECKING:
     from hasten.ops.norm import NormInput
 
 
+class Made(NamedTuple):
+    """What the forward makes of its rows and the backward reads: gu (N, 2F) gate and up side by side, for them and for down
+    x @ A.T, A and scaled B of `low_rank`."""
+
+    xa: torch.Tensor | None
+    a: torch.Tensor | None
+    b: torch.Tensor | None
+    gu: torch.Tensor
+    pa: torch.Tensor | None
+    a_down: torch.Tensor | None
+    b_down: torch.Tensor | None
+
+
+def make(flat: torch.Tensor, linears: Sequence[LoraLinear], activation: str) -> tuple[torch.Tensor, Made]:
+    """(act(gate) * up (N, F), what was made on the way) of the input's rows (N, E); all there is to do before the last product."""
+    xa, a, b = low_rank(flat, linears[:2])
+    gu = project(flat, linears[:2], xa, b)
+    product = glu_fwd(*gu.chunk(2, dim=1), activation)
+    return product, Made(xa, a, b, gu, *low_rank(product, linears[2:]))
+
+
+def back_to_gate_and_up(
+    dy: torch.Tensor, made: Made, down: Sequence[LoraLinear], activation: str, wants_product: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None, list[torch.Tensor]]:
+    """Writes the gradients of gate and up over `made.gu`. Returns what down's own gradients are made of, beside dy: its input
+    act(gate) * up made again (None where it is not wanted), d(input @ A.T) and d(B)."""
+    halves = made.gu.chunk(2, dim=1)
+    d_pa, d_b = thin_gradients(down, dy, made.pa, made.b_down)
+    d_product = input_gradient(dy, down, d_pa, made.a_down)
+    product = d_product if wants_product else None  # which takes its gradient's place
+    glu_bwd(d_product, *halves, activation, halves, product)
+    return product, d_pa, d_b
+
+
 class LoraGluFunction(torch.autograd.Function):
     """(product, product @ A.T and B of down's LoRA or None, thread)."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, made_from: Any, linears: Any, activation: str, *_: Any) -> Any:
         ctx.set_materialize_grads(False)  # nobody wants zeros of the product's size
-        flat, down = flat_rows(x), linears[2:]
-        xa, a, b = low_rank(flat, linears[:2])
-        gu = project(flat, linears[:2], xa, b)
-        product = glu_fwd(*gu.chunk(2, dim=1), activation)
-        pa, a_down, b_down = low_rank(product, down)
-        kept = Kept.tensors(flat, made_from, needs_input(linears[:2]))
-        ctx.save_for_backward(*kept, xa, a, b, pa, a_down, b_down, gu)
+        flat = flat_rows(x)
+        product, made = make(flat, linears, activation)
+        ctx.save_for_backward(*Kept.tensors(flat, made_from, needs_input(linears[:2])), *made)
         ctx.linears, ctx.rule, ctx.activation, ctx.shape = linears, Kept.rule(made_from), activation, x.shape
         ctx.spent = False
-        ctx.mark_non_differentiable(*(t for t in (product, pa, b_down) if t is not None))
-        return product, pa, b_down, product.new_empty(1).expand(len(flat), sum(widths(down)))
+        ctx.mark_non_differentiable(*(t for t in (product, made.pa, made.b_down) if t is not None))
+        return product, made.pa, made.b_down, thread_of(flat, linears)
 
     @staticmethod
     @once_differentiable
@@ -49,19 +79,22 @@ class LoraGluFunction(torch.autograd.Function):
         if ctx.spent:
             raise RuntimeError("lora_mlp's backward ran already and overwrote what it had kept; run the forward again")
         ctx.spent = True
-        source, norm_weight, xa, a, b, pa, a_down, b_down, gu = ctx.saved_tensors
-        both, down = ctx.linears[:2], ctx.linears[2:]
-        dy, halves = flat_rows(grad), gu.chunk(2, dim=1)
-        d_pa, d_b_down = thin_gradients(down, dy, pa, b_down)
-        d_product = input_gradient(dy, down, d_pa, a_down)
-        product = d_product if needs_input(down) else None  # which takes its gradient's place
-        glu_bwd(d_product, *halves, ctx.activation, halves, product)
-        d_down = parameter_gradients(down, dy, product, d_pa, d_b_down)
-        del product, d_product
-        d_xa, d_b = thin_gradients(both, gu, xa, b)
-        dx = input_gradient(gu, both, d_xa, a).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        source, norm_weight, *kept = ctx.saved_tensors
+        made = Made(*kept)
+        both, down, dy = ctx.linears[:2], ctx.linears[2:], flat_rows(grad)
+        product_and_thin = back_to_gate_and_up(dy, made, down, ctx.activation, needs_input(down))
+        d_down = parameter_gradients(down, dy, *product_and_thin)
+        del product_and_thin
+        d_gu = made.gu
+        d_xa, d_b = thin_gradients(both, d_gu, made.xa, made.b)
+        dx = input_gradient(d_gu, both, d_xa, made.a).view(ctx.shape) if ctx.needs_input_grad[0] else None
         flat = Kept.rows(source, norm_weight, ctx.rule, dy.dtype)
-        return dx, None, None, None, *parameter_gradients(both, gu, flat, d_xa, d_b), *d_down
+        return dx, None, None, None, *parameter_gradients(both, d_gu, flat, d_xa, d_b), *d_down
+
+
+def thread_of(flat: torch.Tensor, linears: Sequence[LoraLinear]) -> torch.Tensor:
+    """The output's rows (N, E) without memory: what the last Function's gradient runs along to the one that has the backward."""
+    return flat.new_empty(1).expand(len(flat), sum(widths(linears[2:])))
 
 
 class DownFunction(torch.autograd.Function):

@@ -1,0 +1,159 @@
+"""The gated MLP some rows at a time: nothing as wide as the MLP outlives its tile, in either direction.
+
+Two Functions, as in `mlp.kernel`, but the first one computes nothing: it keeps the input and has the whole backward, which makes
+gate and up again tile by tile. The second one runs the forward, keeps nothing, and comes last. So a layer that is
+recomputed does not run the MLP's forward again before the backward does. Weights are made dense once for all tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from hasten.ops.lora import DenseWeight, LoraLinear
+from hasten.ops.lora.joint import blocks_of, parameters, weight_of, widths
+from hasten.ops.lora.kernel import Kept, input_gradient, needs_input, project, thin_gradients
+from hasten.ops.lora.mlp.kernel import back_to_gate_and_up, make, thread_of
+from hasten.ops.precision import add_product, at_least_fp32
+from hasten.ops.rows import flat_rows
+
+if TYPE_CHECKING:
+    from hasten.ops.norm import NormInput
+
+
+def tiles(rows: int, tile: int) -> Iterator[slice]:
+    """Slices of at most `tile` rows; one empty slice where there are no rows, whose gradients are then zeros."""
+    return (slice(start, min(start + tile, rows)) for start in range(0, max(rows, 1), tile))
+
+
+def dense_once(linears: Sequence[LoraLinear], dtype: torch.dtype) -> tuple[LoraLinear, ...]:
+    """The linears over weights that are dense in `dtype` and lie behind each other, so that no tile has to make them so."""
+    rows = weight_of(linears, dtype).detach().split(widths(linears))
+    return tuple(replace(one, weight=DenseWeight(part)) for one, part in zip(linears, rows, strict=True))
+
+
+class GradientSums:
+    """The gradients of `parameters(linears)` summed over tiles of rows in at least fp32, and rounded once."""
+
+    def __init__(self, linears: Sequence[LoraLinear]) -> None:
+        self.linears = linears
+        self.a: torch.Tensor | None = None
+        self.own: list[list[torch.Tensor | None]] = [[None, None, None] for _ in linears]  # b, weight, bias
+
+    def add(
+        self, dy_NO: torch.Tensor, x_NE: torch.Tensor | None, d_xa: torch.Tensor | None, d_bs: Sequence[torch.Tensor]
+    ) -> None:
+        """One tile's share; arguments as in `joint.parameter_gradients`."""
+        if d_xa is not None and x_NE is not None:
+            self.a = add_product(self.a, d_xa.T, x_NE)
+        for index, (one, (_, columns)) in enumerate(zip(self.linears, blocks_of(self.linears), strict=True)):
+            own, mine = self.own[index], dy_NO[:, columns]
+            if one.b is not None:
+                own[0] = _added(own[0], d_bs[index])
+            if one.trained_weight is not None and x_NE is not None:
+                own[1] = add_product(own[1], mine.T, x_NE)
+            if one.trained_bias is not None:
+                own[2] = _added(own[2], mine.sum(0, dtype=at_least_fp32(mine[:0]).dtype))
+
+    def rounded(self) -> list[torch.Tensor | None]:
+        found = []
+        for one, (rows, _), (b, weight, bias) in zip(self.linears, blocks_of(self.linears), self.own, strict=True):
+            a = self.a[rows] if self.a is not None and one.a is not None else None
+            sums = (a, None if b is None else b.mul_(one.scale), weight, bias)
+            found += [
+                None if t is None or p is None else t.to(p.dtype) for t, p in zip(sums, parameters((one,)), strict=True)
+            ]
+        return found
+
+
+def _added(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
+    return at_least_fp32(part).clone() if total is None else total.add_(part)
+
+
+class TiledBackwardFunction(torch.autograd.Function):
+    """A thread that leads the output's gradient here, where every gradient but the residual's is made."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, made_from: Any, linears: Any, activation: str, tile: int, *_: Any
+    ) -> torch.Tensor:
+        flat = flat_rows(x)
+        ctx.save_for_backward(*Kept.tensors(flat, made_from, needed=True))
+        ctx.linears, ctx.rule, ctx.activation, ctx.tile = linears, Kept.rule(made_from), activation, tile
+        ctx.shape = x.shape
+        return thread_of(flat, linears)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        source, norm_weight = ctx.saved_tensors
+        dy, source = flat_rows(grad), flat_rows(source)
+        both, down = ctx.linears[:2], ctx.linears[2:]
+        dense = (*dense_once(both, dy.dtype), *dense_once(down, dy.dtype))
+        of_both, of_down = GradientSums(both), GradientSums(down)
+        dx = dy.new_empty(len(dy), ctx.shape[-1]) if ctx.needs_input_grad[0] else None
+
+        def one_tile(
+            rows: slice,
+        ) -> None:  # a function, so that a tile's buffers are gone before the next one's are made
+            flat = Kept.rows(source[rows], norm_weight, ctx.rule, dy.dtype)
+            assert flat is not None
+            made = make(flat, dense, ctx.activation)[1]
+            of_down.add(dy[rows], *back_to_gate_and_up(dy[rows], made, dense[2:], ctx.activation, needs_input(down)))
+            d_gu = made.gu
+            d_xa, d_b = thin_gradients(both, d_gu, made.xa, made.b)
+            if dx is not None:
+                dx[rows] = input_gradient(d_gu, dense[:2], d_xa, made.a)
+            of_both.add(d_gu, flat, d_xa, d_b)
+
+        for rows in tiles(len(dy), ctx.tile):
+            one_tile(rows)
+        gradients = (*of_both.rounded(), *of_down.rounded())
+        return None if dx is None else dx.view(ctx.shape), None, None, None, None, *gradients
+
+
+class TiledForwardFunction(torch.autograd.Function):
+    """The output's rows. x_NE comes without gradient: all gradients but the residual's are made behind `thread`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, thread: torch.Tensor, x_NE: torch.Tensor, residual: Any, linears: Any, activation: str, tile: int
+    ) -> torch.Tensor:
+        ctx.shape = None if residual is None else residual.shape
+        base = None if residual is None else flat_rows(residual)
+        dense = (*dense_once(linears[:2], x_NE.dtype), *dense_once(linears[2:], x_NE.dtype))
+        out = x_NE.new_empty(thread.shape)
+
+        def one_tile(rows: slice) -> torch.Tensor:
+            product, made = make(x_NE[rows], dense, activation)
+            pa, b = made.pa, made.b_down
+            del made  # gate and up
+            return project(product, dense[2:], pa, b, None if base is None else base[rows])
+
+        for rows in tiles(len(x_NE), tile):
+            out[rows] = one_tile(rows)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> Any:
+        return dy, None, None if ctx.shape is None else dy.view(ctx.shape), None, None, None
+
+
+def lora_mlp(
+    x: torch.Tensor,
+    linears: Sequence[LoraLinear],
+    activation: str,
+    residual: torch.Tensor | None,
+    made_from: NormInput | None,
+    tile: int,
+) -> torch.Tensor:
+    linears = tuple(linears)
+    thread = TiledBackwardFunction.apply(x, made_from, linears, activation, tile, *parameters(linears))
+    rows = flat_rows(x.detach())
+    out: torch.Tensor = TiledForwardFunction.apply(thread, rows, residual, linears, activation, tile)  # pyright: ignore[reportAssignmentType]
+    return out.view(*x.shape[:-1], -1)
