@@ -22,6 +22,7 @@ from hasten.ops import (
     norm_onto,
     qk_rope,
 )
+from hasten.ops.adamw import AdamWRule, adamw_
 from hasten.ops.attention import attention, row_spans
 from hasten.ops.lora import Heads, LoraLinear, lora_linears, lora_mlp, lora_qkv
 from hasten.ops.lora.share.kernel import MIN_WIDTH_BACKWARD, lay_share, share_bwd
@@ -149,6 +150,12 @@ def _nf4() -> None:
         dequantize_nf4(weight, DTYPE, torch.empty(rows, width + 7, device=DEVICE, dtype=DTYPE)[:, :width], "triton")
 
 
+def _adamw() -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        w, g, m, v = (torch.ones(1030, device=DEVICE, dtype=dtype) for _ in range(4))
+        adamw_(w, g, (m, v), AdamWRule(1e-3, 0.9, 0.999, 1e-8, 0.01, 1), 3, "triton")
+
+
 CALLS: dict[str, Callable[[], Any]] = {
     "norms": _norms,
     "rotations": _rotations,
@@ -159,6 +166,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "LoRA's shares": _shares,
     "attention": _attentions,
     "NF4": _nf4,
+    "AdamW": _adamw,
 }
 
 

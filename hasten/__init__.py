@@ -40,6 +40,7 @@ _HOMES = {
     "report": "patching",
     "restore": "patching",
     "sft_config": "training.trainer",
+    "stochastic_adamw": "training.optimizers",
 }
 
 __all__ = ["__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]

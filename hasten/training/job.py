@@ -13,6 +13,7 @@ from hasten.errors import DatasetError, MissingExtraError, OptionError, Training
 from hasten.training.config import Job
 from hasten.training.data import drop_long, read_rows
 from hasten.training.metrics import counting
+from hasten.training.optimizers import STOCHASTIC, stochastic_adamw
 from hasten.training.progress import TrainingMonitor
 from hasten.training.trainer import DatasetCounts, check_dataset, longest_row, sft_config, tokenized
 
@@ -85,9 +86,17 @@ def make_trainer(model: Any, tokenizer: Any, job: Job, train_rows: Any, eval_row
         problem = f"train.eval_strategy={settings['eval_strategy']!r}, but data has neither eval_split nor eval_path"
         raise OptionError("train", [problem])
     try:
+        stochastic = settings.get("optim") == STOCHASTIC
+        if stochastic:
+            del settings["optim"]
         config = sft_config(model, output_dir=str(job.output), **settings)
         return SFTTrainer(
-            model=model, args=config, train_dataset=train_rows, eval_dataset=eval_rows, processing_class=tokenizer
+            model=model,
+            args=config,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            processing_class=tokenizer,
+            optimizer_cls_and_kwargs=stochastic_adamw(config) if stochastic else None,
         )
     except OptionError:
         raise

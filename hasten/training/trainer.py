@@ -11,6 +11,7 @@ import torch
 from hasten.errors import DatasetError, OptionError
 from hasten.overlays import HeadOverlay
 from hasten.patching.plan import causal_lm_of
+from hasten.training.optimizers import optimizer_problems
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -33,7 +34,7 @@ def sft_config(model: Any, **kwargs: Any) -> "SFTConfig":
     a limit, and for `padding_free` without packing, of which TRL demands it; rows that are too long then raise InputError.
     gradient_checkpointing: False, so that the trainer leaves the model as `use_gradient_checkpointing` set it.
     bf16, fp16: on where the model computes in that dtype. use_cpu: on where the model is on the CPU. Raises OptionError
-    for a `max_length` beyond the model's limit and for packing without any length.
+    for a `max_length` beyond the model's limit, for packing without any length, and for an `optim` whose package is missing.
     """
     from trl import SFTConfig
 
@@ -57,6 +58,7 @@ def sft_config(model: Any, **kwargs: Any) -> "SFTConfig":
         )
     if packing and asked is None:
         problems.append("packing=True fills rows of max_length tokens, but there is no max_length; give one")
+    problems += optimizer_problems(settings.get("optim"))
     if problems:
         raise OptionError("sft_config", problems)
     return SFTConfig(**settings)

@@ -1,0 +1,93 @@
+"""AdamW with stochastic rounding in one pass: each number is read once and written once. bf16 goes through as its 16 bits."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from hasten.ops.backend import on_device
+
+BLOCK = 1024
+
+
+@triton.jit
+def _wide(ptr, at, mask, HALF: tl.constexpr):
+    """fp32 of stored fp32, or of the bits of stored bf16."""
+    if HALF:
+        return (tl.load(ptr + at, mask=mask, other=0).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return tl.load(ptr + at, mask=mask, other=0.0)
+
+
+@triton.jit
+def _keep(ptr, at, mask, x, drawn, HALF: tl.constexpr):
+    """Stores fp32, or bf16 rounded by the lowest 16 bits of `drawn`; what is not a number has bits that would run over."""
+    if HALF:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = tl.where(x == x, bits + (drawn & 0xFFFF), bits)
+        tl.store(ptr + at, (bits >> 16).to(tl.int16), mask=mask)
+    else:
+        tl.store(ptr + at, x, mask=mask)
+
+
+@triton.jit
+def _hash(x):
+    """Wellons' lowbias32 of uint32."""
+    x = (x ^ (x >> 16)) * tl.full([], 0x7FEB352D, tl.uint32)
+    x = (x ^ (x >> 15)) * tl.full([], 0x846CA68B, tl.uint32)
+    return x ^ (x >> 16)
+
+
+@triton.jit(do_not_specialize=["N", "key", "other_key"])
+def _adamw(
+    w_ptr,
+    g_ptr,
+    m_ptr,
+    v_ptr,
+    N,
+    keep,
+    first,
+    second,
+    root,
+    eps,
+    rate,
+    key,
+    other_key,
+    HALF_W: tl.constexpr,
+    HALF_G: tl.constexpr,
+    HALF_M: tl.constexpr,
+    HALF_V: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < N
+    g = _wide(g_ptr, at, mask, HALF_G)
+    m = _wide(m_ptr, at, mask, HALF_M)
+    v = _wide(v_ptr, at, mask, HALF_V)
+    m = m + first * (g - m)
+    v = v + second * (g * g - v)
+    w = keep * _wide(w_ptr, at, mask, HALF_W) - rate * (m / (tl.sqrt(v) / root + eps))
+    place = at.to(tl.uint32)
+    more = _hash(place ^ other_key.to(tl.uint32, bitcast=True))
+    _keep(w_ptr, at, mask, w, _hash(place ^ key.to(tl.uint32, bitcast=True)), HALF_W)
+    _keep(m_ptr, at, mask, m, more, HALF_M)
+    _keep(v_ptr, at, mask, v, more >> 16, HALF_V)
+
+
+def adamw_(
+    weight_N: torch.Tensor,
+    grad_N: torch.Tensor,
+    moments: tuple[torch.Tensor, torch.Tensor],
+    factors: tuple[float, float, float, float, float, float],
+    key: int,
+) -> None:
+    """See `ops.adamw.adamw_`; all tensors are flat and of less than 2^31 elements."""
+    tensors = (weight_N, grad_N, *moments)
+    halves = [x.dtype == torch.bfloat16 for x in tensors]
+    bits = [x.view(torch.int16) if half else x for x, half in zip(tensors, halves, strict=True)]
+    keys = (k - 2**32 if k >= 2**31 else k for k in (key, key ^ 0x5BD1E995))
+    if weight_N.numel():
+        with on_device(weight_N):
+            _adamw[(triton.cdiv(weight_N.numel(), BLOCK),)](
+                *bits, weight_N.numel(), *factors, *keys, *halves, BLOCK=BLOCK
+            )
