@@ -15,7 +15,7 @@ from hasten.patching import apply, plan
 from hasten.patching.apply import overlay_class
 from hasten.patching.plan import causal_lm_of
 from hasten.surface import ModelSurface, PeftSurface
-from hasten.training import checkpointing, lora
+from hasten.training import checkpointing, lora, tiling
 from hasten.training.modes import for_training
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -71,7 +71,7 @@ class FastLanguageModel:
         model: Any = loaded.model
         planned = plan(model, max_seq_length=max_seq_length, attn_implementation=options.attn_implementation)
         apply(model, planned, surface=ModelSurface)
-        model.__dict__["_hasten_notes"] = list(loaded.notes)
+        model.__dict__["_hasten_notes"] = [*loaded.notes, *tiling.enable(model, unsloth_tiled_mlp)]
         model.__dict__["_hasten_options"] = options
         if loaded.adapter is not None:
             model = _wear_peft(attach(model, loaded.adapter, trainable=True), options)

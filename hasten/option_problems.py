@@ -122,6 +122,10 @@ def bad_values(o: LoadOptions) -> dict[str, str]:
         found["rope_scaling"] = "is no dict; pass e.g. {'rope_type': 'linear', 'factor': 2.0}"
     if o.attn_implementation is not None and not isinstance(o.attn_implementation, str):
         found["attn_implementation"] = "is no name; pass e.g. 'sdpa', 'eager' or 'flash_attention_2'"
+    if not (
+        isinstance(o.unsloth_tiled_mlp, bool) or o.unsloth_tiled_mlp == "auto" or _is_whole(o.unsloth_tiled_mlp, 16)
+    ):
+        found["unsloth_tiled_mlp"] = "is neither False, True, 'auto' nor a whole number of rows from 16 on; pass one"
     texts = {name: f"{name}={getattr(o, name)!r} {problem}" for name, problem in found.items()}
     places = _device_problems(o.device_map)
     return {**texts, "device_map": "; ".join(places)} if places else texts
@@ -170,7 +174,6 @@ def _later_problems(o: LoadOptions) -> list[str]:
         "fast_inference": "leave it out; model.generate runs transformers' own decoding",
         "float8_kv_cache": "leave it out",
         "qat_scheme": "leave it out",
-        "unsloth_tiled_mlp": "leave it out",
     }
     asked = [name for name in later if getattr(o, name) not in (False, None)]
     return [_later(f"{name}={getattr(o, name)!r}", later[name]) for name in asked]

@@ -125,7 +125,10 @@ def test_a_left_out_4bit_flag_is_told_from_an_explicit_one() -> None:
         ({"fast_inference": True}, "later version"),
         ({"float8_kv_cache": True}, "later version"),
         ({"qat_scheme": "int4"}, "later version"),
-        ({"unsloth_tiled_mlp": True}, "later version"),
+        ({"unsloth_tiled_mlp": 15}, "unsloth_tiled_mlp=15"),
+        ({"unsloth_tiled_mlp": 0}, "unsloth_tiled_mlp=0"),
+        ({"unsloth_tiled_mlp": "arctic"}, "from 16 on"),
+        ({"unsloth_tiled_mlp": None}, "unsloth_tiled_mlp=None"),
         ({"use_gradient_checkpointing": "offload"}, "later version"),
         ({"use_gradient_checkpointing": "unslot"}, "did you mean unsloth"),
         ({"max_seq_length": 0}, "max_seq_length=0"),
@@ -153,6 +156,11 @@ def test_what_cannot_be_says_what_to_do(given: dict, said: str) -> None:
 @pytest.mark.parametrize("mode", [False, True, "unsloth", "auto"])
 def test_known_checkpointing_modes_pass(mode: object) -> None:
     assert LoadOptions.from_call(use_gradient_checkpointing=mode).problems() == []
+
+
+@pytest.mark.parametrize("asked", [False, True, "auto", 16, 100_000])
+def test_known_tiles_pass(asked: object) -> None:
+    assert LoadOptions.from_call(unsloth_tiled_mlp=asked).problems() == []
 
 
 @pytest.mark.parametrize("place", ["auto", "balanced", "sequential", "cpu", {"": "cpu"}, {"lm_head": "disk"}])

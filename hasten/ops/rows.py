@@ -21,4 +21,4 @@ def in_tiles(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, tile:
     step = partial(checkpoint, run, use_reentrant=False) if torch.is_grad_enabled() else run
     outs = [step(rows) for rows in x.reshape(-1, x.shape[-1]).split(tile)]
     out = outs[0] if len(outs) == 1 else torch.cat(outs)
-    return out.view(*x.shape[:-1], -1)
+    return out.view(*x.shape[:-1], out.shape[-1])

@@ -1,6 +1,7 @@
 """The gated MLP: one op where the projections are plain weights with at most one plain LoRA on a GPU, else `ops.glu` between them.
 
-Through the second way the projections stay modules, so any adapter and any storage acts as ever.
+Through the second way the projections stay modules, so any adapter and any storage acts as ever. Both ways can run some rows
+at a time (`tile_rows`), so that what is as wide as the MLP does not grow with the sequence.
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import torch
 
 from hasten.ops import NormInput, glu
 from hasten.ops.lora import lora_mlp
+from hasten.ops.rows import in_tiles
 from hasten.overlays.base import Overlay
 from hasten.overlays.fused_linears import fused_input
 
@@ -25,6 +27,8 @@ class MLPOverlay(Overlay):
     facts: ClassVar[MLPFacts]
     runs = "gated MLP"
     one_product = ("gate_proj", "up_proj")
+    tile_rows: int | None = None
+    """Rows of a tile; None = all rows at once. `training.tiling` sets it on instances."""
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None = None, made_from: NormInput | None = None
@@ -34,6 +38,18 @@ class MLPOverlay(Overlay):
         fused = fused_input(x, (self.gate_proj, self.up_proj, self.down_proj), self.training)
         if fused is not None:
             x, (gate, up, down) = fused
-            return lora_mlp(x, (gate, up, down), self.facts.activation, residual, made_from)
-        out = self.down_proj(glu(self.gate_proj(x), self.up_proj(x), self.facts.activation))
+            return lora_mlp(x, (gate, up, down), self.facts.activation, residual, made_from, self.tile_rows)
+        if self.tile_rows is None or self._projections_are_hooked():
+            out = self._through_modules(x)
+        else:
+            out = in_tiles(self._through_modules, x, self.tile_rows)
         return out if residual is None else residual + out
+
+    def _through_modules(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(glu(self.gate_proj(x), self.up_proj(x), self.facts.activation))
+
+    def _projections_are_hooked(self) -> bool:
+        """Whether somebody looks at, or adds to, what goes into a projection: that has to be whole rows (PEFT hands each row's
+        adapter to its layers so)."""
+        below = (module for module in self.modules() if module is not self)
+        return any(module._forward_hooks or module._forward_pre_hooks for module in below)

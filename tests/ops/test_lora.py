@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from lora_kit import DEVICE, WIDTH, everything, formula, linear, trained
 from torch.nn import functional as F
 
 from hasten.ops import NormInput, QKNorm, norm, qk_rope
@@ -14,26 +15,7 @@ from hasten.testing import relative_error
 from hasten.weights import lay_side_by_side
 from hasten.weights.plain import DenseWeight
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 both = pytest.mark.parametrize("backend", ["reference", "triton"])
-WIDTH, RANK = 24, 4
-
-
-def linear(out: int, width: int, lora: bool, bias: bool, dtype: torch.dtype, rank: int = RANK) -> LoraLinear:
-    def draw(*shape: int) -> torch.Tensor:
-        return (torch.randn(*shape) * 0.3).to(DEVICE, dtype)
-
-    pair = (
-        {"a": draw(rank, width).requires_grad_(), "b": draw(out, rank).requires_grad_(), "scale": 0.5} if lora else {}
-    )
-    return LoraLinear(DenseWeight(draw(out, width)), draw(out) if bias else None, **pair)
-
-
-def formula(x: torch.Tensor, one: LoraLinear) -> torch.Tensor:
-    weight = one.weight.dense(x.dtype)
-    if one.a is not None and one.b is not None:
-        weight = weight + one.scale * one.b.to(x.dtype) @ one.a.to(x.dtype)
-    return F.linear(x, weight, None if one.bias is None else one.bias.to(x.dtype))
 
 
 def gradients(outputs: Any, x: torch.Tensor, linears: Any) -> list[torch.Tensor]:
@@ -148,17 +130,6 @@ def test_mlp_with_two_ranks_and_odd_widths(ranks: tuple[int, int]) -> None:
     assert relative_error(ours, theirs) < 2e-6
     for mine, expected in zip(gradients([ours], x, mlp), gradients([theirs], x, mlp), strict=True):
         assert relative_error(mine, expected) < 3e-6
-
-
-def trained(out: int, width: int, bias: bool) -> LoraLinear:
-    """A Linear whose weight and bias train, without LoRA."""
-    weight = torch.nn.Parameter((torch.randn(out, width) * 0.3).to(DEVICE))
-    return LoraLinear(DenseWeight(weight), torch.randn(out, device=DEVICE).requires_grad_() if bias else None)
-
-
-def everything(linears: Any) -> list[torch.Tensor]:
-    found = [t for one in linears for t in (one.a, one.b, one.trained_weight, one.trained_bias)]
-    return [t for t in found if t is not None]
 
 
 @both

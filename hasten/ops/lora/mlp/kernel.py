@@ -120,4 +120,4 @@ def lora_mlp(
 ) -> torch.Tensor:
     *inner, thread = LoraGluFunction.apply(x, made_from, tuple(linears), activation, *parameters(linears))  # pyright: ignore[reportGeneralTypeIssues]
     out: torch.Tensor = DownFunction.apply(thread, *inner, residual, linears[2])  # pyright: ignore[reportAssignmentType]
-    return out.view(*x.shape[:-1], -1)
+    return out.view(*x.shape[:-1], out.shape[-1])

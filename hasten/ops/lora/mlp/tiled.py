@@ -156,4 +156,4 @@ def lora_mlp(
     thread = TiledBackwardFunction.apply(x, made_from, linears, activation, tile, *parameters(linears))
     rows = flat_rows(x.detach())
     out: torch.Tensor = TiledForwardFunction.apply(thread, rows, residual, linears, activation, tile)  # pyright: ignore[reportAssignmentType]
-    return out.view(*x.shape[:-1], -1)
+    return out.view(*x.shape[:-1], out.shape[-1])

@@ -1,0 +1,40 @@
+"""The MLP some rows at a time, so that peak memory grows with the residual stream alone: `unsloth_tiled_mlp`."""
+
+from typing import Any
+
+from hasten.overlays import MLPOverlay
+from hasten.patching.plan import causal_lm_of
+
+RECORD = "_hasten_tiled_mlp"
+"""What was asked for, on the causal LM; the memory policy reads it."""
+
+DEFAULT_ROWS = 4096
+"""A product reads its weight once for so many rows: some ten times what a GPU needs to be bound by its multipliers and not by
+memory, so tiles cost no speed. Gate, up and their product take 0.33 GiB then in an 8B model (14336 channels, 16 bits)."""
+
+
+def set_tile(model: Any, rows: int | None) -> int:
+    """Makes every MLP under an overlay run `rows` rows at a time (None: all at once). Returns how many there are.
+
+    model: a causal LM, the PeftModel around it, or any part of them, a single layer say.
+    """
+    found = [module for module in model.modules() if isinstance(module, MLPOverlay)]
+    for module in found:
+        module.tile_rows = rows
+    return len(found)
+
+
+def enable(model: Any, asked: bool | int | str) -> list[str]:
+    """Sets the tiles that `unsloth_tiled_mlp` asks for and returns notes for the report.
+
+    asked: False; True = tiles of DEFAULT_ROWS; a number of rows; "auto" = as True until the memory policy decides it layer by layer.
+    """
+    rows = None if asked is False else DEFAULT_ROWS if isinstance(asked, bool | str) else asked
+    causal_lm_of(model).__dict__[RECORD] = asked
+    count = set_tile(model, rows)
+    if rows is None:
+        return []
+    if not count:
+        return ["tiled MLP: nothing is tiled, no MLP of this model runs under an overlay"]
+    until = " until the memory policy chooses" if asked == "auto" else ""
+    return [f"tiled MLP: {count} MLPs run {rows} rows at a time{until}, and keep nothing but their input"]
