@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+import yaml
 from cli_kit import CHATS, read_metrics, write_job, write_rows
 from safetensors.torch import load_file
 
@@ -269,3 +270,17 @@ def test_ways_of_saving_are_checked_before_training(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="full fine-tuning makes none"):
         read_job(path)
     assert set(get_args(SaveMethod)) == set(METHODS) == {method.value for method in Method}
+
+
+def test_full_finetuning_in_bf16_with_stochastic_rounding(tmp_path: Path) -> None:
+    """What only a job file names: the optimizer, and how it was made from the job's own settings."""
+    model = {"full_finetuning": True, "dtype": "bfloat16", "load_in_4bit": False}
+    how = {"optim": "adamw_bf16_stochastic", "save_strategy": "steps", "save_steps": 4, "seed": 9}
+    path = write_job(tmp_path, model=model, train=how)
+    sections = yaml.safe_load(path.read_text())
+    del sections["adapter"]
+    path.write_text(yaml.safe_dump(sections))
+    train(path)
+    state = torch.load(tmp_path / "out/checkpoint-4/optimizer.pt", weights_only=True)
+    assert {group["seed"] for group in state["param_groups"]} == {9}
+    assert {moment["exp_avg"].dtype for moment in state["state"].values()} == {torch.bfloat16}
