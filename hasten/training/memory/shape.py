@@ -44,11 +44,10 @@ Linears = tuple[LinearShape, ...]
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One decoder layer. qkv and gate_up: the Linears that read one input. apart: each group's weights that do not lie
-    behind each other, so that a product copies them first (attention's group, the MLP's).
+    """One decoder layer. qkv and gate_up: the Linears that read one input. heads: of queries.
 
-    fused: it runs the way of GPUs (`ops.lora`, `LayerOverlay._fused`). sdpa: torch's attention, not ours, for plain rows
-    of planned lengths. norms: bytes of the gradients of the norms' weights. heads: of queries.
+    fused: it runs the way of GPUs (`ops.lora`, `LayerOverlay._fused`). scores: its attention makes all T x T of them.
+    norms: bytes of the gradients of the norms' weights.
     """
 
     qkv: Linears
@@ -59,6 +58,7 @@ class LayerShape:
     facts: LayerFacts
     attention: AttentionFacts
     fused: bool
+    scores: bool = False
     norms: int = 0
 
     @property
@@ -85,6 +85,11 @@ class LayerShape:
     def gradients(self) -> int:
         """Bytes of the gradients of all that trains in the layer."""
         return self.norms + sum(one.adapter + one.trained for one in self.linears)
+
+    @property
+    def mlp_gradients(self) -> int:
+        """Those of `gradients` that are there once the MLP's backward has run."""
+        return sum(one.adapter + one.trained for one in (*self.gate_up, *self.down))
 
     def sdpa(self, length: int) -> bool:
         """Whether rows of `length` take torch's fused attention (see `ops.attention.attention_backend`)."""
@@ -184,9 +189,11 @@ class ModelShape:
         Raises CheckpointError as `of_config`.
         """
         base = causal_lm_of(model)
-        embedding, head = base_layer_of(base.get_input_embeddings()), base_layer_of(base.get_output_embeddings())
+        embedding: Any = base_layer_of(base.get_input_embeddings())
+        head: Any = base_layer_of(base.get_output_embeddings())
         if dtype is None:
-            dtype = next(p.dtype for p in base.get_decoder().layers.parameters() if p.is_floating_point())
+            dtype = next(p.dtype for p in base.get_decoder().norm.parameters())
+        assert dtype is not None
         probe = next(base.get_decoder().layers.parameters())
         layers = _layers(base, lambda module: _live(module, dtype), backend_for(probe) == "triton", None)
         here = [t for t in (*base.parameters(), *base.buffers()) if t.device == probe.device]
@@ -244,10 +251,18 @@ def _layers(
                 facts=layer_facts(family, config) if family is not None else LayerFacts("serial"),
                 attention=attention_facts(family, config, index) if family is not None else AttentionFacts(1.0),
                 fused=fused_here,
+                scores=trained_itemsize is None and _makes_scores(model),
                 norms=sum(map(_gradient, norms)) if trained_itemsize is None else _count(norms) * trained_itemsize,
             )
         )
     return tuple(found)
+
+
+def _makes_scores(base: Any) -> bool:
+    """Whether transformers' eager attention runs, on a CPU or because somebody named it."""
+    config, replaced = base.config, getattr(getattr(base.get_decoder(), "facts", None), "replaces", None)
+    on_gpu = backend_for(next(base.parameters())) == "triton"
+    return config._attn_implementation == "eager" and not (on_gpu and replaced == "eager")
 
 
 def _live(module: Any, dtype: torch.dtype) -> LinearShape:
