@@ -24,6 +24,7 @@ from hasten.ops import (
 )
 from hasten.ops.adamw import AdamWRule, adamw_
 from hasten.ops.attention import attention, row_spans
+from hasten.ops.host_rows import host_rows
 from hasten.ops.lora import Heads, LoraLinear, lora_linears, lora_mlp, lora_qkv
 from hasten.ops.lora.share.kernel import MIN_WIDTH_BACKWARD, lay_share, share_bwd
 from hasten.ops.nf4 import NF4Weight, dequantize_nf4
@@ -156,6 +157,11 @@ def _adamw() -> None:
         adamw_(w, g, (m, v), AdamWRule(1e-3, 0.9, 0.999, 1e-8, 0.01, 1), 3, "triton")
 
 
+def _host_rows() -> None:
+    table = torch.randn(11, 1030, dtype=DTYPE)
+    host_rows(table.pin_memory() if DEVICE == "cuda" else table, torch.tensor([[3, 10, 0]], device=DEVICE), "triton")
+
+
 CALLS: dict[str, Callable[[], Any]] = {
     "norms": _norms,
     "rotations": _rotations,
@@ -167,6 +173,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "attention": _attentions,
     "NF4": _nf4,
     "AdamW": _adamw,
+    "rows from the host": _host_rows,
 }
 
 

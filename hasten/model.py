@@ -10,6 +10,7 @@ from hasten.export.base import find_base
 from hasten.inference import for_inference
 from hasten.loading import load
 from hasten.loading.adapter import attach
+from hasten.option_problems import bytes_of
 from hasten.options import AdapterOptions, LoadOptions, none_if_left_out
 from hasten.patching import apply, plan
 from hasten.patching.apply import overlay_class
@@ -75,7 +76,7 @@ class FastLanguageModel:
         model.__dict__["_hasten_options"] = options
         if loaded.adapter is not None:
             model = _wear_peft(attach(model, loaded.adapter, trainable=True), options)
-        _note_checkpointing(model, use_gradient_checkpointing)
+        _note_checkpointing(model, use_gradient_checkpointing, options.memory_budget)
         return model, loaded.tokenizer
 
     @classmethod
@@ -120,10 +121,13 @@ class FastLanguageModel:
                     "the model was loaded with full_finetuning=True, so all its weights train; load it without to add a LoRA"
                 ],
             )
+        if loaded is not None and loaded.offload_embedding and lora.trains_embedding(options):
+            problem = "embed_tokens would train, and offload_embedding keeps it frozen on the host; drop one of them"
+            raise OptionError("get_peft_model", [problem])
         dense = find_base(base) if options.loftq_config else None
         peft_model = _wear_peft(lora.build(base, options, dense.read if dense is not None else None), loaded)
         base.__dict__["_hasten_adapter_options"] = options
-        _note_checkpointing(peft_model, use_gradient_checkpointing)
+        _note_checkpointing(peft_model, use_gradient_checkpointing, options.memory_budget)
         return peft_model
 
     @staticmethod
@@ -146,11 +150,17 @@ def _wear_peft(peft_model: Any, loaded: LoadOptions | None) -> Any:
     return peft_model
 
 
-def _note_checkpointing(model: Any, mode: bool | str) -> None:
-    """Switches checkpointing and records what that means in place of what was recorded before."""
+def _note_checkpointing(model: Any, mode: bool | str, budget: int | str | None) -> None:
+    """Switches checkpointing and records what that means in place of what was recorded before.
+
+    A budget that was given when the model was loaded holds for its adapter too, unless that comes with its own.
+    """
     base = causal_lm_of(model)
     notes = [note for note in base.__dict__.get("_hasten_notes", []) if not note.startswith("checkpointing")]
-    base.__dict__["_hasten_notes"] = [*notes, *(f"checkpointing: {note}" for note in checkpointing.enable(model, mode))]
+    loaded: LoadOptions | None = base.__dict__.get("_hasten_options")
+    limit = bytes_of(loaded.memory_budget if budget is None and loaded is not None else budget)
+    said = checkpointing.enable(model, mode, limit)
+    base.__dict__["_hasten_notes"] = [*notes, *(f"checkpointing: {note}" for note in said)]
 
 
 def _already(worn: AdapterOptions | None, asked: AdapterOptions) -> str:

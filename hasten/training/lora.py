@@ -61,6 +61,15 @@ def build(model: Any, options: AdapterOptions, read_dense: Callable[[str], torch
     return peft_model
 
 
+def trains_embedding(options: AdapterOptions) -> bool:
+    """Whether the adapter would train (a copy of) the input embedding."""
+    names = [
+        *(options.modules_to_save or []),
+        *([] if isinstance(options.target_modules, str) else options.target_modules),
+    ]
+    return any(name.rsplit(".", 1)[-1] == EMBEDDINGS[0] for name in names)
+
+
 def set_dtypes(peft_model: Any, fp32: bool) -> dict[str, torch.dtype]:
     """Casts what trains to fp32 (True) or to the model's dtype (False), and returns name -> dtype of every trained weight.
 
