@@ -97,9 +97,8 @@ class TiledBackwardFunction(torch.autograd.Function):
         of_both, of_down = GradientSums(both), GradientSums(down)
         dx = dy.new_empty(len(dy), ctx.shape[-1]) if ctx.needs_input_grad[0] else None
 
-        def one_tile(
-            rows: slice,
-        ) -> None:  # a function, so that a tile's buffers are gone before the next one's are made
+        # A function, so that a tile's buffers are gone before the next one's are made.
+        def one_tile(rows: slice) -> None:
             flat = Kept.rows(source[rows], norm_weight, ctx.rule, dy.dtype)
             assert flat is not None
             made = make(flat, dense, ctx.activation)[1]
