@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
+from hasten.amounts import written
 from hasten.errors import HastenError
 
 FAILED = 2
@@ -39,6 +40,23 @@ class Storage(StrEnum):
     four = "4bit"
     eight = "8bit"
     sixteen = "16bit"
+
+
+class Checkpointing(StrEnum):
+    """As `use_gradient_checkpointing`."""
+
+    off = "false"
+    on = "true"
+    offload = "offload"
+    auto = "auto"
+
+
+class Optimizer(StrEnum):
+    """As in `estimate`."""
+
+    adamw = "adamw"
+    eight_bit = "adamw_8bit"
+    paged = "paged"
 
 
 class Method(StrEnum):
@@ -149,7 +167,7 @@ def merge(
     network, tokenizer = FastLanguageModel.from_pretrained(adapter, load_in_16bit=True, device_map="cpu")
     done: Any = network.save_pretrained_merged(out, tokenizer, save_method=method.value)
     divergence = "" if done.kl is None else f", KL divergence from 16 bits {done.kl:.4g} nats per token"
-    Console().print(f"{done.folder}: {done.method}, {_size(done.bytes)}{divergence}", soft_wrap=True)
+    Console().print(f"{done.folder}: {done.method}, {written(done.bytes)}{divergence}", soft_wrap=True)
 
 
 @app.command()
@@ -163,18 +181,23 @@ def report(model: ModelName, load: Held = Storage.four) -> None:
 
 
 @app.command()
-def estimate(
+def estimate(  # noqa: PLR0913
     model: Annotated[str, typer.Argument(help="A folder or hub id; only its config is read.")],
     seq_len: Annotated[int, typer.Option(help="Tokens of a row.")] = 2048,
     batch_size: Annotated[int, typer.Option(help="Rows of a step.")] = 1,
     rank: Annotated[int, typer.Option(help="Rank of the LoRA on all Linears.")] = 16,
     load: Held = Storage.four,
-    checkpointing: Annotated[bool, typer.Option(help="Recompute layers in the backward.")] = True,
+    checkpointing: Annotated[Checkpointing, typer.Option(help="What layers keep for the backward.")] = Checkpointing.on,
     full_finetuning: Annotated[bool, typer.Option(help="All weights train.")] = False,
+    tiled_mlp: Annotated[bool, typer.Option(help="MLPs run some rows at a time.")] = False,
+    optimizer: Annotated[Optimizer, typer.Option(help="How the optimizer's moments are held.")] = Optimizer.adamw,
+    offload_embedding: Annotated[bool, typer.Option(help="The input embedding waits in host memory.")] = False,
+    memory_budget: Annotated[str | None, typer.Option(help='For auto, e.g. "24GiB"; else the GPU at hand.')] = None,
 ) -> None:
-    """Estimate the peak memory of a training step from the config alone."""
+    """Estimate the peak memory of a training step, and plan what layers keep, from the config alone."""
     quiet()
     from hasten.estimation import estimate as estimate_of
+    from hasten.training.memory.levers import advice
 
     dense = full_finetuning or load is Storage.sixteen
     found = estimate_of(
@@ -183,15 +206,26 @@ def estimate(
         seq_len=seq_len,
         rank=rank,
         quantization=None if dense else "4bit" if load is Storage.four else "8bit",
-        checkpointing=checkpointing,
+        checkpointing={"true": True, "false": False}.get(checkpointing.value, checkpointing.value),
         full_finetuning=full_finetuning,
+        tiled_mlp=tiled_mlp,
+        optimizer=optimizer.value,
+        offload_embedding=offload_embedding,
+        memory_budget=memory_budget,
     )
     table = Table("part", "memory", title=f"{model}: one step of {batch_size} x {seq_len} tokens")
     for part, size in found.parts().items():
-        table.add_row(part, _size(size))
+        table.add_row(part, written(size))
     table.add_section()
-    table.add_row("[bold]total", f"[bold]{_size(found.total)}")
-    Console().print(table)
+    table.add_row("[bold]total", f"[bold]{written(found.total)}")
+    if found.peak.host:
+        table.add_row("in host memory", written(found.peak.host))
+    console = Console()
+    console.print(table)
+    console.print(f"plan: {found.plan}", soft_wrap=True)
+    if not found.fits:
+        console.print(f"[yellow]more than {memory_budget}: no plan takes less[/]")
+    console.print(advice(found.levers), soft_wrap=True)
 
 
 @app.command()
@@ -238,7 +272,3 @@ def _load(model: str, storage: Storage, max_seq_length: int) -> tuple[Any, Any]:
 
     options: dict[str, Any] = {f"load_in_{storage.value}": True}
     return FastLanguageModel.from_pretrained(model, max_seq_length, **options)
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

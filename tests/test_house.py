@@ -10,7 +10,7 @@ import hasten
 
 ROOT = Path(hasten.__file__).parent
 FLOORS = [
-    {"spec", "errors"},
+    {"spec", "errors", "amounts"},
     {"families", "ops"},
     {"weights"},
     {"overlays"},
@@ -24,7 +24,7 @@ FLOORS = [
     {"cli"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
-ONLY = {"families": {"spec", "families"}, "spec": set(), "errors": set()}
+ONLY = {"families": {"spec", "families"}, "spec": set(), "errors": set(), "amounts": set()}
 FILES = sorted(ROOT.rglob("*.py"))
 MAY_PRINT = {"cli", "demo"}
 

@@ -5,13 +5,13 @@ Format: https://huggingface.co/docs/safetensors (an 8-byte little-endian header 
 
 import json
 import os
-import re
 import struct
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from hasten.amounts import bytes_of
 from hasten.errors import ExportError
 
 DTYPE_NAMES = {
@@ -26,15 +26,14 @@ DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes of "5GB", "200MB", "1GiB" or a number. Raises ExportError for anything else and for less than one byte."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
-    if found is None or found[2].upper() not in UNITS or float(found[1]) <= 0:
-        raise ExportError(f'max_shard_size={size!r} is no size; write it as "5GB", "500MB" or a number of bytes')
-    return int(float(found[1]) * UNITS[found[2].upper()])
+    """`amounts.bytes_of` for shards. Raises ExportError."""
+    try:
+        return bytes_of(size)
+    except ValueError as error:
+        raise ExportError(f"max_shard_size: {error}") from error
 
 
 class ShardWriter:

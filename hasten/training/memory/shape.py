@@ -1,7 +1,7 @@
 """What the memory formulas need of a model, read from a config (meta tensors, nothing allocated) or from a live model."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -27,12 +27,13 @@ FP32 = 4
 class LinearShape:
     """One Linear: `rows` outputs, `columns` inputs, and its LoRA's rank (0 = none).
 
-    dense: whether a product reads the weight where it is stored. adapter: bytes of A and B as they are stored.
-    trained: bytes of the gradients of weight and bias, where they train.
+    stored: bytes of weight and bias. dense: whether a product reads the weight where it is stored. adapter: bytes of A
+    and B as they are stored. trained: bytes of the gradients of weight and bias, where they train.
     """
 
     rows: int
     columns: int
+    stored: int
     rank: int = 0
     dense: bool = True
     adapter: int = 0
@@ -105,7 +106,8 @@ class ModelShape:
     itemsize: of the compute dtype, which is the stream's. weights: all weights and buffers, trained ones and adapters
     included. embedding, head: bytes of the gradients of the two, 0 where they do not train; where one weight is both
     (tied), head has them. head_itemsize: of the head's weight as it is stored. head_adapter: bytes of a LoRA on it.
-    norm: bytes of the last norm's gradient. moment_numbers: weights that train.
+    norm: bytes of the last norm's gradient. moment_numbers: weights that train. lookup: bytes of an input embedding that
+    could wait in host memory: frozen, untied, on the device.
     """
 
     layers: tuple[LayerShape, ...]
@@ -119,6 +121,7 @@ class ModelShape:
     head_adapter: int = 0
     norm: int = 0
     moment_numbers: int = 0
+    lookup: int = 0
 
     @property
     def hidden(self) -> int:
@@ -154,9 +157,8 @@ class ModelShape:
             rows, columns = linear.out_features, linear.in_features
             numbers = sum(p.numel() for p in linear.parameters())
             adapter = rank * (rows + columns) * FP32
-            return LinearShape(
-                rows, columns, rank, quantization is None, adapter, numbers * e if full_finetuning else 0
-            )
+            stored, trained = _stored(linear, quantization, e), numbers * e if full_finetuning else 0
+            return LinearShape(rows, columns, stored, rank, quantization is None, adapter, trained)
 
         layers = _layers(model, read, quantization != "8bit", e if full_finetuning else 0)
         linears = [m for layer in model.get_decoder().layers for m in layer.modules() if isinstance(m, nn.Linear)]
@@ -166,8 +168,9 @@ class ModelShape:
         embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
         tied = embedding is head
         adapters = sum(one.adapter for layer in layers for one in layer.linears)
-        hosted = embedding.numel() * e if offload_embedding and not tied else 0
         trained = e if full_finetuning else 0
+        lookup = 0 if tied or full_finetuning else embedding.numel() * e
+        hosted = lookup if offload_embedding else 0
         return cls(
             layers=layers,
             vocabulary=head.shape[0],
@@ -179,6 +182,7 @@ class ModelShape:
             head_itemsize=e,
             norm=head.shape[1] * trained,
             moment_numbers=every if full_finetuning else adapters // FP32,
+            lookup=lookup - hosted,
         )
 
     @classmethod
@@ -197,8 +201,8 @@ class ModelShape:
         probe = next(base.get_decoder().layers.parameters())
         layers = _layers(base, lambda module: _live(module, dtype), backend_for(probe) == "triton", None)
         here = [t for t in (*base.parameters(), *base.buffers()) if t.device == probe.device]
-        trained = {id(p): p for p in base.parameters() if p.requires_grad}
-        tied = embedding.weight is head.weight
+        trained = [p for p in base.parameters() if p.requires_grad]
+        lookup, tied = embedding.weight, embedding.weight is head.weight
         last = sum(_gradient(p) for p in base.get_decoder().norm.parameters())
         output = base.get_output_embeddings()
         return cls(
@@ -212,7 +216,8 @@ class ModelShape:
             head_itemsize=head.weight.element_size(),
             head_adapter=sum(_gradient(p) for p in output.parameters() if p is not head.weight),
             norm=last,
-            moment_numbers=sum(p.numel() for p in trained.values()),
+            moment_numbers=sum(p.numel() for p in trained),
+            lookup=_bytes(lookup) if not (tied or lookup.requires_grad) and lookup.device == probe.device else 0,
         )
 
 
@@ -274,14 +279,15 @@ def _live(module: Any, dtype: torch.dtype) -> LinearShape:
     rank = max((min(p.shape) for p in adapters if p.dim() == 2), default=0)
     dense = base.weight.dtype == dtype
     trained = sum(_gradient(p) for p in base.parameters())
-    return LinearShape(base.out_features, base.in_features, rank, dense, sum(map(_bytes, adapters)), trained)
+    stored = sum(map(_bytes, base.parameters()))
+    return LinearShape(base.out_features, base.in_features, stored, rank, dense, sum(map(_bytes, adapters)), trained)
 
 
 def _as_they_lie(modules: list[Any], shapes: Linears) -> Linears:
     """`shapes`, none of them dense where one product over all must first copy their weights into one buffer."""
     if len(modules) == 1 or not lie_apart(modules):
         return shapes
-    return tuple(LinearShape(s.rows, s.columns, s.rank, False, s.adapter, s.trained) for s in shapes)
+    return tuple(replace(one, dense=False) for one in shapes)
 
 
 def _is_plain(module: Any) -> bool:
