@@ -61,6 +61,8 @@ def _sections(result: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -
         parts += ["### Where hasten's step goes", profile, PROFILED]
     if any("load_s" in row for row in result.get("train", [])):
         parts += ["### Loading and the first step", tables.load_table(result)]
+    if "packing" in result:
+        parts += ["### Ragged rows: padded, padding-free, packed", *tables.packing_section(result)]
     if result.get("fixed_costs"):
         parts += ["### Fixed costs", tables.costs_text(result)]
     if "ops" in result:

@@ -1,6 +1,6 @@
 """The JSON of a measurement: one file per GPU and date, put together from calls that each did a part.
 
-{"date", "versions", "ceilings", "ops", "train", "fixed_costs", "curves", "sanitize", "tests"}; every part may be missing.
+{"date", "versions", "ceilings", "ops", "train", "fixed_costs", "curves", "packing", "sanitize", "tests"}; every part may be missing.
 "train": one row per job, mode, group of libraries that ran side by side, and library.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 FOLDER = Path(__file__).parent / "results"
 PACKAGES = ["torch", "triton", "transformers", "peft", "bitsandbytes", "liger-kernel", "unsloth", "trl", "accelerate"]
 ABSENT = "not installed"
-WHOLE = ("ceilings", "curves", "tests")
+WHOLE = ("ceilings", "curves", "packing", "tests")
 KEYS = {"ops": ("op",), "sanitize": ("tool", "calls"), "train": ("job", "mode", "group", "variant")}
 
 

@@ -201,6 +201,31 @@ def curves_table(result: Result) -> str:
     return table(head, rows)
 
 
+def packing_section(result: Result) -> list[str]:
+    """What the rows are like, and the ways to train on them."""
+    from benchmarks.packing_speed import WAYS
+
+    packing = result["packing"]
+    setting, lengths, real = packing["setting"], packing["lengths"], packing["real_tokens"]
+    said = (
+        f"{setting['shape']} shape, LoRA r=16, nothing recomputed; {setting['rows']} rows a step, the same ones in every way. "
+        f"Lengths are log-normal with a median of {setting['median']:g} and sigma of {setting['sigma']:g}, at most "
+        f"{setting['longest']} tokens: mean {lengths['mean']:.0f}, 10% below {lengths['p10']:.0f}, 10% above "
+        f"{lengths['p90']:.0f}, 1% above {lengths['p99']:.0f}, longest {lengths['max']:.0f}. Only real tokens are counted."
+    )
+    padded = next((row["tokens_per_s"] for row in packing["ways"] if row["way"] == "padded" and "ms" in row), None)
+    rows = []
+    for row in packing["ways"]:
+        cells = ["-", "-", "-"]
+        if "ms" in row:
+            times = "-" if padded is None else f"{row['tokens_per_s'] / padded:.2f}x"
+            cells = [f"{row['tokens_per_s'] / 1e3:.1f}k", times, f"{row['peak_gib']:.1f}"]
+        share = row["computed_tokens"] / real - 1
+        rows.append([WAYS[row["way"]][0], f"{share:.1%}", *cells, f"{row['loss_off']:.1e}"])
+    head = ["rows come as", "padding", "real tokens/s", "of padded", "peak GiB", "loss differs from padded by"]
+    return [said, table(head, rows)]
+
+
 def sanitize_table(result: Result) -> str:
     rows = [[row["tool"], row["calls"], "yes" if row["clean"] else "no", row["verdict"]] for row in result["sanitize"]]
     return table(["tool", "kernels", "clean", "what it said"], rows)

@@ -51,5 +51,15 @@ def example_result() -> dict[str, Any]:
             },
         },
         "curves": {"setting": {"smooth": 10, "seeds": 5, "steps": 200}, "seconds": {"all": 60.0}, "full": curve, "lora": curve},
+        "packing": {
+            "setting": {"shape": "llama-1b", "rows": 128, "median": 150.0, "sigma": 0.6, "longest": 1024},
+            "lengths": {"mean": 181.4, "p10": 70.0, "p90": 320.0, "p99": 613.0, "max": 1017.0},
+            "real_tokens": 1000,
+            "ways": [
+                {"way": "padded", "computed_tokens": 3456, "loss_off": 0.0, "ms": 500.0, "tokens_per_s": 41000.0, "peak_gib": 9.5},
+                {"way": "packed-4096", "computed_tokens": 1000, "loss_off": 3e-5, "ms": 200.0, "tokens_per_s": 102500.0, "peak_gib": 6.5},
+                {"way": "padding-free", "computed_tokens": 1000, "loss_off": 0.5},
+            ],
+        },
         "sanitize": [{"tool": "memcheck", "calls": "norms", "clean": True, "verdict": "ERROR SUMMARY: 0 errors", "at": {}, "ours": {}}],
     }  # fmt: skip

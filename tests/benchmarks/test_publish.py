@@ -44,7 +44,8 @@ def test_page_and_pictures_come_from_the_figures(root: Path) -> None:
     for figure in (
         "400 ms, 40.2 GiB", "500 ms, 40.2 GiB (1.25x)", "410 ms, 40 GiB", "5.0e-04 (Unsloth)", "_norm_fwd 5.2", "0.12",
         "| 8b-lora keep | 3 | 1999 | 1 | 777 | 390 |", "2.00 TB/s", "400.00 TFLOP/s", "50%", "2.7534", "+0.25", "0.0123",
-        "memcheck | norms | yes", "torch 9.8.7", "10.5 | 3.5 | beside 1 others",
+        "memcheck | norms | yes", "median of 150", "mean 181", "| 245.6% | 41.0k | 1.00x | 9.5 | 0.0e+00 |",
+        "| packed to 4,096 tokens | 0.0% | 102.5k | 2.50x | 6.5 | 3.0e-05 |", "| 0.0% | - | - | - | 5.0e-01 |", "torch 9.8.7", "10.5 | 3.5 | beside 1 others",
     ):  # fmt: skip
         assert figure in page, figure
     assert "trl not installed" not in page

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from training_kit import Recorder, apart, gradients_apart, gradients_of, logged, lora, on_cpu, rows, small
 from torch.utils._python_dispatch import TorchDispatchMode
+from training_kit import Recorder, apart, gradients_apart, gradients_of, logged, lora, on_cpu, rows, small
 from trl import SFTTrainer
 
 from hasten.ops.attention import kernel

@@ -1,0 +1,69 @@
+"""The measurement of packing: the same rows in every way, losses that agree, figures only where they do."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import packing_speed, results
+from benchmarks.packing_speed import WAYS, Setting
+
+SMALL = Setting(shape="tiny", median=30.0, longest=120, rows=12, batch=4, steps=2, rounds=2)
+
+
+def test_lengths_are_those_that_are_stated() -> None:
+    setting = Setting(shape="tiny", rows=4000, steps=1)
+    found = packing_speed.describe(packing_speed.draw_steps(setting))
+    assert found["rows"] == 4000 and found["max"] <= 1024
+    assert abs(found["p50"] - setting.median) < 0.05 * setting.median
+    assert abs(found["mean"] - setting.median * 2.718281828 ** (setting.sigma**2 / 2)) < 0.05 * found["mean"]
+    assert packing_speed.draw_steps(SMALL) == packing_speed.draw_steps(SMALL)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_holds_every_token_once(way: str) -> None:
+    rows = packing_speed.draw_steps(SMALL)[0]
+    made = packing_speed.batches(rows, way, SMALL)
+    tokens = torch.cat([b["input_ids"][b["attention_mask"].bool() if way == "padded" else ...].flatten() for b in made])
+    wanted = torch.tensor([token for row in rows for token in row["input_ids"]])
+    assert torch.equal(tokens.sort().values.cpu(), wanted.sort().values)
+    learned = sum(int((b["labels"][:, 1:] != -100).sum()) for b in made)
+    assert learned == sum(len(row["input_ids"]) - 1 for row in rows)
+    if WAYS[way][1] is None:
+        assert len(made) == SMALL.rows // SMALL.batch
+    assert ("attention_mask" in made[0]) == (way == "padded")
+
+
+def test_the_whole_measurement_on_a_cpu(tmp_path: Path) -> None:
+    code = packing_speed.run(SMALL, tmp_path / "out", tmp_path / "points")
+    written = json.loads((tmp_path / "out/packing.json").read_text())
+    packing = written["packing"]
+    assert code == 0 and [row["way"] for row in packing["ways"]] == list(WAYS)
+    for row in packing["ways"]:
+        assert row["loss_off"] < packing_speed.PARITY and row["gradient_norm_off"] < 0.05
+        assert row["ms"] > 0 and row["tokens_per_s"] > 0
+        assert (row["computed_tokens"] > packing["real_tokens"]) == (row["way"] == "padded")
+    merged = results.merge([{"date": written["date"], "versions": written["versions"]}, written])
+    assert merged["packing"] == packing
+    assert len(packing_speed.say(packing)) == len(WAYS)
+
+
+def test_a_way_whose_loss_is_off_has_no_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = packing_speed.batches
+
+    def mixed(rows: packing_speed.Rows, way: str, setting: Setting) -> list[packing_speed.Batch]:
+        made = plain(rows, way, setting)
+        if way == "packed-2048":  # documents that see each other
+            for batch in made:
+                size = batch["input_ids"].shape[1]
+                batch["position_ids"] = torch.arange(size, device=batch["input_ids"].device)[None]
+                batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = torch.tensor([0, size], dtype=torch.int32)
+        return made
+
+    monkeypatch.setattr(packing_speed, "batches", mixed)
+    monkeypatch.setattr(packing_speed, "PARITY", 1e-6)
+    found = packing_speed.measure(SMALL, tmp_path)
+    told = {row["way"]: "ms" in row for row in found["ways"]}
+    assert told["padded"] and not told["packed-2048"]
+    assert any("PARITY FAILED" in line for line in packing_speed.say(found))
