@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Set
 from typing import Any, TypeAlias
 
@@ -12,7 +13,13 @@ AdapterOptions: TypeAlias = Any
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLACEMENTS = ("sequential", "auto", "balanced", "balanced_low_0")
-CHECKPOINTING = (False, True, "unsloth", "auto")
+CHECKPOINTING = (False, True, "offload", "unsloth", "auto")
+SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>|[kmgt]i?b)", re.IGNORECASE)
+UNITS = {
+    "": 1,
+    **{f"{p}b": 1000**n for n, p in enumerate("kmgt", 1)},
+    **{f"{p}ib": 1024**n for n, p in enumerate("kmgt", 1)},
+}
 BIASES = ("none", "all", "lora_only")
 
 # Arguments of transformers' from_pretrained that have no argument of ours.
@@ -181,13 +188,32 @@ def _later_problems(o: LoadOptions) -> list[str]:
 
 def _checkpointing_problems(o: Any) -> list[str]:
     mode = o.use_gradient_checkpointing
-    if mode == "offload":
-        return [_later("use_gradient_checkpointing='offload'", "use 'auto' or True, which recompute each layer")]
     if not isinstance(mode, bool | str) or mode not in CHECKPOINTING:
+        known = "False, True, 'offload', 'unsloth', 'auto'"
+        return [f"use_gradient_checkpointing={mode!r} is none of {known}{_near(mode, CHECKPOINTING)}"]
+    try:
+        budget = bytes_of(o.memory_budget)
+    except ValueError:
+        return [f"memory_budget={o.memory_budget!r} is no size; pass bytes, or text like '24GiB' or '24GB'"]
+    if budget is not None and budget <= 0:
+        return [f"memory_budget={o.memory_budget!r} leaves nothing; pass bytes, or text like '24GiB'"]
+    if budget is not None and mode not in ("unsloth", "auto"):
         return [
-            f"use_gradient_checkpointing={mode!r} is none of False, True, 'unsloth', 'auto'{_near(mode, CHECKPOINTING)}"
+            f"memory_budget is what use_gradient_checkpointing='auto' plans for, and {mode!r} was asked; leave one of them out"
         ]
     return []
+
+
+def bytes_of(size: int | str | None) -> int | None:
+    """Bytes of `memory_budget`: a number of them, or text with a unit, as transformers' `max_memory`. ValueError else."""
+    if size is None:
+        return None
+    if isinstance(size, bool) or not isinstance(size, int | str):
+        raise ValueError(f"no size: {size!r}")
+    match = SIZE.fullmatch(str(size).strip())
+    if match is None:
+        raise ValueError(f"no size: {size!r}")
+    return int(float(match["number"]) * UNITS[match["unit"].lower()])
 
 
 def _extra_problems(o: LoadOptions) -> list[str]:

@@ -78,6 +78,7 @@ class LoadOptions:
     qat_scheme: Any = None
     load_in_fp8: bool | str = False
     unsloth_tiled_mlp: bool | int | str = False
+    memory_budget: int | str | None = None
     attn_implementation: str | None = None
     use_safetensors: bool | None = None
     expected_model_type: str | None = None
@@ -139,6 +140,7 @@ class AdapterOptions:
     use_dora: bool = False
     init_lora_weights: bool | str = True
     qat_scheme: Any = None
+    memory_budget: int | str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod

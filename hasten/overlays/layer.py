@@ -24,6 +24,8 @@ NORMS = {
     ),
 }
 """A layer's norms, in each arrangement of the branches."""
+SEAT = "_hasten_seat"
+"""Where a layer wears what runs it in place of torch's checkpoint (`training.memory.policy`)."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,19 @@ class LayerFacts:
 class LayerOverlay(Overlay):
     facts: ClassVar[LayerFacts]
     runs = "decoder layer"
+
+    @property
+    def _gradient_checkpointing_func(self) -> Any:
+        """What transformers calls in training where checkpointing is on: the memory policy where one has a seat here, else what a
+        trainer set."""
+        own = self.__dict__
+        if SEAT not in own and "_gradient_checkpointing_func" not in own:
+            raise AttributeError("_gradient_checkpointing_func")
+        return own[SEAT] if SEAT in own else own["_gradient_checkpointing_func"]
+
+    @_gradient_checkpointing_func.setter
+    def _gradient_checkpointing_func(self, function: Any) -> None:
+        self.__dict__["_gradient_checkpointing_func"] = function
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """hidden_states: (B, T, E). Keyword arguments go to the attention, as in transformers' layers."""

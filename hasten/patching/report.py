@@ -66,7 +66,10 @@ def report(model: nn.Module) -> Report:
     backend = backend_for(base.get_output_embeddings().weight)
     attention, _ = _attention(base)
     title = f"{type(base).__name__} ({base.config.model_type}): {state}, {attention} attention, backend {backend}"
-    return Report(title, rows, tuple(base.__dict__.get("_hasten_notes", ())))
+    notes = list(base.__dict__.get("_hasten_notes", ()))
+    if (policy := base.__dict__.get("_hasten_memory")) is not None:
+        notes.append(f"memory: {policy}")
+    return Report(title, rows, tuple(notes))
 
 
 def _attention(base: Any) -> tuple[str, str]:

@@ -1,35 +1,51 @@
-"""Which activations are kept for the backward and which are recomputed (Chen et al. 2016, arXiv:1604.06174)."""
+"""Switches what layers keep for the backward: nothing is recomputed, everything is, or the memory policy decides (`memory.policy`)."""
 
 from typing import Any
 
 from hasten.errors import OptionError
 from hasten.patching.plan import causal_lm_of
+from hasten.training.memory.policy import MemoryPolicy
+from hasten.training.tiling import RECORD as TILED
 
-MODES = (False, True, "unsloth", "auto")
+MODES = (False, True, "offload", "unsloth", "auto")
 RECORD = "_hasten_checkpointing"
+POLICY = "_hasten_memory"
 
 
-def enable(model: Any, mode: bool | str) -> list[str]:
+def enable(model: Any, mode: bool | str, budget: int | None = None) -> list[str]:
     """Sets the checkpointing of `model` (a causal LM or the PeftModel around it) and returns notes for the report.
 
-    mode: False keeps every activation; True keeps each layer's input and recomputes the rest in the backward;
-    "unsloth" and "auto" do the same as True for now. Goes through transformers' own switch, so a trainer that switches
-    it as well finds what it expects. Raises OptionError for "offload", for any other mode, and for a model whose class
-    transformers cannot checkpoint; the model is then unchanged.
+    mode: False keeps every activation; True keeps each layer's input and recomputes the rest in the backward; "offload" does
+    the same with the inputs in host memory; "auto" and "unsloth" plan for each layer what fits, when the first batch of a shape
+    comes. budget: bytes of the device that "auto" may use in all, None = what is free by then. Goes through transformers' own
+    switch, so a trainer that switches it as well finds what it expects. Raises OptionError for any other mode, and for a model
+    whose class transformers cannot checkpoint; the model is then unchanged.
     """
     _check(model, mode)
     base = causal_lm_of(model)
     switch_off(base)
-    if mode:
-        # Renamed in transformers 5.23; the old name warns there.
-        name = "activation_checkpointing_enable"
-        switch = getattr(base, name if hasattr(base, name) else "gradient_checkpointing_enable")
-        switch({"use_reentrant": False})
     base.__dict__[RECORD] = mode
     if not mode:
         return ["off, every activation is kept"]
-    asked = f' ("{mode}" recomputes plainly for now, nothing is offloaded)' if isinstance(mode, str) else ""
-    return [f"each layer is recomputed in the backward{asked}"]
+    # Renamed in transformers 5.23; the old name warns there.
+    name = "activation_checkpointing_enable"
+    switch = getattr(base, name if hasattr(base, name) else "gradient_checkpointing_enable")
+    switch({"use_reentrant": False})
+    asked = base.__dict__.get(TILED)
+    tile = next((getattr(m, "tile_rows", None) for m in base.modules() if getattr(m, "tile_rows", None)), None)
+    policy = MemoryPolicy(base, "auto" if mode == "unsloth" else mode, budget, None if asked == "auto" else tile)
+    if not policy.take_seats():
+        return [
+            "each layer is recomputed in the backward (no layer runs under an overlay, so nothing else can be chosen)"
+        ]
+    base.__dict__[POLICY] = policy
+    base.disable_input_require_grads()  # only torch's older, reentrant way needs it; it costs the first layer's gradient
+    if mode is True:
+        return ["each layer is recomputed in the backward"]
+    if mode == "offload":
+        return ["each layer is recomputed in the backward from its input, which waits in host memory"]
+    limit = "what is free" if budget is None else f"{budget / 2**30:.1f} GiB"
+    return [f'"{mode}" plans what each layer keeps, within {limit}']
 
 
 def switch_off(base: Any) -> None:
@@ -39,10 +55,13 @@ def switch_off(base: Any) -> None:
         getattr(base, name if hasattr(base, name) else "gradient_checkpointing_disable")()
     # transformers leaves the hooks that its switch put on the embedding, and puts on more each time.
     base.disable_input_require_grads()
+    policy: MemoryPolicy | None = base.__dict__.pop(POLICY, None)
+    if policy is not None:
+        policy.leave_seats()
 
 
 def is_on(base: Any) -> bool:
-    """Whether any layer is recomputed. (transformers' own property was renamed in 5.23; the old name warns there.)"""
+    """Whether any layer asks what to keep. (transformers' own property was renamed in 5.23; the old name warns there.)"""
     return any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
 
 
@@ -50,18 +69,14 @@ def restore(model: Any) -> None:
     """Checkpointing as `enable` last set it; a model on which it never was called stays as it is."""
     base = causal_lm_of(model)
     if RECORD in base.__dict__ and bool(base.__dict__[RECORD]) != is_on(base):
-        enable(model, base.__dict__[RECORD])
+        policy: MemoryPolicy | None = base.__dict__.get(POLICY)
+        enable(model, base.__dict__[RECORD], None if policy is None else policy.budget)
 
 
 def _check(model: Any, mode: Any) -> None:
     problems = []
-    if mode == "offload":
-        problems.append(
-            'use_gradient_checkpointing="offload" keeps layer inputs in host memory, which this version cannot do yet; '
-            "use True (layer inputs stay on the device)"
-        )
-    elif not any(mode is known or (isinstance(mode, str) and mode == known) for known in MODES):
-        problems.append(f'use_gradient_checkpointing={mode!r} is none of False, True, "unsloth", "auto"')
+    if not any(mode is known or (isinstance(mode, str) and mode == known) for known in MODES):
+        problems.append(f'use_gradient_checkpointing={mode!r} is none of False, True, "offload", "unsloth", "auto"')
     elif mode and not causal_lm_of(model).supports_gradient_checkpointing:
         kind = type(causal_lm_of(model)).__name__
         problems.append(f"transformers cannot recompute the layers of {kind}; use use_gradient_checkpointing=False")

@@ -1,0 +1,208 @@
+"""Tensors that wait in host memory between a layer's forward and its backward.
+
+Each layer's tensors make a parcel. They leave on one side stream while the layer still runs, and come back on another one layer
+ahead of their backward. Nothing waits on the host: where device memory is about to be reused, the main stream waits for the copy,
+so the peak does not depend on how far the host runs ahead. (torch's `save_on_cpu` waits for every copy, and is the tests' oracle.)
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+CHUNK = 32 * 2**20
+"""Bytes of host memory taken at a time: a power of two, to which torch's pinned allocator rounds anyway."""
+SMALLEST = 2**20
+"""Bytes below which a tensor stays where it is."""
+
+
+@dataclass
+class _Chunk:
+    """Host memory, and the last copy that read or wrote it."""
+
+    bytes: torch.Tensor
+    used: torch.cuda.Event | None = None
+
+
+class HostMemory:
+    """Chunks of host memory of one device's model, reused from step to step; pinned where the device is a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.free: list[_Chunk] = []
+        self.taken = 0
+        on_gpu = device.type == "cuda"
+        self.out = torch.cuda.Stream(device) if on_gpu else None
+        self.back = torch.cuda.Stream(device) if on_gpu else None
+
+    def take(self, size: int) -> list[_Chunk]:
+        """Chunks for `size` bytes."""
+        found = []
+        for _ in range(-(-size // CHUNK)):
+            if not self.free:
+                self.free.append(_Chunk(torch.empty(CHUNK, dtype=torch.uint8, pin_memory=self.out is not None)))
+                self.taken += CHUNK
+            found.append(self.free.pop())
+        return found
+
+    def send(self, source: torch.Tensor, chunks: list[_Chunk]) -> torch.cuda.Event | None:
+        """Copies the bytes (1-D uint8, on the device) into chunks, after what the main stream was given so far."""
+        if self.out is None:
+            _copy(source, chunks)
+            return None
+        self.out.wait_stream(torch.cuda.current_stream(self.device))
+        for chunk in chunks:
+            if chunk.used is not None:
+                self.out.wait_event(chunk.used)
+        with torch.cuda.stream(self.out):
+            _copy(source, chunks)
+        return _mark(self.out, chunks)
+
+    def fetch(self, chunks: list[_Chunk], into: torch.Tensor) -> torch.cuda.Event | None:
+        """Copies chunks back into `into` (1-D uint8), whose memory the main stream may have used until now."""
+        if self.back is None:
+            _copy(into, chunks, back=True)
+            return None
+        self.back.wait_stream(torch.cuda.current_stream(self.device))
+        for chunk in chunks:
+            if chunk.used is not None:
+                self.back.wait_event(chunk.used)
+        with torch.cuda.stream(self.back):
+            _copy(into, chunks, back=True)
+        return _mark(self.back, chunks)
+
+    def wait(self, event: torch.cuda.Event | None) -> None:
+        """What the main stream is given from here on comes after `event`."""
+        if event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
+
+
+def _copy(device_bytes: torch.Tensor, chunks: Iterable[_Chunk], back: bool = False) -> None:
+    for part, chunk in zip(device_bytes.split(CHUNK), chunks, strict=True):
+        here = chunk.bytes[: len(part)]
+        into, source = (part, here) if back else (here, part)
+        into.copy_(source, non_blocking=True)
+
+
+def _mark(stream: torch.cuda.Stream, chunks: Iterable[_Chunk]) -> torch.cuda.Event:
+    event = torch.cuda.Event()
+    event.record(stream)
+    for chunk in chunks:
+        chunk.used = event
+    return event
+
+
+@dataclass
+class _Content:
+    """One storage: its bytes on the host, and on the device while they leave or after they came back."""
+
+    size: int
+    chunks: list[_Chunk]
+    sent: torch.cuda.Event | None
+    leaving: torch.Tensor | None
+    here: torch.Tensor | None = None
+    ready: torch.cuda.Event | None = None
+    wanted: int = 0
+
+
+@dataclass(frozen=True)
+class _Slip:
+    """What autograd holds in place of a tensor."""
+
+    parcel: Parcel
+    content: _Content
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+@dataclass(eq=False)
+class Parcel:
+    """What one layer keeps in host memory. `before`: the parcel of the hosted layer before it, fetched ahead of its backward.
+
+    Views of one storage (q, k and v) travel together and keep their strides. shared: storages that many layers read, which stay.
+    """
+
+    memory: HostMemory
+    rows: tuple[int, int]
+    shared: frozenset[int]
+    before: weakref.ref[Parcel] | None = None
+    contents: dict[int, _Content] = field(default_factory=dict)
+
+    def hooks(self) -> Any:
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+
+    def _takes(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor has a row a token, is the layer's own and worth a copy."""
+        if isinstance(tensor, nn.Parameter) or tensor.device != self.memory.device or tensor.layout != torch.strided:
+            return False
+        storage = tensor.untyped_storage()
+        if storage.nbytes() < SMALLEST or storage.data_ptr() in self.shared or tensor.dim() < 2:
+            return False
+        batch, length = self.rows
+        return tensor.shape[0] == batch * length or (tensor.shape[0] == batch and length in tensor.shape[1:])
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Slip:
+        if not self._takes(tensor):
+            return tensor
+        storage = tensor.untyped_storage()
+        content = self.contents.get(storage.data_ptr())
+        if content is None:
+            whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)  # pyright: ignore[reportArgumentType]
+            chunks = self.memory.take(storage.nbytes())
+            content = _Content(storage.nbytes(), chunks, self.memory.send(whole, chunks), whole)
+            self.contents[storage.data_ptr()] = content
+        content.wanted += 1
+        return _Slip(self, content, tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+
+    def leave(self) -> None:
+        """Gives up the device's copies: the main stream waits until they have left. Called when the next layer has run."""
+        for content in self.contents.values():
+            if content.leaving is not None:
+                self.memory.wait(content.sent)
+                content.leaving = None
+        self.contents = dict(enumerate(self.contents.values()))  # addresses mean nothing now
+
+    def fetch(self) -> None:
+        """Starts the way back of all that is not here."""
+        for content in self.contents.values():
+            if content.here is None and content.wanted:
+                if content.leaving is not None:  # the last layer's, which never had to go
+                    content.here, content.leaving = content.leaving, None
+                    continue
+                content.here = torch.empty(content.size, dtype=torch.uint8, device=self.memory.device)
+                content.ready = self.memory.fetch(content.chunks, content.here)
+
+    @staticmethod
+    def _unpack(held: torch.Tensor | _Slip) -> torch.Tensor:
+        if not isinstance(held, _Slip):
+            return held
+        parcel, content = held.parcel, held.content
+        if content.here is None:
+            content.wanted = max(content.wanted, 1)
+            parcel.fetch()
+        before = parcel.before() if parcel.before is not None else None
+        if before is not None:
+            before.fetch()
+        parcel.memory.wait(content.ready)
+        content.ready = None
+        assert content.here is not None
+        storage = content.here.untyped_storage()
+        tensor = torch.empty(0, dtype=held.dtype, device=parcel.memory.device)
+        tensor = tensor.set_(storage, held.offset, held.shape, held.stride)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        content.wanted -= 1
+        if content.wanted <= 0:
+            content.here = None  # autograd has it now; a second backward fetches it again
+        return tensor
+
+    def __del__(self) -> None:
+        for content in self.contents.values():
+            self.memory.wait(content.sent if content.leaving is not None else None)
+            self.memory.wait(content.ready)  # a copy nobody waited for must not outlive its memory
+            self.memory.free += content.chunks

@@ -1,0 +1,161 @@
+"""Which treatment each layer gets: the cheapest mix in time whose peak stays under a budget.
+
+Layers are alike, so a mix is two ways of treating them and how many layers get each. The way that keeps less comes first: in the
+backward the last layers go first, and take what they kept with them before the first layers are made again. A way is one
+treatment, or two that take turns, so that the link to host memory is as busy as it can be without holding up the layers.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+
+from hasten.training.memory.costs import ModelShape, Peak, kept, peak, remake_flops
+from hasten.training.memory.link import Link
+from hasten.training.memory.shape import LayerShape
+from hasten.training.memory.treatment import Treatment
+
+TILES = (4096, 1024)
+"""Rows of an MLP that is made again; the second only where nothing else fits."""
+HIDDEN_SHARE = 0.9
+"""Of the time in which a layer runs forward, what its copy to the host may take for it to hide there."""
+LINK_TOLL = 0.05
+"""Share of a hidden copy's time that a step is charged all the same: copies and work share the device's memory."""
+DEVICE_ALONE = (Treatment.RECOMPUTE, Treatment.REMAKE_MLP, Treatment.KEEP)
+"""From least to most."""
+Way = Callable[[int], tuple[Treatment, ...]]
+"""How many layers -> their treatments."""
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """treatments: one a layer. tile: rows at a time of an MLP that is made again. peak: predicted. fits: under the budget."""
+
+    treatments: tuple[Treatment, ...]
+    tile: int | None
+    peak: Peak
+    fits: bool = True
+
+    def __str__(self) -> str:
+        said = {
+            Treatment.KEEP: "keep what is dear to make again",
+            Treatment.REMAKE_MLP: "make their MLP again",
+            Treatment.HOST: "make their MLP again and keep the rest in host memory",
+            Treatment.RECOMPUTE: "are made again from their input",
+            Treatment.OFFLOAD: "are made again from their input, which waits in host memory",
+        }
+        counts = Counter(self.treatments)
+        parts = [f"{counts[one]} of {len(self.treatments)} layers {said[one]}" for one in Treatment if counts[one]]
+        tiled = (
+            ""
+            if self.tile is None or counts[Treatment.KEEP] == len(self.treatments)
+            else f", MLPs {self.tile} rows at a time"
+        )
+        return "; ".join(parts) + tiled
+
+
+def uniform(shape: ModelShape, batch: int, length: int, treatment: Treatment, tile: int | None = None) -> LayerPlan:
+    """Every layer alike."""
+    plan = (treatment,) * len(shape.layers)
+    return LayerPlan(plan, tile, peak(shape, batch, length, plan, tile))
+
+
+def plan_layers(
+    shape: ModelShape,
+    batch: int,
+    length: int,
+    budget: int,
+    link: Link | None,
+    tiles: Sequence[int | None] = TILES,
+    host_room: int | None = None,
+    accumulates: bool = False,
+) -> LayerPlan:
+    """The cheapest plan whose predicted peak is at most `budget` bytes; where none fits, the one with the least peak.
+
+    link: None where there is no host memory apart from the device's. tiles: rows of an MLP that is made again by itself, tried
+    in turn; (None,) where MLPs cannot be. host_room: bytes of host memory that may be pinned, None = as many as it takes.
+    """
+    step = _Step(shape, batch, length, budget, link, host_room, accumulates)
+    tried: list[LayerPlan] = []
+    for tile in tiles:
+        plans = [step.most(fewer, more, tile) for fewer, more in combinations(step.ways(tile is not None), 2)]
+        fitting = [plan for plan in plans if plan.fits]
+        if fitting:
+            return min(fitting, key=lambda plan: (step.seconds(plan), plan.peak.total))
+        tried += plans
+    return min(tried, key=lambda plan: plan.peak.total)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One step that is planned; the arguments of `plan_layers`."""
+
+    shape: ModelShape
+    batch: int
+    length: int
+    budget: int
+    link: Link | None
+    host_room: int | None
+    accumulates: bool
+
+    def ways(self, tiled: bool) -> list[Way]:
+        """From least to most device memory."""
+        here = [one for one in DEVICE_ALONE if tiled or one is not Treatment.REMAKE_MLP]
+        found: list[Way] = [partial(_taking_turns, one, one, 0.0) for one in here]
+        if self.link is None:
+            return found
+        found.insert(0, partial(_taking_turns, Treatment.OFFLOAD, Treatment.OFFLOAD, 0.0))
+        share = self._host_share(self.link) if tiled else 0.0
+        if share > 0:
+            found.insert(1, partial(_taking_turns, Treatment.OFFLOAD, Treatment.HOST, share))
+        return found
+
+    def _host_share(self, link: Link) -> float:
+        """Which share of layers can have their attention's tensors in host memory, beside layers whose input waits there."""
+        tokens, shape = self.batch * self.length, self.shape
+        large = max(shape.layers, key=lambda one: self._sent(one, Treatment.HOST))
+        running = remake_flops(large, Treatment.RECOMPUTE, tokens, self.length) / link.flops_per_s
+        hidden = HIDDEN_SHARE * running * link.bytes_per_s
+        least, most = self._sent(large, Treatment.OFFLOAD), self._sent(large, Treatment.HOST)
+        return min(1.0, (hidden - least) / (most - least))
+
+    def _sent(self, layer: LayerShape, treatment: Treatment) -> int:
+        return kept(layer, treatment, self.batch * self.length, self.length, self.shape.itemsize).host
+
+    def seconds(self, plan: LayerPlan) -> float:
+        """What a step pays for not keeping everything: seconds where the device's speed is known, else FLOPs."""
+        tokens, cost = self.batch * self.length, 0.0
+        for (layer, treatment), count in Counter(zip(self.shape.layers, plan.treatments, strict=True)).items():
+            made = remake_flops(layer, treatment, tokens, self.length)
+            if self.link is None:
+                cost += count * made
+            else:
+                sent = 2 * self._sent(layer, treatment) / self.link.bytes_per_s
+                cost += count * (made / self.link.flops_per_s + LINK_TOLL * sent)
+        return cost
+
+    def most(self, fewer: Way, more: Way, tile: int | None) -> LayerPlan:
+        """As many layers by the second way as fit; none of them, fitting or not, where not even that fits."""
+        layers = len(self.shape.layers)
+
+        def plan(count: int) -> LayerPlan:
+            treatments = (*fewer(layers - count), *more(count))
+            found = peak(self.shape, self.batch, self.length, treatments, tile, accumulates=self.accumulates)
+            room = self.host_room is None or found.host <= self.host_room
+            return LayerPlan(treatments, tile, found, room and found.total <= self.budget)
+
+        low, high = (
+            0,
+            layers + 1,
+        )  # the peak grows with the count, but for dips at the ends that it costs little to miss
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if plan(middle).fits else (low, middle)
+        return plan(low)
+
+
+def _taking_turns(mostly: Treatment, sometimes: Treatment, share: float, layers: int) -> tuple[Treatment, ...]:
+    """`sometimes` for that share of the layers, evenly spread, `mostly` for the others."""
+    return tuple(sometimes if math.floor((i + 1) * share) > math.floor(i * share) else mostly for i in range(layers))

@@ -1,0 +1,209 @@
+"""The one object that decides what each layer of a model stores, recomputes or sends to host memory, and does it.
+
+transformers calls `layer._gradient_checkpointing_func(function, hidden)` in training; a layer that wears a `Seat` hands out that in
+place of whatever a trainer has set there, so nothing of transformers or torch is patched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from hasten.overlays import LayerOverlay, MLPOverlay
+from hasten.overlays.layer import SEAT
+from hasten.training.memory import link
+from hasten.training.memory.costs import ModelShape
+from hasten.training.memory.offload import HostMemory, Parcel
+from hasten.training.memory.plan import TILES, LayerPlan, plan_layers, uniform
+from hasten.training.memory.treatment import Treatment
+
+logger = logging.getLogger(__name__)
+
+ALIKE = {True: Treatment.RECOMPUTE, "offload": Treatment.OFFLOAD}
+"""Modes under which every layer is treated alike."""
+MARGIN = 0.03
+"""Of a budget, what a plan leaves alone: how far predictions may be off."""
+ALLOCATOR = 0.05
+"""Of all memory, what is left to the allocator's fragments where no budget was given."""
+PINNED = 0.6
+"""Of the host memory that is free, what may be pinned."""
+
+
+@dataclass(frozen=True)
+class Seat:
+    """What a layer wears: the policy, and the layer's place in the model. Called as torch's checkpoint is."""
+
+    policy: MemoryPolicy
+    index: int
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        return self.policy.run(self.index, function, *args)
+
+
+@dataclass
+class MemoryPolicy:
+    """mode: True, "offload" or "auto". budget: bytes on the device that the whole process may take, None = what is free when a
+    plan is made. tile: rows at a time of MLPs that the user asked to be tiled, None = the plan chooses."""
+
+    model: Any
+    mode: bool | str
+    budget: int | None = None
+    tile: int | None = None
+    layers: list[LayerOverlay] = field(default_factory=list)
+    plans: dict[tuple[int, int], LayerPlan] = field(default_factory=dict)
+    latest: LayerPlan | None = None
+    others: int | None = None
+    host: dict[torch.device, HostMemory] = field(default_factory=dict)
+    leaving: Parcel | None = None
+    before: weakref.ref[Parcel] | None = None
+
+    def take_seats(self) -> int:
+        """Puts a seat on every layer under an overlay. Returns how many there are."""
+        self.layers = [module for module in self.model.modules() if isinstance(module, LayerOverlay)]
+        for index, layer in enumerate(self.layers):
+            layer.__dict__[SEAT] = Seat(self, index)
+        return len(self.layers)
+
+    def leave_seats(self) -> None:
+        for layer in self.layers:
+            layer.__dict__.pop(SEAT, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: without anything that belongs to a running step or to one process."""
+        return {
+            **self.__dict__,
+            "plans": {},
+            "latest": None,
+            "others": None,
+            "host": {},
+            "leaving": None,
+            "before": None,
+        }
+
+    # A step
+
+    def run(self, index: int, function: Callable[..., Any], *args: Any) -> Any:
+        """One layer's forward. args[0]: the hidden states (B, T, E)."""
+        hidden = args[0]
+        if not torch.is_grad_enabled():
+            return function(*args)
+        if index == 0 or self.latest is None:
+            self.latest, self.before = self.plan(hidden.shape[0], hidden.shape[1]), None
+        treatment, tile = self.latest.treatments[index], self.latest.tile
+        if treatment is Treatment.KEEP and self.tile is None:
+            tile = None
+        run = functools.partial(self._with_tile, self.layers[index], tile, function)
+        if treatment in (Treatment.RECOMPUTE, Treatment.OFFLOAD):
+            run = functools.partial(checkpoint, run, use_reentrant=False)
+        waits = treatment in (Treatment.HOST, Treatment.OFFLOAD)
+        parcel = self._parcel(hidden, function) if waits else None
+        with contextlib.nullcontext() if parcel is None else parcel.hooks():
+            out = run(*args)
+        if self.leaving is not None:
+            self.leaving.leave()
+        self.leaving = parcel
+        if parcel is not None:
+            self.before = weakref.ref(parcel)
+        return out
+
+    def _with_tile(self, layer: Any, tile: int | None, function: Callable[..., Any], *args: Any) -> Any:
+        """The layer with its MLP in tiles; also when it is recomputed, whatever the plan says by then."""
+        mlp = layer.mlp
+        if not isinstance(mlp, MLPOverlay):
+            return function(*args)
+        before, mlp.tile_rows = mlp.tile_rows, tile
+        try:
+            return function(*args)
+        finally:
+            mlp.tile_rows = before
+
+    def _parcel(self, hidden: torch.Tensor, function: Any) -> Parcel:
+        memory = self.host.get(hidden.device)
+        if memory is None:
+            memory = self.host[hidden.device] = HostMemory(hidden.device)
+        shared = frozenset(t.untyped_storage().data_ptr() for t in _tensors(getattr(function, "keywords", {})))
+        return Parcel(memory, (hidden.shape[0], hidden.shape[1]), shared, self.before)
+
+    # The plan
+
+    def plan(self, batch: int, length: int) -> LayerPlan:
+        """The plan for rows of this shape, made once for each."""
+        found = self.plans.get((batch, length))
+        if found is None:
+            found = self.plans[batch, length] = self._new_plan(batch, length)
+            if not found.fits:
+                gib = found.peak.total / 2**30
+                logger.warning(
+                    "no plan for %d x %d tokens stays within the memory budget; the leanest takes %.1f GiB",
+                    batch,
+                    length,
+                    gib,
+                )
+        return found
+
+    def _new_plan(self, batch: int, length: int) -> LayerPlan:
+        device = next(self.layers[0].parameters()).device
+        shape = ModelShape.of_model(self.model, _compute_dtype(device))
+        treatment = ALIKE.get(self.mode)
+        if treatment is not None:
+            return uniform(shape, batch, length, treatment, self.tile)
+        if self.others is None:
+            self.others = self._others(shape, device)
+        budget = int(self._all_memory(device) * (1 - MARGIN)) - self.others
+        tiled = all(isinstance(layer.mlp, MLPOverlay) and not _drops(layer.mlp) for layer in self.layers)
+        tiles = (None,) if not tiled else TILES if self.tile is None else (self.tile,)
+        room = int(psutil.virtual_memory().available * PINNED) + sum(one.taken for one in self.host.values())
+        return plan_layers(shape, batch, length, budget, link.measure(device), tiles, room)
+
+    def _all_memory(self, device: torch.device) -> int:
+        """Bytes that this process may take of the device."""
+        if self.budget is not None:
+            return self.budget
+        if device.type == "cuda":
+            free, whole = torch.cuda.mem_get_info(device)
+            return free + torch.cuda.memory_reserved(device) - int(ALLOCATOR * whole)
+        return psutil.virtual_memory().available + sum(t.nbytes for t in self.model.parameters())
+
+    def _others(self, shape: ModelShape, device: torch.device) -> int:
+        """Bytes of what the process holds beside the model: batches, other models. Moments that are there already are the model's."""
+        if device.type != "cuda":
+            return 0
+        gradients = sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
+        beside = max(0, torch.cuda.memory_allocated(device) - shape.weights - gradients)
+        moments = 2 * shape.gradients
+        return beside - moments if beside >= moments and gradients else beside
+
+    def __str__(self) -> str:
+        if self.latest is None:
+            return "planned at the first step"
+        plan = self.latest
+        return f"{plan} (predicted peak {plan.peak.total / 2**30:.1f} GiB, at the {plan.peak.when})"
+
+
+def _drops(module: torch.nn.Module) -> bool:
+    """Whether dropout is active below: tiles would draw other numbers than whole rows."""
+    return any(isinstance(one, torch.nn.Dropout) and one.p > 0 and one.training for one in module.modules())
+
+
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, dict):
+        for value in tree.values():
+            yield from _tensors(value)
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            yield from _tensors(value)
+
+
+def _compute_dtype(device: torch.device) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
