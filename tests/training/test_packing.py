@@ -135,7 +135,12 @@ def test_a_document_that_changes_leaves_the_others_logits_bit_for_bit(
 @pytest.mark.parametrize(
     ("family", "backend", "how"),
     [
-        *((f, b, how) for f, b in STOCKS if b == "sdpa" for how in ("packing", "accumulated", "padding_free")),
+        *(
+            (f, b, how)
+            for f, b in STOCKS
+            if b == "sdpa"
+            for how in ("packing", "accumulated", "padding_free", "aligned")
+        ),
         (CAPPED, "triton", "packing"),
     ],
     indirect=["backend"],
@@ -147,11 +152,12 @@ def test_a_packed_step_is_the_padded_step_of_the_same_rows(family: str, backend:
         "packing": {**packed, "per_device_train_batch_size": 8},
         "accumulated": {**packed, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
         "padding_free": {"padding_free": True, "per_device_train_batch_size": 8},
+        "aligned": {"padding_free": True, "per_device_train_batch_size": 8, "pad_to_multiple_of": 64},
     }[how]
     data = rows(8, seed=5)
     padded = trainer_of(model_on(family, backend), data, tmp_path, per_device_train_batch_size=8)
     ours = trainer_of(model_on(family, backend), data, tmp_path, **settings)
-    if how != "padding_free":
+    if "packing" in settings:
         assert 1 < len(ours.train_dataset) < len(data)
         assert len({sum(row["seq_lengths"]) for row in ours.train_dataset}) > 1, "a last row that is not full"
     for trainer in (padded, ours):
@@ -159,8 +165,9 @@ def test_a_packed_step_is_the_padded_step_of_the_same_rows(family: str, backend:
     assert apart(logged(ours, "loss"), logged(padded, "loss")) < 1e-5
     found, expected = (gradients_seen(trainer) for trainer in (ours, padded))
     assert len(found) == 1 and gradients_apart(found[0], expected[0]) < 1e-4
+    real = sum(len(row["input_ids"]) for row in data)
     tokens = [int(logged(trainer, "num_tokens")[-1]) for trainer in (ours, padded)]
-    assert tokens[0] == tokens[1] == sum(len(row["input_ids"]) for row in data)
+    assert tokens == [-(-real // 64) * 64 if how == "aligned" else real, real]
 
 
 @pytest.mark.parametrize(("family", "backend"), [*STOCKS, (CAPPED, "triton")], indirect=["backend"])
