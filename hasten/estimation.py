@@ -13,10 +13,11 @@ from transformers import AutoConfig, PreTrainedConfig
 from hasten.amounts import bytes_of, written
 from hasten.errors import CheckpointError, OptionError
 from hasten.training.memory.costs import Optimizer, Peak, moments, peak, with_tile
+from hasten.training.memory.layer_shape import Quantization
 from hasten.training.memory.levers import Lever, Settings, levers
 from hasten.training.memory.link import Link, measure
 from hasten.training.memory.plan import TILES, LayerPlan, plan_layers
-from hasten.training.memory.shape import ModelShape, Quantization
+from hasten.training.memory.shape import ModelShape
 from hasten.training.memory.treatment import Treatment
 from hasten.training.tiling import DEFAULT_ROWS
 

@@ -85,7 +85,7 @@ def test_report_shows_overlays_and_adapters(trained: Path) -> None:
 def test_estimate_prints_the_parts_and_their_sum(trained: Path) -> None:
     done = call("estimate", trained / "base", "--seq-len", 32, "--rank", 4)
     assert done.exit_code == 0, done.stderr
-    assert "stored activations" in done.stdout and "total" in done.stdout
+    assert "kept by the layers" in done.stdout and "total" in done.stdout and "plan:" in done.stdout
     missing = call("estimate", trained)
     assert missing.exit_code == FAILED and CheckpointError.__name__ in missing.stderr
 

@@ -1,89 +1,98 @@
-"""The estimate's parts against counts taken from real (tiny) models, and how they answer to each argument."""
+"""The estimate's parts against counts taken from real (tiny) models, how they answer to each argument, and the levers."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from hasten.amounts import bytes_of, written
 from hasten.errors import CheckpointError, OptionError
-from hasten.estimation import ADAM_FP32_BYTES, Estimate, estimate
+from hasten.estimation import Estimate, estimate
 from hasten.testing.tiny import save_tiny, tiny_config, tiny_model
+from hasten.training.memory.costs import ModelShape, peak, with_tile
+from hasten.training.memory.levers import Settings, advice, levers
+from hasten.training.memory.treatment import Treatment
+
+LARGE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "vocab_size": 32000}
+"""A config whose levers give more than a MiB each; of it nothing is allocated."""
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "cohere"])
 def test_dense_weights_are_the_models_own_bytes(family: str) -> None:
     model = tiny_model(family, dtype=torch.bfloat16)
     real = sum(p.numel() * p.element_size() for p in model.parameters())
-    assert estimate(tiny_config(family), quantization=None).weights == real
+    assert estimate(tiny_config(family), quantization=None, full_finetuning=True).peak.weights == real
 
 
 def test_nf4_weights_are_what_bitsandbytes_stores() -> None:
     bnb = pytest.importorskip("bitsandbytes.functional")
     model = tiny_model("llama", dtype=torch.bfloat16, hidden_size=256, intermediate_size=512, num_hidden_layers=1)
+    head = model.get_output_embeddings()
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     real = 0
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
-            packed, state = bnb.quantize_4bit(module.weight.data, quant_type="nf4", compress_statistics=True)
-            real += packed.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
-    found = estimate(model.config)
-    dense = estimate(model.config, quantization=None)
-    linears = sum(
-        m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not model.get_output_embeddings()
-    )
-    assert found.weights - (dense.weights - 2 * linears) == pytest.approx(real, rel=1e-3)
+    for module in linears:
+        packed, state = bnb.quantize_4bit(module.weight.data, quant_type="nf4", compress_statistics=True)
+        real += packed.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
+    four, dense = (estimate(model.config, quantization=q).peak.weights for q in ("4bit", None))
+    assert four - (dense - 2 * sum(m.weight.numel() for m in linears)) == pytest.approx(real, rel=1e-3)
 
 
-def test_trained_part_is_the_adapters_own_parameters() -> None:
+def test_gradients_and_moments_are_those_of_the_adapters_own_parameters() -> None:
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(tiny_model("llama"), LoraConfig(r=8, target_modules="all-linear"))
     adapter = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert estimate(tiny_config("llama"), rank=8).trained == adapter * ADAM_FP32_BYTES
-
-
-def test_stored_activations_with_checkpointing_are_the_layers_inputs() -> None:
-    config = tiny_config("llama")
-    kept = []
-    model = tiny_model("llama", dtype=torch.bfloat16)
-    hooks = [layer.register_forward_pre_hook(lambda _, args: kept.append(args[0])) for layer in model.model.layers]
-    model(input_ids=torch.ones(2, 16, dtype=torch.long))
-    assert len(hooks) == len(kept) == 4
-    found = estimate(config, batch_size=2, seq_len=16)
-    assert found.stored_activations == sum(x.nbytes for x in kept)
-
-
-def test_saved_tensors_of_a_layer_are_covered() -> None:
-    """What autograd saves in one stock layer, fp32, is of the size that the working set says (eager ops save more)."""
-    model = tiny_model("llama").train()
-    layer, batch, length = model.model.layers[0], 2, 32
-    hidden = torch.randn(batch, length, 64, requires_grad=True)
-    rope = model.model.rotary_emb(hidden, torch.arange(length)[None])
-    seen: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer(hidden, position_embeddings=rope)
-    part = estimate(model.config, batch_size=batch, seq_len=length, quantization=None, dtype=torch.float32)
-    assert 0.5 < part.layer_working_set / sum(seen.values()) < 2.0
+    found = estimate(tiny_config("llama"), rank=8)
+    assert found.peak.optimizer == adapter * 8
+    eight = estimate(tiny_config("llama"), rank=8, optimizer="adamw_8bit").peak.optimizer
+    assert 2 * adapter < eight < 2.05 * adapter
+    assert estimate(tiny_config("llama"), rank=8, optimizer="paged").peak.optimizer == 0
 
 
 def test_each_part_answers_to_its_argument() -> None:
-    config = tiny_config("llama")
-    base = estimate(config, batch_size=1, seq_len=512)
-    longer = estimate(config, batch_size=1, seq_len=1024)
-    assert longer.stored_activations == 2 * base.stored_activations and longer.weights == base.weights
-    assert estimate(config, batch_size=2, seq_len=512) == longer
-    assert estimate(config, seq_len=512, checkpointing=False).stored_activations > base.stored_activations
-    full = estimate(config, seq_len=512, quantization=None, full_finetuning=True)
-    assert full.trained == 3 * full.weights
-    four, eight, dense = (estimate(config, quantization=q).weights for q in ("4bit", "8bit", None))
+    config = tiny_config("llama", **LARGE)
+    base = estimate(config, seq_len=512)
+    longer = estimate(config, seq_len=1024)
+    assert longer.peak.layers == 2 * base.peak.layers and longer.peak.weights == base.peak.weights
+    kept = estimate(config, seq_len=512, checkpointing=False)
+    offload = estimate(config, seq_len=512, checkpointing="offload")
+    assert offload.total < base.total < kept.total
+    assert offload.peak.host == 8 * 512 * 512 * 2 and not base.peak.host
+    tiled = estimate(config, seq_len=8192, checkpointing=False, tiled_mlp=256)
+    assert tiled.total < estimate(config, seq_len=8192, checkpointing=False).total and "256 rows" in tiled.plan
+    four, eight, dense = (estimate(config, quantization=q).peak.weights for q in ("4bit", "8bit", None))
     assert four < eight < dense
-    assert base.total == sum(base.parts().values()) and len(base.parts()) == len(Estimate.__dataclass_fields__)
+    untied = estimate(config).peak.weights - estimate(config, offload_embedding=True).peak.weights
+    assert untied == 32000 * 512 * 2
+
+
+def test_the_parts_are_the_total_and_the_text_has_them_and_the_plan() -> None:
+    found: Estimate = estimate(tiny_config("llama"), checkpointing="unsloth", memory_budget="1GiB")
+    assert found.total == sum(found.parts().values()) and found.fits
+    assert all(f"{label}: {written(size)}" in str(found) for label, size in found.parts().items())
+    assert "4 of 4 layers keep what is dear" in found.plan and found.plan in str(found)
+
+
+def test_auto_spends_the_budget_and_no_more() -> None:
+    config = tiny_config("llama", **LARGE)
+    rows: dict[str, Any] = {"seq_len": 4096, "batch_size": 4}
+    low = estimate(config, checkpointing="offload", tiled_mlp=1024, **rows).total
+    high = estimate(config, checkpointing=False, **rows).total
+    before = None
+    for share in (0.1, 0.4, 0.7, 1.0):
+        budget = int(low + share * (high - low))
+        found = estimate(config, checkpointing="auto", memory_budget=budget, **rows)
+        assert found.fits and found.total <= budget
+        assert before is None or found.total >= before.total
+        before = found
+    assert before is not None and before.total == high
+    paged = estimate(config, checkpointing="auto", memory_budget=high, optimizer="paged", **rows)
+    assert paged.fits and paged.total < high
+    tight = estimate(config, checkpointing="auto", memory_budget="1MB", **rows)
+    assert not tight.fits and tight.total <= low * 1.01
 
 
 def test_a_folder_is_read_by_its_config_alone(tmp_path: Path) -> None:
@@ -94,8 +103,61 @@ def test_a_folder_is_read_by_its_config_alone(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
+    bad: dict[str, Any] = {
+        "batch_size": 0, "rank": -1, "quantization": "4bit", "full_finetuning": True, "optimizer": "sgd",
+        "checkpointing": "sometimes", "tiled_mlp": "yes", "memory_budget": "much",
+    }  # fmt: skip
     with pytest.raises(OptionError) as caught:
-        estimate(tiny_config("llama"), batch_size=0, rank=-1, quantization="4bit", full_finetuning=True)
-    assert len(caught.value.problems) == 3
+        estimate(tiny_config("llama"), **bad)
+    assert len(caught.value.problems) == 7
+    if not torch.cuda.is_available():
+        with pytest.raises(OptionError, match="memory_budget"):
+            estimate(tiny_config("llama"), checkpointing="auto")
     with pytest.raises(CheckpointError, match="no config"):
         estimate(tmp_path)
+
+
+def test_amounts() -> None:
+    assert bytes_of("24GiB") == bytes_of(" 24 gib") == bytes_of(24 * 2**30) == 24 * 2**30
+    assert bytes_of("1.5GB") == 1_500_000_000 and bytes_of("12") == 12
+    for wrong in ("", "GiB", "-1GB", "1 furlong", 0, "0.2"):
+        with pytest.raises(ValueError, match="is no size"):
+            bytes_of(wrong)
+
+
+def shape_of(**changes: Any) -> ModelShape:
+    return ModelShape.of_config(tiny_config("llama", **LARGE), **{"rank": 32, "quantization": None, **changes})
+
+
+def test_every_lever_gives_what_the_changed_run_takes_less() -> None:
+    now = Settings(8, 2048, (Treatment.KEEP,) * 8)
+    total = now.peak(shape_of())
+    found = levers(shape_of(), now)
+    gains = {one.text.split("=")[0]: one.gain for one in found if "True" not in one.text.split("=")[1]}
+    gains |= {one.text: one.gain for one in found}
+    changed = {
+        "load_in_4bit=True": now.peak(shape_of(quantization="4bit")),
+        "offload_embedding=True": now.peak(shape_of(offload_embedding=True)),
+        "r=16": now.peak(shape_of(rank=16)),
+        "max_seq_length=1024": replace(now, length=1024).peak(shape_of()),
+        "use_gradient_checkpointing=True": peak(shape_of(), 8, 2048, Treatment.RECOMPUTE).total,
+        'use_gradient_checkpointing="offload"': peak(shape_of(), 8, 2048, Treatment.OFFLOAD).total,
+        "unsloth_tiled_mlp=True": peak(shape_of(), 8, 2048, with_tile(now.treatments, 4096), 4096).total,
+        'optim="adamw_8bit"': peak(shape_of(), 8, 2048, Treatment.KEEP, optimizer="adamw_8bit").total,
+    }
+    for text, less in changed.items():
+        assert gains[text] == pytest.approx(total - less, rel=1e-3), text
+    assert "per_device_train_batch_size" in gains
+    assert [one.gain for one in found] == sorted((one.gain for one in found), reverse=True)
+    text = advice(found)
+    assert all(f"{one.text}: {written(one.gain)} less" in text for one in found)
+
+
+def test_levers_that_are_pulled_or_cannot_be_are_not_offered() -> None:
+    lean = Settings(1, 256, (Treatment.OFFLOAD,) * 8, 1024, "paged")
+    offered = " ".join(one.text for one in levers(shape_of(quantization="4bit", offload_embedding=True), lean))
+    for pulled in ("4bit", "offload", "tiled", "optim", "batch"):
+        assert pulled not in offered
+    full = levers(shape_of(full_finetuning=True), Settings(8, 2048, (Treatment.KEEP,) * 8))
+    assert not any("4bit" in one.text or one.text.startswith("r=") for one in full)
+    assert "smaller model" in advice([])

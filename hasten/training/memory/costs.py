@@ -10,7 +10,8 @@ from typing import Literal
 
 from hasten.ops.linear_cross_entropy import ScoreRule
 from hasten.training.memory.layer_costs import Kept, backward, forward, kept, remake_flops
-from hasten.training.memory.shape import FP32, ModelShape
+from hasten.training.memory.layer_shape import FP32
+from hasten.training.memory.shape import ModelShape
 from hasten.training.memory.treatment import Treatment
 
 __all__ = ["Kept", "ModelShape", "Optimizer", "Peak", "kept", "moments", "peak", "remake_flops", "with_tile"]
@@ -18,28 +19,6 @@ __all__ = ["Kept", "ModelShape", "Optimizer", "Peak", "kept", "moments", "peak",
 Optimizer = Literal["adamw", "adamw_8bit", "paged"]
 WORKSPACE = 32 * 2**20
 """cuBLAS's, which torch takes from its own allocator (aten/src/ATen/cuda/CublasHandlePool.cpp, Hopper)."""
-AHEAD = 1
-"""Layers, beyond the one at work, whose tensors are on the device though they wait on the host: being sent, or fetched ahead."""
-UNFUSED = 9
-"""Bytes a number that plain torch and PEFT keep in place of each one that the fused path keeps: casts, norms in fp32 and
-products before and after an addition. An upper bound, held against the truth by tests/training/test_memory_costs.py."""
-SCORE = 8
-"""Bytes of a score that attention in plain torch keeps: capped, in fp32 and as weight."""
-STATISTICS = 2 * FP32
-"""A norm's numbers a token; RMSNorm has one of the two."""
-SCORES = 7
-"""fp32 numbers a token in the fused loss: six scores and the upstream of one."""
-AHEAD = 1
-"""Layers, beyond the one at work, whose tensors are on the device though they wait on the host: being sent, or fetched ahead."""
-UNFUSED = 9
-"""Bytes a number that plain torch and PEFT keep in place of each one that the fused path keeps: casts, norms in fp32 and
-products before and after an addition. An upper bound, held against the truth by tests/training/test_memory_costs.py."""
-SCORE = 8
-"""Bytes of a score that attention in plain torch keeps: capped, in fp32 and as weight."""
-STATISTICS = 2 * FP32
-"""A norm's numbers a token; RMSNorm has one of the two."""
-SCORES = 7
-"""fp32 numbers a token in the fused loss: six scores and the upstream of one."""
 SCORES = 7
 """fp32 numbers a token in the fused loss: six scores and the upstream of one."""
 
@@ -87,29 +66,25 @@ def peak(
     n, e = batch * length, shape.itemsize
     layers = list(zip(shape.layers, plan, strict=True))
     sizes = [kept(layer, treatment, n, length, e) for layer, treatment in layers]
-    flight = AHEAD * max((size.host for size in sizes), default=0)
-    every = sum(size.device for size in sizes)
+    leaving = [0, *(size.host for size in sizes)]  # while layer i runs, what layer i - 1 keeps goes
     done = shape.gradients if accumulates else 0
-    found: list[tuple[str, int, int, int]] = [
-        ("optimizer step", shape.gradients, 0, 0)
-    ]  # when, gradients, layers, working
+    found = [("optimizer step", shape.gradients, 0, 0)]  # when, gradients, kept by layers, working
 
     before = 0
     for index, ((layer, treatment), size) in enumerate(zip(layers, sizes, strict=True)):
-        found.append(
-            (f"forward of layer {index}", done, before, forward(layer, treatment, n, length, tile, e) + flight)
-        )
+        working = forward(layer, treatment, n, length, tile, e) + leaving[index]
+        found.append((f"forward of layer {index}", done, before, working))
         before += size.device
-    found += [("loss", done, every, working + flight) for working in _loss(shape, n)]
+    found += [("loss", done, before, working + leaving[-1]) for working in _loss(shape, n)]
 
     made = 0 if accumulates else shape.head + shape.head_adapter + shape.norm
-    for index in reversed(range(len(layers))):
+    for index, ahead in zip(reversed(range(len(layers))), _fetched_ahead(sizes), strict=True):
         layer, treatment = layers[index]
         before -= sizes[index].device
         mlp, attention = backward(layer, treatment, n, length, tile, e)
         new = (0, 0) if accumulates else (layer.mlp_gradients, layer.gradients)
-        found.append((f"backward of layer {index}'s MLP", done + made + new[0], before, mlp + flight))
-        found.append((f"backward of layer {index}'s attention", done + made + new[1], before, attention + flight))
+        found.append((f"backward of layer {index}'s MLP", done + made + new[0], before, mlp + ahead))
+        found.append((f"backward of layer {index}'s attention", done + made + new[1], before, attention + ahead))
         made += new[1]
     if shape.embedding or shape.head and shape.tied:
         looked_up = shape.vocabulary * shape.hidden * e + n * shape.hidden * e
@@ -117,6 +92,17 @@ def peak(
     when, gradients, held, working = max(found, key=lambda moment: sum(moment[1:]))
     host = sum(size.host for size in sizes)
     return Peak(when, shape.weights, gradients, moments(shape, optimizer), held, working + WORKSPACE, host)
+
+
+def _fetched_ahead(sizes: Sequence[Kept]) -> list[int]:
+    """For each layer's backward, the last layer's first: bytes that are fetched already for the next layer that waits on the
+    host, which the first one to come back starts (`offload.Parcel`)."""
+    found, started = [], False
+    for index in reversed(range(len(sizes))):
+        started = started or bool(sizes[index].host)
+        waiting = next((size.host for size in reversed(sizes[:index]) if size.host), 0)
+        found.append(waiting if started else 0)
+    return found
 
 
 def moments(shape: ModelShape, optimizer: Optimizer) -> int:

@@ -7,7 +7,7 @@ The order of events is that of `overlays.layer` and `ops.lora`; each `max` below
 
 from dataclasses import dataclass
 
-from hasten.training.memory.shape import FP32, LayerShape, Linears
+from hasten.training.memory.layer_shape import FP32, LayerShape, Linears
 from hasten.training.memory.treatment import Treatment
 
 UNFUSED = 9
@@ -17,18 +17,6 @@ SCORE = 8
 """Bytes of a score that attention in plain torch keeps: capped, in fp32 and as weight."""
 STATISTICS = 2 * FP32
 """A norm's numbers a token; RMSNorm has one of the two."""
-SCORES = 7
-"""fp32 numbers a token in the fused loss: six scores and the upstream of one."""
-SCORE = 8
-"""Bytes of a score that attention in plain torch keeps: capped, in fp32 and as weight."""
-STATISTICS = 2 * FP32
-"""A norm's numbers a token; RMSNorm has one of the two."""
-SCORES = 7
-"""fp32 numbers a token in the fused loss: six scores and the upstream of one."""
-STATISTICS = 2 * FP32
-"""A norm's numbers a token; RMSNorm has one of the two."""
-SCORES = 7
-"""fp32 numbers a token in the fused loss: six scores and the upstream of one."""
 
 
 @dataclass(frozen=True)

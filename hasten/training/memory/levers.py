@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 
 from hasten.amounts import written
 from hasten.training.memory.costs import Optimizer, peak, with_tile
-from hasten.training.memory.shape import NF4_BYTES, LayerShape, LinearShape, ModelShape
+from hasten.training.memory.layer_shape import NF4_BYTES, LayerShape, LinearShape
+from hasten.training.memory.shape import ModelShape
 from hasten.training.memory.treatment import Treatment
 from hasten.training.tiling import DEFAULT_ROWS
 

@@ -1,0 +1,206 @@
+"""One decoder layer as the memory formulas see it, read from modules: on meta tensors (nothing allocated) or of a live model."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from hasten.errors import CheckpointError
+from hasten.ops.attention import PLANNED
+from hasten.ops.backend import backend_for
+from hasten.overlays import AttentionFacts, LayerFacts
+from hasten.patching.facts import attention_facts, layer_facts
+from hasten.patching.plan import family_of
+from hasten.weights import base_layer_of, lie_apart, plain_linear, unwrap
+
+Quantization = Literal["4bit", "8bit"]
+
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Per weight: four bits, one 8-bit scale per 64 weights, one fp32 scale of scales per 256 blocks (arXiv:2305.14314)."""
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """One Linear: `rows` outputs, `columns` inputs, and its LoRA's rank (0 = none).
+
+    stored: bytes of weight and bias. dense: whether a product reads the weight where it is stored. adapter: bytes of A
+    and B as they are stored. trained: bytes of the gradients of weight and bias, where they train.
+    """
+
+    rows: int
+    columns: int
+    stored: int
+    rank: int = 0
+    dense: bool = True
+    adapter: int = 0
+    trained: int = 0
+
+
+Linears = tuple[LinearShape, ...]
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One decoder layer. qkv and gate_up: the Linears that read one input. heads: of queries.
+
+    fused: it runs the way of GPUs (`ops.lora`, `LayerOverlay._fused`). scores: its attention makes all T x T of them.
+    norms: bytes of the gradients of the norms' weights.
+    """
+
+    qkv: Linears
+    o: Linears
+    gate_up: Linears
+    down: Linears
+    heads: int
+    facts: LayerFacts
+    attention: AttentionFacts
+    fused: bool
+    scores: bool = False
+    norms: int = 0
+
+    @property
+    def hidden(self) -> int:
+        return self.qkv[0].columns
+
+    @property
+    def queries(self) -> int:
+        return self.qkv[0].rows
+
+    @property
+    def keys(self) -> int:
+        return self.qkv[1].rows
+
+    @property
+    def intermediate(self) -> int:
+        return self.down[0].columns
+
+    @property
+    def linears(self) -> Linears:
+        return (*self.qkv, *self.o, *self.gate_up, *self.down)
+
+    @property
+    def gradients(self) -> int:
+        """Bytes of the gradients of all that trains in the layer."""
+        return self.norms + sum(one.adapter + one.trained for one in self.linears)
+
+    @property
+    def mlp_gradients(self) -> int:
+        """Those of `gradients` that are there once the MLP's backward has run."""
+        return sum(one.adapter + one.trained for one in (*self.gate_up, *self.down))
+
+    def sdpa(self, length: int) -> bool:
+        """Whether rows of `length` take torch's fused attention (see `ops.attention.attention_backend`)."""
+        window = self.attention.window
+        plain = self.attention.softcap is None and (window is None or window >= length)
+        return plain and length % PLANNED == 0
+
+
+def read_layers(
+    model: Any, read: Callable[[Any], LinearShape], fused: bool, trained_itemsize: int | None
+) -> tuple[LayerShape, ...]:
+    """Every decoder layer, its Linears through `read`. trained_itemsize: of the norms' gradients, None = as they ask."""
+    family, config = family_of(model), model.config
+    found = []
+    for index, layer in enumerate(decoder_layers(model)):
+        attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
+        groups = (
+            (attention, ("q_proj", "k_proj", "v_proj")),
+            (attention, ("o_proj",)),
+            (mlp, ("gate_proj", "up_proj")),
+            (mlp, ("down_proj",)),
+        )
+        missing = [name for owner, names in groups for name in names if not hasattr(owner, name)]
+        if missing:
+            raise CheckpointError(
+                f"memory cannot be estimated for {type(layer).__name__}: it has no {', '.join(missing)}"
+            )
+        modules = [[getattr(owner, name) for name in names] for owner, names in groups]
+        shapes = [tuple(map(read, group)) for group in modules]
+        if trained_itemsize is None:  # a live model
+            shapes = [_as_they_lie(group, found) for group, found in zip(modules, shapes, strict=True)]
+            fused_here = fused and family is not None and all(_is_plain(m) for group in modules for m in group)
+        else:
+            fused_here = fused and family is not None
+        seven = {id(p) for group in modules for module in group for p in module.parameters()}
+        norms = [p for p in layer.parameters() if id(p) not in seven]
+        found.append(
+            LayerShape(
+                *shapes,
+                heads=config.get_text_config().num_attention_heads,
+                facts=layer_facts(family, config) if family is not None else LayerFacts("serial"),
+                attention=attention_facts(family, config, index) if family is not None else AttentionFacts(1.0),
+                fused=fused_here,
+                scores=trained_itemsize is None and _makes_scores(model),
+                norms=sum(map(gradient_bytes, norms)) if trained_itemsize is None else _count(norms) * trained_itemsize,
+            )
+        )
+    return tuple(found)
+
+
+def decoder_layers(model: Any) -> Any:
+    layers = getattr(model.get_decoder(), "layers", None)
+    if layers is None:
+        raise CheckpointError(
+            f"memory cannot be estimated for {type(model).__name__}: it has no list of decoder layers"
+        )
+    return layers
+
+
+def _makes_scores(base: Any) -> bool:
+    """Whether transformers' eager attention runs, on a CPU or because somebody named it."""
+    config, replaced = base.config, getattr(getattr(base.get_decoder(), "facts", None), "replaces", None)
+    on_gpu = backend_for(next(base.parameters())) == "triton"
+    return config._attn_implementation == "eager" and not (on_gpu and replaced == "eager")
+
+
+def live_linear(module: Any, dtype: torch.dtype) -> LinearShape:
+    """A Linear as it is, under whatever PEFT put around it."""
+    base: Any = base_layer_of(module)
+    adapters = [p for layer in unwrap(module)[1] for p in layer.parameters() if p.requires_grad]
+    own = {id(p) for p in base.parameters()}
+    adapters = [p for p in adapters if id(p) not in own]
+    rank = max((min(p.shape) for p in adapters if p.dim() == 2), default=0)
+    dense = base.weight.dtype == dtype
+    trained = sum(gradient_bytes(p) for p in base.parameters())
+    stored = sum(map(stored_bytes, base.parameters()))
+    return LinearShape(
+        base.out_features, base.in_features, stored, rank, dense, sum(map(stored_bytes, adapters)), trained
+    )
+
+
+def _as_they_lie(modules: list[Any], shapes: Linears) -> Linears:
+    """`shapes`, none of them dense where one product over all must first copy their weights into one buffer."""
+    if len(modules) == 1 or not lie_apart(modules):
+        return shapes
+    return tuple(replace(one, dense=False) for one in shapes)
+
+
+def _is_plain(module: Any) -> bool:
+    return plain_linear(module, module.training)[0] is not None
+
+
+def _count(parameters: Iterable[torch.Tensor]) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def gradient_bytes(parameter: torch.Tensor) -> int:
+    return parameter.numel() * parameter.element_size() if parameter.requires_grad else 0
+
+
+def stored_bytes(tensor: Any) -> int:
+    """Of a tensor and, where bitsandbytes packed it, of its scales."""
+    state = getattr(tensor, "quant_state", None)
+    scales = [] if state is None else [state.absmax, *([state.state2.absmax] if state.nested else [])]
+    int8 = getattr(tensor, "SCB", None)
+    return sum(t.numel() * t.element_size() for t in (tensor, *scales, *([] if int8 is None else [int8])))
+
+
+def bytes_when_loaded(linear: nn.Linear, quantization: Quantization | None, itemsize: int) -> int:
+    """Bytes of a Linear as loading would hold it: NF4, int8 with one fp32 scale a row, or dense."""
+    numbers, bias = linear.weight.numel(), 0 if linear.bias is None else linear.bias.numel() * itemsize
+    if quantization == "4bit":
+        return round(numbers * NF4_BYTES) + bias
+    return (numbers + FP32 * linear.out_features if quantization == "8bit" else numbers * itemsize) + bias
