@@ -49,7 +49,8 @@ def _on_host(stock: type[nn.Module]) -> type[nn.Module]:
     """`stock` over HostEmbedding, under its own name."""
     if stock is nn.Embedding:
         return HostEmbedding
-    return type(stock.__name__, (stock, HostEmbedding), {"__module__": stock.__module__, "__doc__": stock.__doc__})
+    names = {"__module__": stock.__module__, "__doc__": stock.__doc__}
+    return type(stock.__name__, (stock, HostEmbedding), names)  # pyright: ignore[reportGeneralTypeIssues]
 
 
 def keep_embedding_on_host(model: PreTrainedModel) -> str:

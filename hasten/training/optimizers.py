@@ -100,12 +100,12 @@ class StochasticAdamW(torch.optim.Optimizer):
             for parameter in group["params"]:
                 number += 1
                 if parameter.grad is not None:
-                    self._step(parameter, group, number)
+                    self._step(parameter, parameter.grad, group, number)
         return loss
 
-    def _step(self, parameter: torch.Tensor, group: dict[str, Any], number: int) -> None:
+    def _step(self, parameter: torch.Tensor, grad: torch.Tensor, group: dict[str, Any], number: int) -> None:
         """number: the parameter's, over all groups."""
-        state, grad = self.state[parameter], parameter.grad
+        state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             for name in MOMENTS:

@@ -14,9 +14,10 @@ BLOCK = 1024
 @triton.jit
 def _wide(ptr, at, mask, HALF: tl.constexpr):
     """fp32 of stored fp32, or of the bits of stored bf16."""
+    x = tl.load(ptr + at, mask=mask, other=0)
     if HALF:
-        return (tl.load(ptr + at, mask=mask, other=0).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    return tl.load(ptr + at, mask=mask, other=0.0)
+        x = (x.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return x
 
 
 @triton.jit
