@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.ceilings import milliseconds
 from benchmarks.nf4_speed import quantized
 from hasten.ops import ScoreRule, glu, linear_cross_entropy, norm, qk_rope
+from hasten.ops.adamw import AdamWRule, adamw_
 from hasten.ops.attention import attention
 from hasten.ops.lora import LoraLinear, lora_linears, lora_mlp
 from hasten.ops.nf4 import dequantize_nf4
@@ -162,7 +163,7 @@ def measure() -> list[dict[str, Any]]:
         total = milliseconds(lambda: torch.autograd.grad(function(hidden), hidden))  # noqa: B023
         name = f"fused head, forward and backward, chunks of {chunk}"
         rows.append({"op": name, "ms": total, "bytes": 2 * HEAD + 2 * STREAM, "flops": 2 * TOKENS * HEAD})
-    return [*rows, *_nf4()]
+    return [*rows, *_nf4(), *_optimizers()]
 
 
 def _nf4() -> list[dict[str, Any]]:
@@ -171,4 +172,21 @@ def _nf4() -> list[dict[str, Any]]:
     calls = {"NF4 to bf16": lambda: dequantize_nf4(ours, torch.bfloat16), "NF4 to bf16, bitsandbytes": theirs}
     return [
         {"op": name, "ms": milliseconds(call), "bytes": 2.5 * count, "flops": count} for name, call in calls.items()
+    ]
+
+
+def _optimizers() -> list[dict[str, Any]]:
+    """A step of AdamW on 2^28 bf16 weights: weight and moments read and written, the gradient read."""
+    count, rule = 2**28, AdamWRule(1e-5, 0.9, 0.999, 1e-8, 0.0, 1)
+    weight, grad, first, second = (torch.rand(count, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    plain = weight.clone().requires_grad_()
+    plain.grad = grad
+    optimizer = torch.optim.AdamW([plain], fused=True)
+    calls = {
+        "AdamW in bf16, stochastic rounding": lambda: adamw_(weight, grad, (first, second), rule, 1),
+        "AdamW in bf16, torch's fused": optimizer.step,
+    }
+    return [
+        {"op": name, "ms": milliseconds(call), "bytes": 14.0 * count, "flops": 16.0 * count}
+        for name, call in calls.items()
     ]
