@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.jobs import JOBS, SHAPES, Job
+from benchmarks.jobs import JOBS, RECOMPUTED, SHAPES, Job
 
 SETTLE_S, MEASURE_S = 2.0, 2.0
 SETS = 4  # weights of so many layers take turns, more than the L2 cache holds
@@ -70,7 +70,7 @@ class Products:
 
 def alone_ms(name: str, mode: str) -> float:
     """Milliseconds that one step's products and attention take, back to back, after SETTLE_S seconds of them."""
-    products = Products(JOBS[name], mode == "recompute")
+    products = Products(JOBS[name], mode in RECOMPUTED)
     times: list[float] = []
     begin = time.perf_counter()
     while sum(times) < MEASURE_S:

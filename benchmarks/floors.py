@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from benchmarks.jobs import SHAPES, Job, sizes
+from benchmarks.jobs import RECOMPUTED, SHAPES, Job, sizes
 
 
 def floor_ms(job: Job, mode: str, ceilings: Mapping[str, float]) -> dict[str, float]:
@@ -17,10 +17,10 @@ def floor_ms(job: Job, mode: str, ceilings: Mapping[str, float]) -> dict[str, fl
     - "weights": bytes at the rate of a copy. NF4: half a byte read and two written for each weight, forward and
       backward. Full fine-tuning: AdamW reads weight, gradient and two moments and writes three, two bytes each.
     Nothing else is counted: norms, rotation, activation, LoRA and launches are what there is to win or lose. "default"
-    mode has the floor of "keep": where nothing must be recomputed, nothing need be.
+    and "budget" have the floor of "keep": no layer must be made again as long as host memory could hold what it keeps.
     """
     shape, found, tokens = SHAPES[job.shape], sizes(SHAPES[job.shape]), job.tokens
-    full, again = job.kind == "full", mode == "recompute"
+    full, again = job.kind == "full", mode in RECOMPUTED
     per_weight = 4 + 2 * full + 2 * again
     pairs = job.batch * shape["num_attention_heads"] * job.length**2 * shape["head_dim"] * shape["num_hidden_layers"]
     attention = 2 * pairs * (1 + again) / ceilings["attention_forward"] + 5 * pairs / ceilings["attention_backward"]

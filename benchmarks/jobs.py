@@ -39,13 +39,18 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Job:
-    """`kind`: "lora" (r = 16 on all seven linears), "qlora" (the same over NF4) or "full". Random tokens, no padding."""
+    """`kind`: "lora" (on all seven linears), "qlora" (the same over NF4) or "full". Random tokens, no padding.
+
+    budget_gib: what hasten may take in mode "budget": the peak of Unsloth's default there. rank: of the LoRA.
+    """
 
     title: str
     shape: str
     kind: str
     batch: int
     length: int
+    budget_gib: float | None = None
+    rank: int = 16
 
     @property
     def tokens(self) -> int:
@@ -54,22 +59,26 @@ class Job:
 
 
 JOBS: dict[str, Job] = {
-    "8b-lora": Job("Llama-3.1-8B shape, LoRA r=16, 4 x 2048 tokens", "llama-8b", "lora", 4, 2048),
-    "8b-qlora": Job("Llama-3.1-8B shape, QLoRA r=16, 4 x 2048 tokens", "llama-8b", "qlora", 4, 2048),
-    "1b-lora": Job("Llama-3.2-1B shape, LoRA r=16, 8 x 2048 tokens", "llama-1b", "lora", 8, 2048),
-    "1b-full": Job("Llama-3.2-1B shape, full fine-tuning, 8 x 2048 tokens", "llama-1b", "full", 8, 2048),
-    "gemma-2b-qlora": Job("Gemma-2B shape, QLoRA r=16, 4 x 2048 tokens", "gemma-2b", "qlora", 4, 2048),
+    "8b-lora": Job("Llama-3.1-8B shape, LoRA r=16, 4 x 2048 tokens", "llama-8b", "lora", 4, 2048, 17.8),
+    "8b-qlora": Job("Llama-3.1-8B shape, QLoRA r=16, 4 x 2048 tokens", "llama-8b", "qlora", 4, 2048, 8.2),
+    "1b-lora": Job("Llama-3.2-1B shape, LoRA r=16, 8 x 2048 tokens", "llama-1b", "lora", 8, 2048, 4.9),
+    "1b-full": Job("Llama-3.2-1B shape, full fine-tuning, 8 x 2048 tokens", "llama-1b", "full", 8, 2048, 10.6),
+    "gemma-2b-qlora": Job("Gemma-2B shape, QLoRA r=16, 4 x 2048 tokens", "gemma-2b", "qlora", 4, 2048, 6),
     "command-r-qlora": Job(
-        "Command R shape, 6 layers, QLoRA r=16, 4 x 2048 tokens", "command-r-slice", "qlora", 4, 2048
+        "Command R shape, 6 layers, QLoRA r=16, 4 x 2048 tokens", "command-r-slice", "qlora", 4, 2048, 9.4
     ),
-    "tiny-lora": Job("a tiny Llama, LoRA r=16, 2 x 64 tokens", "tiny", "lora", 2, 64),
+    "tiny-lora": Job("a tiny Llama, LoRA r=16, 2 x 64 tokens", "tiny", "lora", 2, 64, 0.25),
 }
 MEASURED = [name for name in JOBS if not name.startswith("tiny")]
 MODES: dict[str, str] = {
     "keep": "nothing recomputed",
     "recompute": "each layer recomputed",
+    "offload": "each layer recomputed, its input in host memory where a library can",
     "default": "each library's default checkpointing",
+    "budget": "hasten within the peak of Unsloth's default",
 }
+RECOMPUTED = ("recompute", "offload")
+"""Modes in which hasten makes every layer again."""
 VARIANTS: dict[str, str] = {
     "hasten": "hasten",
     "unsloth": "Unsloth",
@@ -83,12 +92,17 @@ TARGETS: dict[tuple[str, str], tuple[float, float | None]] = {
     ("8b-lora", "keep"): (410, 40),
     ("8b-qlora", "keep"): (410, 30),
     ("1b-lora", "keep"): (150, None),
-    ("1b-lora", "recompute"): (215, 4.9),
-    ("gemma-2b-qlora", "recompute"): (230, 6),
-    ("command-r-qlora", "recompute"): (330, 9.4),
-    ("1b-full", "recompute"): (210, 10.6),
+    **{
+        (job, mode): (ms, JOBS[job].budget_gib)
+        for job, ms in (("1b-lora", 215), ("gemma-2b-qlora", 230), ("command-r-qlora", 330), ("1b-full", 210))
+        for mode in ("recompute", "budget")
+    },
 }
 """(milliseconds a step, peak GiB or None) that hasten is meant to reach on an H200."""
+RATIOS = {
+    (job, mode): ratio for mode, ratio in (("budget", 1.25), ("default", 1.75)) for job in ("8b-lora", "8b-qlora")
+}
+"""How many times hasten's time Unsloth's is meant to be, at least."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +143,7 @@ def memory_gib(job: Job, mode: str, variant: str) -> tuple[float, float]:
     paused = (weights + 4 * trained) / GIB + OVERHEAD_GIB
     width, mlp, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
     layer = (KEPT_IN_FULL if trained else KEPT_PER_LAYER[variant]) * (6 * width + 2 * mlp) * 2 * tokens
-    kept = layers * layer if mode == "keep" else layers * width * 2 * tokens + layer
+    keeps = mode == "keep" or (mode, variant) == ("default", "hasten")
+    kept = layers * layer if keeps else layers * width * 2 * tokens + layer
     logits = 14 * tokens * shape["vocab_size"] if variant in WHOLE_LOGITS else 2 * GIB
     return paused, paused + (kept + logits + 2 * trained) * 1.15 / GIB

@@ -38,6 +38,33 @@ def roofline(result: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def budget(result: Mapping[str, Any], path: Path) -> None:
+    """Step time against memory budget, one line a job. Crosses: measured peaks; square: "offload"; dashed: no budget at all."""
+    figure, (axes,) = _figure(1, 8)
+    for number, job in enumerate(dict.fromkeys(row["job"] for row in result["budget"])):
+        rows, colour = [row for row in result["budget"] if row["job"] == job], f"C{number}"
+        planned = sorted(
+            (row["budget_gib"], row["peak_gib"], row["ms"]) for row in rows if row["budget_gib"] is not None
+        )
+        budgets, measured, times = zip(*planned, strict=True)
+        axes.plot(budgets, times, "o-", color=colour, label=f"{job}, budget")
+        axes.plot(measured, times, "x", color=colour, label=f"{job}, measured peak")
+        for row in rows:
+            if row["mode"] == "offload":
+                axes.plot(
+                    [row["peak_gib"]], [row["ms"]], "s", color=colour, markerfacecolor="none", label=f'{job}, "offload"'
+                )
+            elif row["times"] is None:
+                axes.axhline(row["ms"], color=colour, linestyle="--", linewidth=1.0, label=f"{job}, no budget")
+    axes.set(
+        xlabel="memory (GiB)", ylabel="step (ms)", ylim=(0, None),
+        title=f"step time against memory budget on {result['versions']['gpu']}",
+    )  # fmt: skip
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
 def curves(result: Mapping[str, Any], path: Path) -> None:
     """hasten's mean loss over stock's spread, per stage."""
     found = result["curves"]

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import tables
+from benchmarks import memory_tables, tables
 from benchmarks.jobs import JOBS, MODES
 from benchmarks.results import FOLDER, file_name, merge, newest, read, write
 
@@ -22,7 +22,11 @@ PROFILED = (
     "The rest is the step's time in the race less what the device was busy in one step under the profiler: gaps, and the higher "
     "clock of a card that the profiler lets cool."
 )
-PICTURES = {"roofline": "ops", "curves": "curves"}
+LONGEST = (
+    "r=32, one row a step, one whole step (forward, backward, fused AdamW) each. Under a cap neither torch's allocator nor what the "
+    "card has free gives more than the cap less the CUDA context (benchmarks/longest.py)."
+)
+PICTURES = {"roofline": "ops", "budget": "budget", "curves": "curves"}
 """Picture -> the part of a result that it shows."""
 
 
@@ -57,10 +61,20 @@ def _sections(result: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -
     for mode, title in MODES.items():
         if any(row["mode"] == mode for row in result.get("train", [])):
             parts += [f"### Training steps, {title}", tables.training_table(result, mode)]
+            parts += [text for text in [memory_tables.predictions_table(result, mode)] if text]
     if profile := tables.profile_table(result):
         parts += ["### Where hasten's step goes", profile, PROFILED]
     if any("load_s" in row for row in result.get("train", [])):
         parts += ["### Loading and the first step", tables.load_table(result)]
+    if "budget" in result:
+        parts += ["### Step time against memory budget", memory_tables.budget_table(result)]
+        parts.append(f"![step time against memory budget]({picture_name('budget', result, results)})")
+    if "longest" in result:
+        parts += [
+            "### The longest row of an 8B QLoRA step under a cap",
+            LONGEST,
+            *memory_tables.longest_section(result),
+        ]
     if "packing" in result:
         parts += ["### Ragged rows: padded, padding-free, packed", *tables.packing_section(result)]
     if result.get("fixed_costs"):

@@ -133,6 +133,7 @@ def _turn(lane: Lane, plan: Plan) -> None:
         lane.losses += done["losses"]
         lane.seconds += done["seconds"]
         lane.peaks.append((done["peak_gib"], done["reserved_gib"]))
+        lane.row.update({name: done[name] for name in PREDICTIONS if name in done})
 
 
 def _figures(lane: Lane) -> dict[str, Any]:
@@ -147,6 +148,7 @@ def _figures(lane: Lane) -> dict[str, Any]:
     }
 
 
+PREDICTIONS = ("plan", "predicted_gib")
 FIGURES = ("ms", "min_ms", "max_ms", "peak_gib", "reserved_gib")
 
 

@@ -1,6 +1,7 @@
 """The JSON of a measurement: one file per GPU and date, put together from calls that each did a part.
 
-{"date", "versions", "ceilings", "ops", "train", "fixed_costs", "curves", "packing", "sanitize", "tests"}; every part may be missing.
+{"date", "versions", "ceilings", "ops", "train", "fixed_costs", "curves", "packing", "budget",
+"longest", "linearity", "sanitize", "tests"}; every part may be missing.
 "train": one row per job, mode, group of libraries that ran side by side, and library.
 """
 
@@ -14,8 +15,11 @@ from typing import Any
 FOLDER = Path(__file__).parent / "results"
 PACKAGES = ["torch", "triton", "transformers", "peft", "bitsandbytes", "liger-kernel", "unsloth", "trl", "accelerate"]
 ABSENT = "not installed"
-WHOLE = ("ceilings", "curves", "packing", "tests")
-KEYS = {"ops": ("op",), "sanitize": ("tool", "calls"), "train": ("job", "mode", "group", "variant")}
+WHOLE = ("ceilings", "curves", "packing", "linearity", "tests")
+KEYS = {
+    "ops": ("op",), "sanitize": ("tool", "calls"), "train": ("job", "mode", "group", "variant"),
+    "budget": ("job", "mode", "times"), "longest": ("variant", "cap_gib", "length"),
+}  # fmt: skip
 
 
 def versions() -> dict[str, str]:

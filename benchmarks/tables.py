@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.floors import floor_ms
-from benchmarks.jobs import JOBS, MODES, PACKAGE_OF, TARGETS, VARIANTS
+from benchmarks.jobs import JOBS, MODES, PACKAGE_OF, RATIOS, TARGETS, VARIANTS
 from benchmarks.race import GRADIENTS
 
 Result = Mapping[str, Any]
@@ -120,6 +120,8 @@ def _beside(peer: str, group: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _target(job: str, mode: str) -> str:
+    if (job, mode) in RATIOS:
+        return f"Unsloth {RATIOS[job, mode]:g}x"
     if (job, mode) not in TARGETS:
         return "-"
     ms, gib = TARGETS[job, mode]

@@ -7,7 +7,8 @@ VARIANT, JOB, MODE: see benchmarks/jobs.py. FOLDER holds, or gets, the checkpoin
 
 Served commands, one JSON object a line on stdin, answered by one on stdout:
     {"do": "warm", "steps": n}                  losses, first_s (the first step, all compilation in it), gradients (a sample)
-    {"do": "run", "steps": n, "untimed": m}     losses of m + n steps, seconds of the last n, peak_gib of these
+    {"do": "run", "steps": n, "untimed": m}     losses of m + n steps, seconds of the last n, peak_gib of these; of hasten
+                                                plan and predicted_gib as well
     {"do": "profile", "wall_s": s}              text, summary                  (see benchmarks/profiling.py)
     {"do": "costs", "lengths": [...]}           host_waits, lengths            (see benchmarks/fixed_costs.py)
     {"do": "stop"}
@@ -28,7 +29,7 @@ import torch
 
 from benchmarks.jobs import GIB, JOBS, MODES, SHAPES, VARIANTS, Job
 from benchmarks.shapes import checkpoint
-from benchmarks.variants import build, import_library
+from benchmarks.variants import build, import_library, planned
 
 WARM, TIMED = 3, 8
 LEARNING_RATE = 2e-5
@@ -42,14 +43,27 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
+def forget_peaks() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peaks() -> dict[str, float]:
+    """{"peak_gib", "reserved_gib"}: the most allocated, and held by torch's allocator, since `forget_peaks`. 0 on a CPU."""
+    found = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if DEVICE == "cuda" else (0, 0)
+    return {"peak_gib": found[0] / GIB, "reserved_gib": found[1] / GIB}
+
+
 class Steps:
     """Training steps of one model: forward under bf16 autocast, backward, fused AdamW, on random tokens.
 
     Step n sees the same tokens in every process, so losses can be compared step by step.
     """
 
-    def __init__(self, model: Any, loss: Callable[[torch.Tensor], torch.Tensor], job: Job) -> None:
-        self.job, self.loss = job, loss
+    def __init__(
+        self, model: Any, loss: Callable[[torch.Tensor], torch.Tensor], job: Job, variant: str = "hasten"
+    ) -> None:
+        self.model, self.loss, self.job, self.variant = model, loss, job, variant
         trained = [p for p in model.parameters() if p.requires_grad]
         self.names = sorted((name, p) for name, p in model.named_parameters() if p.requires_grad)
         self.optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True)
@@ -101,19 +115,13 @@ class Steps:
 
     def run(self, steps: int, untimed: int) -> dict[str, Any]:
         losses = [self.take(self.batch()) for _ in range(untimed)]
-        if DEVICE == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        forget_peaks()
         taken = [self.timed(self.batch()) for _ in range(steps)]
         losses += [loss for _, loss in taken]
-        peak, reserved = (
-            (torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB)
-            if DEVICE == "cuda"
-            else (0.0, 0.0)
-        )
-        return {
-            "losses": [float(loss) for loss in losses], "seconds": [seconds for seconds, _ in taken],
-            "peak_gib": peak, "reserved_gib": reserved,
-        }  # fmt: skip
+        seconds, told = [seconds for seconds, _ in taken], peaks()
+        if self.variant == "hasten":
+            told |= planned(self.model, self.job.batch, self.job.length)
+        return {"losses": [float(loss) for loss in losses], "seconds": seconds, **told}
 
 
 def answer(steps: Steps, command: dict[str, Any]) -> dict[str, Any]:
@@ -169,7 +177,7 @@ def load(variant: str, name: str, mode: str, folder: Path) -> tuple[dict[str, fl
     loaded = time.perf_counter() - begin
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
-    return {"import_s": imported, "load_s": loaded}, Steps(model, loss, job)
+    return {"import_s": imported, "load_s": loaded}, Steps(model, loss, job, variant)
 
 
 def _own_stdout() -> TextIO:

@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.jobs import Job
+from benchmarks.jobs import GIB, Job
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK = ALPHA = 16
+"""Of the runs that are no job."""
+CHECKPOINTING = {"keep": False, "recompute": True, "offload": "offload", "default": "unsloth", "budget": "auto"}
+"""What hasten is asked for in each mode."""
 
 
 def import_library(variant: str) -> float:
@@ -50,13 +53,16 @@ def _build_fast(variant: str, job: Job, mode: str, folder: Path) -> Any:
     else:
         from hasten import FastLanguageModel
 
-        checkpointing = {"keep": False, "recompute": True, "default": "unsloth"}[mode]
+        checkpointing = CHECKPOINTING[mode]
+    policy: dict[str, Any] = {"use_gradient_checkpointing": checkpointing}
+    if (variant, mode) == ("hasten", "budget"):
+        policy["memory_budget"] = f"{job.budget_gib}GiB"
     flags = {
         "load_in_4bit": job.kind == "qlora",
         "load_in_16bit": job.kind == "lora",
         "full_finetuning": job.kind == "full",
     }
-    extra: dict[str, Any] = {"use_gradient_checkpointing": checkpointing} if job.kind == "full" else {}
+    extra = dict(policy) if job.kind == "full" else {}
     if variant == "hasten":
         extra["fix_tokenizer"] = False
     model, _ = FastLanguageModel.from_pretrained(
@@ -65,7 +71,7 @@ def _build_fast(variant: str, job: Job, mode: str, folder: Path) -> Any:
     if job.kind == "full":
         return model.train()
     adapted: Any = FastLanguageModel.get_peft_model(
-        model, r=RANK, target_modules=LINEARS, lora_alpha=ALPHA, use_gradient_checkpointing=checkpointing
+        model, r=job.rank, target_modules=LINEARS, lora_alpha=job.rank, **policy
     )
     return adapted.train()
 
@@ -93,7 +99,7 @@ def _build_transformers(variant: str, job: Job, mode: str, folder: Path) -> Any:
 
         add_fused_lm_head(model)
     if job.kind != "full":
-        config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LINEARS, task_type="CAUSAL_LM")
+        config = LoraConfig(r=job.rank, lora_alpha=job.rank, target_modules=LINEARS, task_type="CAUSAL_LM")
         model = get_peft_model(model, config)
     if mode != "keep":
         model.enable_input_require_grads()
@@ -108,3 +114,21 @@ def same_start(model: Any) -> None:
         if "lora_A" in name:
             drawn = torch.randn(parameter.shape, generator=generator) * 0.01
             parameter.data = drawn.to(parameter.device, parameter.dtype)
+
+
+def planned(model: Any, batch: int, length: int) -> dict[str, Any]:
+    """{"plan", "predicted_gib"}: what hasten's memory policy says of the steps that it last planned; without a policy, what
+    its formulas say of a model that keeps everything."""
+    from hasten.patching.plan import causal_lm_of
+    from hasten.training.checkpointing import POLICY
+    from hasten.training.memory.costs import ModelShape
+    from hasten.training.memory.plan import uniform
+    from hasten.training.memory.treatment import Treatment
+
+    policy = causal_lm_of(model).__dict__.get(POLICY)
+    if policy is None:
+        plan = uniform(ModelShape.of_model(model, torch.bfloat16), batch, length, Treatment.KEEP)
+    else:
+        plan = policy.latest
+        assert plan is not None, "no step was taken yet"
+    return {"plan": str(plan), "predicted_gib": plan.peak.total / GIB}

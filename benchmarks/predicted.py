@@ -1,0 +1,80 @@
+"""hasten's measured peaks beside the ones that `hasten.training.memory.costs` predicts, as a table in docs/memory.md.
+
+python -m benchmarks.predicted            writes the table anew from benchmarks/results
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.jobs import GIB, JOBS
+from benchmarks.shapes import config_of
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs/memory.md"
+BEGIN, END = "<!-- python -m benchmarks.predicted -->", "<!-- end -->"
+MODES = {"keep": "KEEP", "recompute": "RECOMPUTE", "offload": "OFFLOAD"}
+PLANNED = {"default"}
+"""Modes whose treatments depend on the memory that was free when they were measured."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One measured row; GiB. when: the moment of the predicted peak."""
+
+    name: str
+    measured: float
+    predicted: float
+    when: str
+
+    @property
+    def error(self) -> float:
+        """Of the prediction, as a share of what was measured."""
+        return self.predicted / self.measured - 1
+
+
+def compared() -> list[Compared]:
+    """Every row of hasten in benchmarks/results that has a peak and no planned mode. Raises KeyError for an unknown mode."""
+    rows = [row for path in sorted((ROOT / "benchmarks/results").glob("*.json")) for row in _rows(path)]
+    found = [_compare(row) for row in rows if row["mode"] not in PLANNED]
+    return list(dict.fromkeys(found))
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    measured = json.loads(path.read_text()).get("train", [])
+    return [row for row in measured if row["variant"] == "hasten" and row.get("peak_gib")]
+
+
+def _compare(row: dict[str, Any]) -> Compared:
+    from hasten.training.memory.costs import ModelShape, peak
+    from hasten.training.memory.treatment import Treatment
+
+    job, batch, length = JOBS[row["job"]], row["batch"], row["length"]
+    shape = ModelShape.of_config(config_of(job.shape), 16, "4bit" if job.kind == "qlora" else None, job.kind == "full")
+    found = peak(shape, batch, length, Treatment[MODES[row["mode"]]])
+    name = f"{row['job']}, {row['mode']}, {batch} x {length}"
+    return Compared(name, row["peak_gib"], found.total / GIB, found.when)
+
+
+def table() -> str:
+    """Markdown."""
+    lines = [
+        "| job, mode, rows x tokens | measured, GiB | predicted, GiB | off by | where the peak is |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {one.name} | {one.measured:.2f} | {one.predicted:.2f} | {100 * one.error:+.1f}% | {one.when} |"
+        for one in sorted(compared(), key=lambda one: one.name)
+    ]
+    return "\n".join(lines)
+
+
+def page(text: str) -> str:
+    """`text` with the table between its two marks made anew."""
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text()))
