@@ -1,9 +1,7 @@
 """The memory formulas against measured peaks of the GPU, and against every byte that a step on the CPU holds."""
 
-import json
 import statistics
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +9,7 @@ import torch
 from memory_kit import kept_bytes, measured_step, wide_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.jobs import GIB, JOBS
+from benchmarks.predicted import PAGE, compared, page, table
 from benchmarks.shapes import config_of
 from hasten.errors import CheckpointError
 from hasten.patching.plan import causal_lm_of
@@ -20,11 +18,6 @@ from hasten.testing.quantize import quantize_linears
 from hasten.training import checkpointing, tiling
 from hasten.training.memory.costs import WORKSPACE, ModelShape, kept, moments, peak, remake_flops, with_tile
 from hasten.training.memory.treatment import Treatment
-
-RESULTS = sorted(Path(__file__).parents[2].glob("benchmarks/results/*.json"))
-MODES = {"keep": Treatment.KEEP, "recompute": Treatment.RECOMPUTE, "offload": Treatment.OFFLOAD}
-PLANNED = {"default"}
-"""Modes whose treatments depend on the memory that was free when they were measured."""
 
 
 @pytest.fixture
@@ -35,31 +28,17 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(module, "backend_for", lambda x, wanted=None: wanted or "triton")
 
 
-def measured_rows() -> list[dict[str, Any]]:
-    rows = [row for path in RESULTS for row in json.loads(path.read_text())["train"]]
-    return [row for row in rows if row["variant"] == "hasten" and row.get("peak_gib")]
-
-
-def predicted_gib(row: dict[str, Any]) -> float:
-    job = JOBS[row["job"]]
-    quantization = "4bit" if job.kind == "qlora" else None
-    shape = ModelShape.of_config(config_of(job.shape), 16, quantization, job.kind == "full")
-    return peak(shape, row["batch"], row["length"], MODES[row["mode"]]).total / GIB
-
-
 def test_every_measured_peak_is_predicted() -> None:
-    rows = measured_rows()
-    assert rows and {row["mode"] for row in rows} <= {*MODES, *PLANNED}
-    errors = []
-    for row in rows:
-        if row["mode"] in PLANNED:
-            continue
-        predicted = predicted_gib(row)
-        errors.append(predicted / row["peak_gib"] - 1)
-        name = f"{row['job']}, {row['mode']}, {row['batch']} x {row['length']}"
-        print(f"{name:40} measured {row['peak_gib']:7.3f} GiB, predicted {predicted:7.3f}, {100 * errors[-1]:+.1f}%")
-    assert max(map(abs, errors)) < 0.15
-    assert statistics.median(map(abs, errors)) < 0.02
+    rows = compared()
+    assert len(rows) >= 8
+    print(table())
+    assert max(abs(row.error) for row in rows) < 0.15
+    assert statistics.median(abs(row.error) for row in rows) < 0.02
+
+
+def test_the_page_shows_what_is_predicted_now() -> None:
+    text = PAGE.read_text()
+    assert page(text) == text, "run: python -m benchmarks.predicted"
 
 
 @pytest.mark.parametrize(

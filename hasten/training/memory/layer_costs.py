@@ -151,9 +151,9 @@ def backward(
 
 
 def _tile_backward(layer: LayerShape, rows: int, e: int) -> int:
-    """Gate and up, their product and its gradient, rows in and out, dense weights; gradients of weights are summed in fp32."""
+    """Gate and up, their product or its gradient, rows in and out, dense weights; gradients of weights are summed in fp32."""
     trained = sum(one.rows * one.columns for one in (*layer.gate_up, *layer.down) if one.trained)
-    return rows * (4 * layer.intermediate + 2 * layer.hidden) * e + _weights(layer, e) + trained * FP32
+    return rows * (3 * layer.intermediate + 2 * layer.hidden) * e + _weights(layer, e) + trained * FP32
 
 
 def _weights(layer: LayerShape, e: int) -> int:
@@ -187,6 +187,16 @@ def remake_flops(layer: LayerShape, treatment: Treatment, tokens: int, length: i
     pairs = seen * length - seen * seen // 2
     attention = 4 * layer.queries * pairs * tokens // length
     return _product_flops(layer.qkv, tokens) + _product_flops(layer.o, tokens) + attention + mlp
+
+
+def forward_flops(layer: LayerShape, tokens: int, length: int) -> int:
+    """Of one forward, products and attention."""
+    return remake_flops(layer, Treatment.RECOMPUTE, tokens, length) + _product_flops(layer.down, tokens)
+
+
+def mlp_flops(layer: LayerShape, tokens: int) -> int:
+    """Of the MLP's forward."""
+    return _product_flops(layer.gate_up, tokens) + _product_flops(layer.down, tokens)
 
 
 def _product_flops(linears: Linears, tokens: int) -> int:
