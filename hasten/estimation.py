@@ -16,7 +16,7 @@ from hasten.training.memory.costs import Optimizer, Peak, moments, peak, with_ti
 from hasten.training.memory.layer_shape import Quantization
 from hasten.training.memory.levers import Lever, Settings, levers
 from hasten.training.memory.link import Link, measure
-from hasten.training.memory.plan import TILES, LayerPlan, plan_layers
+from hasten.training.memory.plan import LayerPlan, plan_layers
 from hasten.training.memory.shape import ModelShape
 from hasten.training.memory.treatment import Treatment
 from hasten.training.tiling import DEFAULT_ROWS
@@ -93,7 +93,7 @@ def estimate(  # noqa: PLR0913
         link = measure(torch.device("cuda")) if torch.cuda.is_available() else ASSUMED
         # The planner counts AdamW's moments.
         room = budget + moments(shape, "adamw") - moments(shape, optimizer)
-        plan = plan_layers(shape, batch_size, seq_len, room, link, (tile,) if tile else TILES)
+        plan = plan_layers(shape, batch_size, seq_len, room, link, (tile,) if tile else ())
         treatments, tile = plan.treatments, plan.tile
     else:
         treatments = with_tile([MODES[checkpointing]] * len(shape.layers), tile)

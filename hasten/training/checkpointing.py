@@ -23,6 +23,7 @@ def enable(model: Any, mode: bool | str, budget: int | None = None) -> list[str]
     """
     _check(model, mode)
     base = causal_lm_of(model)
+    before: MemoryPolicy | None = base.__dict__.get(POLICY)
     switch_off(base)
     base.__dict__[RECORD] = mode
     if not mode:
@@ -34,6 +35,7 @@ def enable(model: Any, mode: bool | str, budget: int | None = None) -> list[str]
     asked = base.__dict__.get(TILED)
     tile = next((getattr(m, "tile_rows", None) for m in base.modules() if getattr(m, "tile_rows", None)), None)
     policy = MemoryPolicy(base, "auto" if mode == "unsloth" else mode, budget, None if asked == "auto" else tile)
+    policy.others = None if before is None else before.others  # by now moments lie beside the weights
     if not policy.take_seats():
         return [
             "each layer is recomputed in the backward (no layer runs under an overlay, so nothing else can be chosen)"

@@ -46,8 +46,9 @@ def project(
     xa: torch.Tensor | None,
     b: torch.Tensor | None,
     residual_NO: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """All linears' outputs (N, O) side by side, on top of `residual` where given. xa, b: of `low_rank`."""
+    """All linears' outputs (N, O) side by side, on top of `residual` where given. xa, b: of `low_rank`. out: where to write."""
     bias = bias_of(linears, x_NE.dtype)
     base = residual_NO
     if base is None and bias is not None:
@@ -55,16 +56,16 @@ def project(
     start = base
     if xa is not None and b is not None:
         if base is None:
-            start = xa @ b
+            start = torch.mm(xa, b, out=out)
         elif b.shape[0] <= MAX_RANK:
-            start = lay_share(base, xa, b)
+            start = lay_share(base, xa, b, out)
         else:
-            start = torch.addmm(base, xa, b)
+            start = torch.addmm(base, xa, b, out=out)
     weight = weight_of(linears, x_NE.dtype)
     if start is None:
-        y = x_NE @ weight.T
+        y = torch.mm(x_NE, weight.T, out=out)
     elif start is base:
-        y = torch.addmm(start, x_NE, weight.T)
+        y = torch.addmm(start, x_NE, weight.T, out=out)
     else:
         y = start.addmm_(x_NE, weight.T)
     return y if bias is None else y.add_(bias)
@@ -93,12 +94,17 @@ def thin_gradients(
 
 
 def input_gradient(
-    dy_NO: torch.Tensor, linears: Sequence[LoraLinear], d_xa: torch.Tensor | None, a: torch.Tensor | None
+    dy_NO: torch.Tensor,
+    linears: Sequence[LoraLinear],
+    d_xa: torch.Tensor | None,
+    a: torch.Tensor | None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """The gradient (N, E) of the input that all linears read. out: where to write."""
     weight = weight_of(linears, dy_NO.dtype)
     if d_xa is None or a is None:
-        return dy_NO @ weight
-    return torch.mm(d_xa, a).addmm_(dy_NO, weight)
+        return torch.mm(dy_NO, weight, out=out)
+    return torch.mm(d_xa, a, out=out).addmm_(dy_NO, weight)
 
 
 class Kept:

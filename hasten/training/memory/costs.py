@@ -65,14 +65,22 @@ def peak(
         raise ValueError(f"{len(plan)} treatments were given for {len(shape.layers)} layers")
     n, e = batch * length, shape.itemsize
     layers = list(zip(shape.layers, plan, strict=True))
-    sizes = [kept(layer, treatment, n, length, e) for layer, treatment in layers]
+    known: dict[tuple[int, Treatment], tuple[Kept, int, tuple[int, int]]] = {}
+    for layer, treatment in layers:
+        if (id(layer), treatment) not in known:  # a planner asks for hundreds of peaks of layers that are alike
+            known[id(layer), treatment] = (
+                kept(layer, treatment, n, length, e),
+                forward(layer, treatment, n, length, tile, e),
+                backward(layer, treatment, n, length, tile, e),
+            )
+    sizes = [known[id(layer), treatment][0] for layer, treatment in layers]
     leaving = [0, *(size.host for size in sizes)]  # while layer i runs, what layer i - 1 keeps goes
     done = shape.gradients if accumulates else 0
     found = [("optimizer step", shape.gradients, 0, 0)]  # when, gradients, kept by layers, working
 
     before = 0
     for index, ((layer, treatment), size) in enumerate(zip(layers, sizes, strict=True)):
-        working = forward(layer, treatment, n, length, tile, e) + leaving[index]
+        working = known[id(layer), treatment][1] + leaving[index]
         found.append((f"forward of layer {index}", done, before, working))
         before += size.device
     found += [("loss", done, before, working + leaving[-1]) for working in _loss(shape, n)]
@@ -81,7 +89,7 @@ def peak(
     for index, ahead in zip(reversed(range(len(layers))), _fetched_ahead(sizes), strict=True):
         layer, treatment = layers[index]
         before -= sizes[index].device
-        mlp, attention = backward(layer, treatment, n, length, tile, e)
+        mlp, attention = known[id(layer), treatment][2]
         new = (0, 0) if accumulates else (layer.mlp_gradients, layer.gradients)
         found.append((f"backward of layer {index}'s MLP", done + made + new[0], before, mlp + ahead))
         found.append((f"backward of layer {index}'s attention", done + made + new[1], before, attention + ahead))

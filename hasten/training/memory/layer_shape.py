@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -81,12 +82,12 @@ class LayerShape:
     def linears(self) -> Linears:
         return (*self.qkv, *self.o, *self.gate_up, *self.down)
 
-    @property
+    @cached_property
     def gradients(self) -> int:
         """Bytes of the gradients of all that trains in the layer."""
         return self.norms + sum(one.adapter + one.trained for one in self.linears)
 
-    @property
+    @cached_property
     def mlp_gradients(self) -> int:
         """Those of `gradients` that are there once the MLP's backward has run."""
         return sum(one.adapter + one.trained for one in (*self.gate_up, *self.down))
@@ -137,7 +138,8 @@ def read_layers(
                 norms=sum(map(gradient_bytes, norms)) if trained_itemsize is None else _count(norms) * trained_itemsize,
             )
         )
-    return tuple(found)
+    alike: dict[LayerShape, LayerShape] = {}
+    return tuple(alike.setdefault(one, one) for one in found)  # layers that are alike are one object: see `costs.peak`
 
 
 def decoder_layers(model: Any) -> Any:

@@ -12,16 +12,19 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 
-from hasten.training.memory.costs import ModelShape, Peak, kept, peak, remake_flops
+from hasten.training.memory.costs import ModelShape, Peak, peak
+from hasten.training.memory.layer_costs import forward_flops, kept, mlp_flops, remake_flops
 from hasten.training.memory.link import Link
 from hasten.training.memory.shape import LayerShape
 from hasten.training.memory.treatment import Treatment
 
-TILES = (4096, 1024)
-"""Rows of an MLP that is made again; the second only where nothing else fits."""
-HIDDEN_SHARE = 0.9
-"""Of the time in which a layer runs forward, what its copy to the host may take for it to hide there."""
-LINK_TOLL = 0.05
+SMALLEST_TILE = 1024
+"""Rows; each plan tries the whole input as one tile, then halves of it down to here."""
+TILE_TOLL = 300
+"""Rows' worth of an MLP's forward that each further tile costs: weights are read again, small kernels run once more (docs/log.md)."""
+SUSTAINED = 0.75
+"""Of the speed of one product, measured for a moment, what products reach in a step: a card under load lowers its clock."""
+LINK_TOLL = 0.02
 """Share of a hidden copy's time that a step is charged all the same: copies and work share the device's memory."""
 DEVICE_ALONE = (Treatment.RECOMPUTE, Treatment.REMAKE_MLP, Treatment.KEEP)
 """From least to most."""
@@ -68,24 +71,31 @@ def plan_layers(
     length: int,
     budget: int,
     link: Link | None,
-    tiles: Sequence[int | None] = TILES,
+    tiles: Sequence[int | None] = (),
     host_room: int | None = None,
     accumulates: bool = False,
 ) -> LayerPlan:
     """The cheapest plan whose predicted peak is at most `budget` bytes; where none fits, the one with the least peak.
 
-    link: None where there is no host memory apart from the device's. tiles: rows of an MLP that is made again by itself, tried
-    in turn; (None,) where MLPs cannot be. host_room: bytes of host memory that may be pinned, None = as many as it takes.
+    link: None where there is no host memory apart from the device's. tiles: rows at a time of an MLP that is made again by itself,
+    () = whatever is best; (None,) where MLPs cannot be. host_room: bytes of host memory that may be pinned, None = as many as it takes.
     """
     step = _Step(shape, batch, length, budget, link, host_room, accumulates)
     tried: list[LayerPlan] = []
-    for tile in tiles:
-        plans = [step.most(fewer, more, tile) for fewer, more in combinations(step.ways(tile is not None), 2)]
-        fitting = [plan for plan in plans if plan.fits]
-        if fitting:
-            return min(fitting, key=lambda plan: (step.seconds(plan), plan.peak.total))
-        tried += plans
+    for tile in tiles or halves(batch * length):
+        tried += [step.most(fewer, more, tile) for fewer, more in combinations(step.ways(tile is not None), 2)]
+    fitting = [plan for plan in tried if plan.fits]
+    if fitting:
+        return min(fitting, key=lambda plan: (step.seconds(plan), plan.peak.total))
     return min(tried, key=lambda plan: plan.peak.total)
+
+
+def halves(tokens: int) -> list[int]:
+    """Tiles to try: all rows, half of them, and so on."""
+    found = [tokens]
+    while found[-1] > SMALLEST_TILE:
+        found.append(max(SMALLEST_TILE, -(-found[-1] // 2)))
+    return found
 
 
 @dataclass(frozen=True)
@@ -116,8 +126,8 @@ class _Step:
         """Which share of layers can have their attention's tensors in host memory, beside layers whose input waits there."""
         tokens, shape = self.batch * self.length, self.shape
         large = max(shape.layers, key=lambda one: self._sent(one, Treatment.HOST))
-        running = remake_flops(large, Treatment.RECOMPUTE, tokens, self.length) / link.flops_per_s
-        hidden = HIDDEN_SHARE * running * link.bytes_per_s
+        running = forward_flops(large, tokens, self.length) / (SUSTAINED * link.flops_per_s)
+        hidden = running * link.bytes_per_s
         least, most = self._sent(large, Treatment.OFFLOAD), self._sent(large, Treatment.HOST)
         return min(1.0, (hidden - least) / (most - least))
 
@@ -129,11 +139,13 @@ class _Step:
         tokens, cost = self.batch * self.length, 0.0
         for (layer, treatment), count in Counter(zip(self.shape.layers, plan.treatments, strict=True)).items():
             made = remake_flops(layer, treatment, tokens, self.length)
+            if plan.tile is not None and treatment is not Treatment.KEEP:
+                made += (-(-tokens // plan.tile) - 1) * mlp_flops(layer, TILE_TOLL)
             if self.link is None:
                 cost += count * made
             else:
                 sent = 2 * self._sent(layer, treatment) / self.link.bytes_per_s
-                cost += count * (made / self.link.flops_per_s + LINK_TOLL * sent)
+                cost += count * (made / (SUSTAINED * self.link.flops_per_s) + LINK_TOLL * sent)
         return cost
 
     def most(self, fewer: Way, more: Way, tile: int | None) -> LayerPlan:

@@ -23,14 +23,14 @@ from hasten.overlays.layer import SEAT
 from hasten.training.memory import link
 from hasten.training.memory.costs import ModelShape
 from hasten.training.memory.offload import HostMemory, Parcel
-from hasten.training.memory.plan import TILES, LayerPlan, plan_layers, uniform
+from hasten.training.memory.plan import LayerPlan, plan_layers, uniform
 from hasten.training.memory.treatment import Treatment
 
 logger = logging.getLogger(__name__)
 
 ALIKE = {True: Treatment.RECOMPUTE, "offload": Treatment.OFFLOAD}
 """Modes under which every layer is treated alike."""
-MARGIN = 0.03
+MARGIN = 0.01
 """Of a budget, what a plan leaves alone: how far predictions may be off."""
 ALLOCATOR = 0.05
 """Of all memory, what is left to the allocator's fragments where no budget was given."""
@@ -153,14 +153,14 @@ class MemoryPolicy:
     def _new_plan(self, batch: int, length: int) -> LayerPlan:
         device = next(self.layers[0].parameters()).device
         shape = ModelShape.of_model(self.model, _compute_dtype(device))
+        if self.others is None:
+            self.others = self._others(shape, device)
         treatment = ALIKE.get(self.mode)
         if treatment is not None:
             return uniform(shape, batch, length, treatment, self.tile)
-        if self.others is None:
-            self.others = self._others(shape, device)
         budget = int(self._all_memory(device) * (1 - MARGIN)) - self.others
         tiled = all(isinstance(layer.mlp, MLPOverlay) and not _drops(layer.mlp) for layer in self.layers)
-        tiles = (None,) if not tiled else TILES if self.tile is None else (self.tile,)
+        tiles = (None,) if not tiled else () if self.tile is None else (self.tile,)
         room = int(psutil.virtual_memory().available * PINNED) + sum(one.taken for one in self.host.values())
         return plan_layers(shape, batch, length, budget, link.measure(device), tiles, room)
 
@@ -174,13 +174,11 @@ class MemoryPolicy:
         return psutil.virtual_memory().available + sum(t.nbytes for t in self.model.parameters())
 
     def _others(self, shape: ModelShape, device: torch.device) -> int:
-        """Bytes of what the process holds beside the model: batches, other models. Moments that are there already are the model's."""
+        """Bytes of what the process holds beside the model before its first step: batches, other models."""
         if device.type != "cuda":
             return 0
         gradients = sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
-        beside = max(0, torch.cuda.memory_allocated(device) - shape.weights - gradients)
-        moments = 2 * shape.gradients
-        return beside - moments if beside >= moments and gradients else beside
+        return max(0, torch.cuda.memory_allocated(device) - shape.weights - gradients)
 
     def __str__(self) -> str:
         if self.latest is None:

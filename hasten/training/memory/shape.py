@@ -1,6 +1,7 @@
 """What the memory formulas need of a model, read from a config or from a live model."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class ModelShape:
     def hidden(self) -> int:
         return self.layers[0].hidden
 
-    @property
+    @cached_property
     def gradients(self) -> int:
         """Bytes of the gradients of all that trains."""
         outside = self.embedding + self.head + self.head_adapter + self.norm

@@ -106,7 +106,7 @@ class TiledBackwardFunction(torch.autograd.Function):
             d_gu = made.gu
             d_xa, d_b = thin_gradients(both, d_gu, made.xa, made.b)
             if dx is not None:
-                dx[rows] = input_gradient(d_gu, dense[:2], d_xa, made.a)
+                input_gradient(d_gu, dense[:2], d_xa, made.a, dx[rows])
             of_both.add(d_gu, flat, d_xa, d_b)
 
         for rows in tiles(len(dy), ctx.tile):
@@ -127,14 +127,14 @@ class TiledForwardFunction(torch.autograd.Function):
         dense = (*dense_once(linears[:2], x_NE.dtype), *dense_once(linears[2:], x_NE.dtype))
         out = x_NE.new_empty(thread.shape)
 
-        def one_tile(rows: slice) -> torch.Tensor:
+        def one_tile(rows: slice) -> None:
             product, made = make(x_NE[rows], dense, activation)
             pa, b = made.pa, made.b_down
             del made  # gate and up
-            return project(product, dense[2:], pa, b, None if base is None else base[rows])
+            project(product, dense[2:], pa, b, None if base is None else base[rows], out[rows])
 
         for rows in tiles(len(x_NE), tile):
-            out[rows] = one_tile(rows)
+            one_tile(rows)
         return out
 
     @staticmethod

@@ -77,10 +77,14 @@ def rank_block(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
 
 
-def lay_share(base_NF: torch.Tensor, xa_NR: torch.Tensor, b_RF: torch.Tensor) -> torch.Tensor:
-    """base + xa @ b, a new (N, F) of base's dtype. Columns contiguous; base's rows may be one row (stride 0). R <= MAX_RANK."""
+def lay_share(
+    base_NF: torch.Tensor, xa_NR: torch.Tensor, b_RF: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """base + xa @ b (N, F) of base's dtype, in `out` or new. Columns contiguous; base's rows may be one row (stride 0).
+    R <= MAX_RANK."""
     rows, width = base_NF.shape
-    out = torch.empty(rows, width, device=base_NF.device, dtype=base_NF.dtype)
+    if out is None:
+        out = torch.empty(rows, width, device=base_NF.device, dtype=base_NF.dtype)
     tile = {"ROWS": 16, "COLS": 128}
     grid = (triton.cdiv(width, tile["COLS"]) * triton.cdiv(rows, tile["ROWS"]),)
     if not rows:
