@@ -23,6 +23,22 @@ def train_row(variant: str, ms: float, **changes: Any) -> dict[str, Any]:
     return {**row, **changes}
 
 
+def budget_row(mode: str, times: float | None, budget_gib: float | None, **changes: Any) -> dict[str, Any]:
+    row = {
+        "job": "8b-qlora", "mode": mode, "times": times, "budget_gib": budget_gib, "peak_gib": 8.0, "reserved_gib": 9.0,
+        "predicted_gib": 7.6, "ms": 900.0, "losses": [12.5], "plan": "a plan", "ok": True,
+    }  # fmt: skip
+    return {**row, **changes}
+
+
+def longest_row(variant: str, cap_gib: float | None, length: int, **changes: Any) -> dict[str, Any]:
+    row = {
+        "variant": variant, "cap_gib": cap_gib, "length": length, "ok": True, "peak_gib": 21.25, "reserved_gib": 22.5,
+        "predicted_gib": 21.0, "seconds": 75.25, "loss": 11.5, "plan": "a plan", "error": None, "allocator": None,
+    }  # fmt: skip
+    return {**row, **changes}
+
+
 def example_result() -> dict[str, Any]:
     """Every part that a result can have, with figures that are easy to find again."""
     curve = {
