@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from benchmarks import results
-from benchmarks.jobs import GIB, SHAPES, Job
+from benchmarks.jobs import SHAPES, Job
 from benchmarks.shapes import checkpoint
-from benchmarks.train_step import DEVICE, LEARNING_RATE, wait
+from benchmarks.train_step import DEVICE, LEARNING_RATE, forget_peaks, peaks, wait
 from benchmarks.variants import build
 
 WAYS: dict[str, tuple[str, int | None]] = {
@@ -135,16 +135,15 @@ def measure(setting: Setting, checkpoints: Path) -> dict[str, Any]:
     made = {way: [batches(rows, way, setting) for rows in steps] for way in WAYS}
     seen = {way: trainer.look(made[way][0], labels[0]) for way in WAYS}
     taken: dict[str, list[float]] = {way: [] for way in WAYS}
-    peaks = dict.fromkeys(WAYS, 0.0)
+    most = dict.fromkeys(WAYS, 0.0)
     for turn in range(1 + setting.rounds):  # the first one compiles
         for index in range(len(steps)):
             for way in WAYS:
-                if DEVICE == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
+                forget_peaks()
                 seconds = trainer.seconds(made[way][index], labels[index])
                 if turn:
                     taken[way].append(seconds)
-                    peaks[way] = max(peaks[way], torch.cuda.max_memory_allocated() / GIB if DEVICE == "cuda" else 0.0)
+                    most[way] = max(most[way], peaks()["peak_gib"])
     real = sum(len(row["input_ids"]) for rows in steps for row in rows)
     ways = []
     for way in WAYS:
@@ -155,7 +154,7 @@ def measure(setting: Setting, checkpoints: Path) -> dict[str, Any]:
         if off <= PARITY:
             # Medians over rounds of each step, then all steps: a step's rows are the same in every way.
             each = [statistics.median(taken[way][index :: len(steps)]) for index in range(len(steps))]
-            row |= {"ms": sum(each) / len(each) * 1e3, "tokens_per_s": real / sum(each), "peak_gib": peaks[way]}
+            row |= {"ms": sum(each) / len(each) * 1e3, "tokens_per_s": real / sum(each), "peak_gib": most[way]}
         ways.append(row)
     return {"setting": asdict(setting), "lengths": describe(steps), "real_tokens": real, "ways": ways}
 
