@@ -47,7 +47,7 @@ def test_the_page_shows_what_is_predicted_now() -> None:
         ("llama", 2, False, None),
         ("llama", 2, True, None),
         ("llama", 2, False, 16),
-        ("llama", 2, True, 16),
+        ("llama", 2, True, 64),
         ("llama", None, False, None),
         ("gemma2", 2, False, None),
         ("cohere", 2, True, None),
