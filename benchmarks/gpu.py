@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import jobs, race, results
+from benchmarks.shapes import write_apart
 from benchmarks.workers import Worker, WorkerFailed
 
 PARTS = ("tests", "ops", "train", "curves", "sanitize")
@@ -127,10 +128,7 @@ class Training:
         return self.alone[job, mode]
 
     def _write_checkpoint(self, job: str) -> None:
-        command = [sys.executable, "-m", "benchmarks.shapes", jobs.JOBS[job].shape, str(self.args.checkpoints)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"the checkpoint of {job} could not be written:\n{done.stderr[-3000:]}")
+        write_apart(jobs.JOBS[job].shape, self.args.checkpoints)
 
     def _start(self, job: str, mode: str, variant: str) -> Worker:
         return Worker(variant, race.command_for(job, mode, variant, str(self.args.checkpoints)))

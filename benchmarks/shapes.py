@@ -5,6 +5,8 @@ writes one, in a process of its own so that nothing of it stays on the GPU.
 """
 
 import argparse
+import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,31 @@ def checkpoint(name: str, folder: Path) -> Path:
     model.save_pretrained(part, max_shard_size="4GB")
     tiny_tokenizer().save_pretrained(part)
     part.rename(target)
+    return target
+
+
+def write_apart(name: str, folder: Path) -> Path:
+    """As `checkpoint`, drawn in a process of its own. Raises RuntimeError with what that said where it failed."""
+    if not (folder / name / "config.json").exists():
+        command = [sys.executable, "-m", "benchmarks.shapes", name, str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"the checkpoint of {name} could not be written:\n{done.stderr[-3000:]}")
+    return folder / name
+
+
+def with_positions(folder: Path, positions: int) -> Path:
+    """The checkpoint, or where its config allows fewer positions one beside it that allows as many and shares its weights."""
+    config = json.loads((folder / "config.json").read_text())
+    if config["max_position_embeddings"] >= positions:
+        return folder
+    target = folder.with_name(f"{folder.name}-{positions}")
+    target.mkdir(exist_ok=True)
+    for file in folder.iterdir():
+        link = target / file.name
+        if file.name != "config.json" and not link.exists():
+            link.symlink_to(file.resolve())
+    (target / "config.json").write_text(json.dumps(config | {"max_position_embeddings": positions}, indent=2))
     return target
 
 

@@ -118,7 +118,7 @@ def same_start(model: Any) -> None:
 
 def planned(model: Any, batch: int, length: int) -> dict[str, Any]:
     """{"plan", "predicted_gib"}: what hasten's memory policy says of the steps that it last planned; without a policy, what
-    its formulas say of a model that keeps everything."""
+    its formulas say of a model that keeps everything. {} before the policy has planned anything."""
     from hasten.patching.plan import causal_lm_of
     from hasten.training.checkpointing import POLICY
     from hasten.training.memory.costs import ModelShape
@@ -130,5 +130,6 @@ def planned(model: Any, batch: int, length: int) -> dict[str, Any]:
         plan = uniform(ModelShape.of_model(model, torch.bfloat16), batch, length, Treatment.KEEP)
     else:
         plan = policy.latest
-        assert plan is not None, "no step was taken yet"
+    if plan is None:
+        return {}
     return {"plan": str(plan), "predicted_gib": plan.peak.total / GIB}
