@@ -40,7 +40,7 @@ class Asked:
 def measure(name: str, checkpoints: Path) -> Iterator[dict[str, Any]]:
     """The rows of one job, each as soon as it is there: "offload", each of TIMES, no budget."""
     _, steps = load("hasten", name, "offload", checkpoints)
-    facts = {"job": name}
+    facts: dict[str, Any] = {"job": name}
     least = facts | one_row(steps, Asked("offload"))
     yield least
     for times in TIMES:

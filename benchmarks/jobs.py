@@ -42,6 +42,7 @@ class Job:
     """`kind`: "lora" (on all seven linears), "qlora" (the same over NF4) or "full". Random tokens, no padding.
 
     budget_gib: what hasten may take in mode "budget": the peak of Unsloth's default there. rank: of the LoRA.
+    offload_embedding: hasten and Unsloth keep the embedding in host memory.
     """
 
     title: str
@@ -51,6 +52,7 @@ class Job:
     length: int
     budget_gib: float | None = None
     rank: int = 16
+    offload_embedding: bool = False
 
     @property
     def tokens(self) -> int:

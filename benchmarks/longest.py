@@ -3,7 +3,8 @@
     python -m benchmarks.longest --out FOLDER --checkpoints FOLDER --points 24:163840,8:16384 [--variant unsloth]
     python -m benchmarks.longest --out FOLDER --checkpoints FOLDER --series 8192,16384,32768,65536
     python -m benchmarks.longest --search 24,48                        what the planner expects to fit; takes no step
-Writes FOLDER/longest-VARIANT.json. A point is CAP in GiB : tokens. The model is loaded once and the optimizer's state stays; each
+    ... --offload-embedding                                            any of these with the embedding in host memory
+Writes FOLDER/longest-VARIANT.json (-offload.json with the embedding in host memory). A point is CAP in GiB : tokens. The model is loaded once and the optimizer's state stays; each
 point is one whole step: forward, backward, fused AdamW. A cap is what nvidia-smi may show of the process: torch's allocator gets
 the cap less the CUDA context (benchmarks/capped.py), hasten's "auto" a RESERVE less than that, for what the allocator cannot
 hand out. Peers run their default checkpointing. A series runs with "offload" and no cap. Best under
@@ -45,16 +46,20 @@ Point = tuple[float | None, int]
 """(cap in GiB or None, tokens)."""
 
 
-def load(variant: str, shape: str, longest: int, checkpoints: Path) -> Steps:
-    """The model with its adapter, ready for rows of `longest` tokens."""
+def job_of(shape: str, longest: int, offload_embedding: bool = False) -> Job:
+    title = f"{shape}, QLoRA r={RANK}, one row"
+    return Job(title, shape, "qlora", 1, longest, rank=RANK, offload_embedding=offload_embedding)
+
+
+def load(variant: str, job: Job, checkpoints: Path) -> Steps:
+    """The model with its adapter, ready for rows of the job's length."""
     import_library(variant)
-    folder = with_positions(write_apart(shape, checkpoints), longest)
-    job = Job(f"{shape}, QLoRA r={RANK}, one row", shape, "qlora", 1, longest, rank=RANK)
+    folder = with_positions(write_apart(job.shape, checkpoints), job.length)
     model, loss = build(variant, job, "default", folder)
     return Steps(model, loss, job, variant)
 
 
-def switch(steps: Steps, mode: bool | str, budget: int | None = None) -> None:
+def switch(steps: Steps, mode: str, budget: int | None = None) -> None:
     """hasten's checkpointing; a peer keeps its own."""
     if steps.variant == "hasten":
         from hasten.training import checkpointing
@@ -62,11 +67,11 @@ def switch(steps: Steps, mode: bool | str, budget: int | None = None) -> None:
         checkpointing.enable(steps.model, mode, budget)
 
 
-def warm(steps: Steps, longest: int) -> None:
-    """Compiles what steps with everything kept need, and those with as little kept as can be."""
-    length = min(WARM_LENGTH, longest)
-    for mode, budget in ((False, None), ("auto", 1)):
-        switch(steps, mode, budget)
+def warm(steps: Steps) -> None:
+    """Compiles what steps with as little kept as can be need, and those with everything kept."""
+    length = min(WARM_LENGTH, steps.job.length)
+    for budget in (1, None):
+        switch(steps, "auto", budget)
         steps.timed(steps.batch(length))
 
 
@@ -80,6 +85,7 @@ def one_point(steps: Steps, card: Card, point: Point) -> dict[str, Any]:
         torch.cuda.empty_cache()
     forget_peaks()
     row = {"variant": steps.variant, "cap_gib": cap, "length": length, "context_gib": card.context / GIB}
+    row |= {"offload_embedding": steps.job.offload_embedding}
     row |= {"ok": False, "seconds": None, "loss": None, "error": None, "plan": None, "predicted_gib": None}
     try:
         seconds, loss = steps.timed(steps.batch(length))
@@ -99,12 +105,11 @@ def _allocator() -> str | None:
     return next((os.environ[name] for name in names if name in os.environ), None)
 
 
-def rows(variant: str, shape: str, points: Sequence[Point], checkpoints: Path) -> Iterator[dict[str, Any]]:
-    """{"variant", "cap_gib", "length", "context_gib", "ok", "peak_gib", "reserved_gib", "predicted_gib", "seconds", "loss", "plan",
-    "error", "allocator"} of each point, as soon as it is there."""
-    longest = max(length for _, length in points)
-    steps = load(variant, shape, longest, checkpoints)
-    warm(steps, longest)
+def rows(variant: str, job: Job, points: Sequence[Point], checkpoints: Path) -> Iterator[dict[str, Any]]:
+    """{"variant", "cap_gib", "length", "offload_embedding", "context_gib", "ok", "peak_gib", "reserved_gib", "predicted_gib",
+    "seconds", "loss", "plan", "error", "allocator"} of each point, as soon as it is there."""
+    steps = load(variant, job, checkpoints)
+    warm(steps)
     with Card() as card:
         for point in points:
             yield one_point(steps, card, point)
@@ -126,7 +131,7 @@ def linearity(found: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
             "rows": len(sound)}  # fmt: skip
 
 
-def search(shape_name: str, cap: float, host_gib: float | None = None) -> dict[str, Any]:
+def search(job: Job, cap: float, host_gib: float | None = None) -> dict[str, Any]:
     """{"cap_gib", "length", "predicted_gib", "plan"}: the longest row, in steps of GRAIN, that the planner finds room for; length 0
     where not even GRAIN tokens fit. host_gib: host memory that may be pinned, None = as the policy would take here."""
     import psutil
@@ -137,7 +142,7 @@ def search(shape_name: str, cap: float, host_gib: float | None = None) -> dict[s
     from hasten.training.memory.policy import MARGIN, PINNED
     from hasten.training.memory.shape import ModelShape
 
-    shape = ModelShape.of_config(config_of(shape_name), RANK, "4bit")
+    shape = ModelShape.of_config(config_of(job.shape), job.rank, "4bit", offload_embedding=job.offload_embedding)
     budget = int((cap - CONTEXT_GIB) * GIB * (1 - RESERVE) * (1 - MARGIN))
     link = measure(torch.device(DEVICE)) or ASSUMED
     room = int(psutil.virtual_memory().available * PINNED) if host_gib is None else int(host_gib * GIB)
@@ -160,8 +165,9 @@ def line_of(row: Mapping[str, Any]) -> str:
     cap = "no cap" if row["cap_gib"] is None else f"{row['cap_gib']:g} GiB"
     predicted = "" if row["predicted_gib"] is None else f", predicted {row['predicted_gib']:.2f}"
     came = f"{row['seconds']:.2f} s, loss {row['loss']:.4f}" if row["ok"] else f"FAILS {row['error']}"
+    where = ", embedding in host memory" if row["offload_embedding"] else ""
     return (
-        f"{row['variant']} {cap:8s} {row['length']:8d} tokens  allocated {row['peak_gib']:.2f} GiB{predicted}, reserved "
+        f"{row['variant']}{where} {cap:8s} {row['length']:8d} tokens  allocated {row['peak_gib']:.2f} GiB{predicted}, reserved "
         f"{row['reserved_gib']:.2f}, context {row['context_gib']:.2f}  {came}  {row['plan'] or ''}"
     )
 
@@ -174,6 +180,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--series", help="TOKENS,..., without a cap")
     parser.add_argument("--variant", choices=VARIANTS, default="hasten")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-8b")
+    parser.add_argument("--offload-embedding", action="store_true", help="the embedding waits in host memory")
     parser.add_argument("--search", help="CAP,...")
     parser.add_argument("--host-gib", type=float, help="of a search: host memory that may be pinned")
     args = parser.parse_args(arguments)
@@ -192,16 +199,19 @@ def main(arguments: list[str]) -> int:
     args = parse(arguments)
     if args.search:
         for cap in args.search.split(","):
-            print(search(args.shape, float(cap), args.host_gib), flush=True)
+            job = job_of(args.shape, GRAIN, args.offload_embedding)
+            print(search(job, float(cap), args.host_gib), flush=True)
         return 0
+    name = f"longest-{args.variant}{'-offload' if args.offload_embedding else ''}.json"
     for folder in (args.out, args.checkpoints):
         folder.mkdir(parents=True, exist_ok=True)
     result = {"date": datetime.date.today().isoformat(), "versions": results.versions(), "longest": []}
-    for row in rows(args.variant, args.shape, args.points, args.checkpoints):
+    job = job_of(args.shape, max(length for _, length in args.points), args.offload_embedding)
+    for row in rows(args.variant, job, args.points, args.checkpoints):
         result["longest"].append(row)
         if (fit := linearity(result["longest"])) is not None:
             result["linearity"] = fit
-        results.write(result, args.out / f"longest-{args.variant}.json")
+        results.write(result, args.out / name)
         print(line_of(row), flush=True)
     if "linearity" in result:
         print(result["linearity"], flush=True)

@@ -71,13 +71,17 @@ def _best_table(points: Iterable[Row]) -> str:
         cells = [f"{cap:g} GiB"]
         for variant in variants:
             tried = [row for row in points if (row["cap_gib"], row["variant"]) == (cap, variant)]
-            passed = [row["length"] for row in tried if row["ok"]]
-            failed = [row["length"] for row in tried if not row["ok"]]
-            said = [f"{max(passed):,}"] if passed else []
-            said += [f"{min(failed):,} fails"] if failed else []
+            passed = [row for row in tried if row["ok"]]
+            failed = [row for row in tried if not row["ok"]]
+            said = [_length(max(passed, key=lambda row: row["length"]))] if passed else []
+            said += [f"{_length(min(failed, key=lambda row: row['length']))} fails"] if failed else []
             cells.append("; ".join(said) or "-")
         rows.append(cells)
     return table(["cap", *(f"{VARIANTS[variant]}: longest row tried, tokens" for variant in variants)], rows)
+
+
+def _length(row: Row) -> str:
+    return f"{row['length']:,}" + (" (embedding in host memory)" if row["offload_embedding"] else "")
 
 
 def _points_table(points: Iterable[Row]) -> str:
@@ -88,7 +92,7 @@ def _points_table(points: Iterable[Row]) -> str:
         seconds = "-" if row["seconds"] is None else f"{row['seconds']:.1f}"
         said = row.get("plan") or "-" if row["ok"] else f"fails: {row['error'][:80]}"
         rows.append(
-            [VARIANTS[row["variant"]], cap, f"{row['length']:,}", f"{row['peak_gib']:.2f}", f"{row['reserved_gib']:.2f}",
+            [VARIANTS[row["variant"]], cap, _length(row), f"{row['peak_gib']:.2f}", f"{row['reserved_gib']:.2f}",
              predicted, seconds, said]
         )  # fmt: skip
     head = [

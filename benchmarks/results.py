@@ -18,7 +18,7 @@ ABSENT = "not installed"
 WHOLE = ("ceilings", "curves", "packing", "linearity", "tests")
 KEYS = {
     "ops": ("op",), "sanitize": ("tool", "calls"), "train": ("job", "mode", "group", "variant"),
-    "budget": ("job", "mode", "times"), "longest": ("variant", "cap_gib", "length"),
+    "budget": ("job", "mode", "times"), "longest": ("variant", "cap_gib", "length", "offload_embedding"),
 }  # fmt: skip
 
 

@@ -63,6 +63,8 @@ def _build_fast(variant: str, job: Job, mode: str, folder: Path) -> Any:
         "full_finetuning": job.kind == "full",
     }
     extra = dict(policy) if job.kind == "full" else {}
+    if job.offload_embedding:
+        extra["offload_embedding"] = True
     if variant == "hasten":
         extra["fix_tokenizer"] = False
     model, _ = FastLanguageModel.from_pretrained(

@@ -33,7 +33,7 @@ def budget_row(mode: str, times: float | None, budget_gib: float | None, **chang
 
 def longest_row(variant: str, cap_gib: float | None, length: int, **changes: Any) -> dict[str, Any]:
     row = {
-        "variant": variant, "cap_gib": cap_gib, "length": length, "ok": True, "peak_gib": 21.25, "reserved_gib": 22.5,
+        "variant": variant, "cap_gib": cap_gib, "length": length, "offload_embedding": False, "ok": True, "peak_gib": 21.25, "reserved_gib": 22.5,
         "predicted_gib": 21.0, "seconds": 75.25, "loss": 11.5, "plan": "a plan", "error": None, "allocator": None,
     }  # fmt: skip
     return {**row, **changes}
@@ -58,6 +58,7 @@ def example_result() -> dict[str, Any]:
             train_row("hasten", 400.4, profile={"wall_ms": 400.4, "busy_ms": 399.0, "idle_ms": 1.4, "kinds": kinds}),
             train_row("unsloth", 500.5, parity={"against": None}),
             train_row("hasten", 411.1, group="hasten"),
+            train_row("hasten", 444.4, mode="budget", plan="16 of 32 layers so", predicted_gib=38.64),
         ],
         "fixed_costs": {
             "import": {"torch": 1.0, "transformers": 2.0, "peft": 0.5, "hasten": 0.123},
@@ -77,5 +78,17 @@ def example_result() -> dict[str, Any]:
                 {"way": "padding-free", "computed_tokens": 1000, "loss_off": 0.5},
             ],
         },
+        "budget": [
+            budget_row("offload", None, None),
+            budget_row("auto", 1.5, 12.0, ms=707.0, peak_gib=11.5),
+            budget_row("auto", None, None, ms=505.0, peak_gib=29.5),
+        ],
+        "longest": [
+            longest_row("hasten", 24.0, 163840),
+            longest_row("hasten", 24.0, 262144, ok=False, seconds=None, loss=None, error="OutOfMemoryError: CUDA out of memory"),
+            longest_row("hasten", None, 8192, peak_gib=7.5),
+            longest_row("unsloth", 24.0, 65536, plan=None, predicted_gib=None),
+        ],
+        "linearity": {"gib_at_zero": 6.25, "gib_per_1024": 0.125, "residual_gib": 0.015, "residual_share": 0.002, "rows": 4},
         "sanitize": [{"tool": "memcheck", "calls": "norms", "clean": True, "verdict": "ERROR SUMMARY: 0 errors", "at": {}, "ours": {}}],
     }  # fmt: skip

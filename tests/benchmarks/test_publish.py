@@ -44,12 +44,16 @@ def test_page_and_pictures_come_from_the_figures(root: Path) -> None:
     for figure in (
         "400 ms, 40.2 GiB", "500 ms, 40.2 GiB (1.25x)", "410 ms, 40 GiB", "5.0e-04 (Unsloth)", "_norm_fwd 5.2", "0.12",
         "| 8b-lora keep | 3 | 1999 | 1 | 777 | 390 |", "2.00 TB/s", "400.00 TFLOP/s", "50%", "2.7534", "+0.25", "0.0123",
+        "444 ms, 40.2 GiB | Unsloth 1.25x |", "| 40.25 | 38.64 | -4.0% | 16 of 32 layers so |", "(budget.png)",
+        "| 8b-qlora | 1.5x | 12.00 | 11.50 | 7.60 | -33.9% | yes | 707 | a plan |",
+        "| 24 GiB | 163,840; 262,144 fails | 65,536 |", "| hasten | - | 8,192 | 7.50 | 22.50 | 21.00 | 75.2 | a plan |",
+        "fails: OutOfMemoryError: CUDA out of memory", "6.25 GiB and 0.1250 GiB for every 1,024", "0.015 GiB (0.20%)",
         "memcheck | norms | yes", "median of 150", "mean 181", "| 245.6% | 41.0k | 1.00x | 9.5 | 0.0e+00 |",
         "| packed to 4,096 tokens | 0.0% | 102.5k | 2.50x | 6.5 | 3.0e-05 |", "| 0.0% | - | - | - | 5.0e-01 |", "torch 9.8.7", "10.5 | 3.5 | beside 1 others",
     ):  # fmt: skip
         assert figure in page, figure
     assert "trl not installed" not in page
-    for name in ("roofline.png", "curves.png"):
+    for name in ("roofline.png", "budget.png", "curves.png"):
         assert (root / "docs" / name).read_bytes().startswith(b"\x89PNG")
 
 
@@ -116,7 +120,8 @@ def test_merging_keeps_the_later_of_two_and_adds_the_rest(root: Path) -> None:
     (root / "later.json").write_text(json.dumps(later))
     assert call(root, "--merge", str(root / "later.json")) == 0
     merged = results.read(root / "results" / "h900-2026-01-02.json")
-    told = {(row["job"], row["group"], row["variant"]): row["ms"] for row in merged["train"]}
+    rows = [row for row in merged["train"] if row["mode"] == "keep"]
+    told = {(row["job"], row["group"], row["variant"]): row["ms"] for row in rows}
     assert told == {
         ("8b-lora", "hasten+unsloth", "hasten"): 111, ("8b-lora", "hasten+unsloth", "unsloth"): 500.5,
         ("8b-lora", "hasten", "hasten"): 411.1, ("1b-lora", "hasten+unsloth", "hasten"): 222,
