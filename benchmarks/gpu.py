@@ -1,7 +1,8 @@
 """One call on a GPU machine: tests, op speeds, training steps beside the peers, curves, sanitizers; one JSON.
 
     python -m benchmarks.gpu --out FOLDER [--only tests,ops,train,curves,sanitize] [--jobs 8b-lora,...]
-                             [--variants hasten,unsloth,liger,transformers,trl] [--modes keep,recompute,offload,default,budget] [--profile]
+                             [--variants hasten,unsloth,liger,transformers,trl]
+                             [--modes keep,recompute,offload,default,budget] [--profile]
 FOLDER gets results.json (see benchmarks/results.py; parts of several calls: python -m benchmarks.publish --merge), and where
 there is something to say tests.txt, profiles.txt, errors.txt and sanitize.txt. Exits with 1 where a test, a library's parity with transformers or a sanitizer fails.
 """

@@ -4,11 +4,11 @@
     python -m benchmarks.longest --out FOLDER --checkpoints FOLDER --series 8192,16384,32768,65536
     python -m benchmarks.longest --search 24,48                        what the planner expects to fit; takes no step
     ... --offload-embedding                                            any of these with the embedding in host memory
-Writes FOLDER/longest-VARIANT.json (-offload.json with the embedding in host memory). A point is CAP in GiB : tokens. The model is loaded once and the optimizer's state stays; each
-point is one whole step: forward, backward, fused AdamW. A cap is what nvidia-smi may show of the process: torch's allocator gets
-the cap less the CUDA context (benchmarks/capped.py), hasten's "auto" a RESERVE less than that, for what the allocator cannot
-hand out. Peers run their default checkpointing. A series runs with "offload" and no cap. Best under
-PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, which a row records.
+Writes FOLDER/longest-VARIANT.json (-offload.json with the embedding in host memory). A point is CAP in GiB : tokens. The model is
+loaded once and the optimizer's state stays; each point is one whole step: forward, backward, fused AdamW. A cap is what nvidia-smi
+may show of the process: torch's allocator gets the cap less the CUDA context (benchmarks/capped.py), hasten's "auto" a RESERVE less
+than that, for what the allocator cannot hand out. Peers run their default checkpointing. A series runs with "offload" and no cap.
+Best under PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, which a row records.
 """
 
 import argparse
