@@ -119,7 +119,7 @@ def same_start(model: Any) -> None:
 
 
 def planned(model: Any, batch: int, length: int) -> dict[str, Any]:
-    """{"plan", "predicted_gib"}: what hasten's memory policy says of the steps that it last planned; without a policy, what
+    """{"plan", "predicted_gib"}: what hasten's memory policy says of the steps that it last planned; where none plans, what
     its formulas say of a model that keeps everything. {} before the policy has planned anything."""
     from hasten.patching.plan import causal_lm_of
     from hasten.training.checkpointing import POLICY
@@ -128,7 +128,7 @@ def planned(model: Any, batch: int, length: int) -> dict[str, Any]:
     from hasten.training.memory.treatment import Treatment
 
     policy = causal_lm_of(model).__dict__.get(POLICY)
-    if policy is None:
+    if policy is None or not policy.mode:
         plan = uniform(ModelShape.of_model(model, torch.bfloat16), batch, length, Treatment.KEEP)
     else:
         plan = policy.latest
