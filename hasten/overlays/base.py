@@ -1,8 +1,14 @@
 """What all overlays share: facts on the class, the stock class they came from, a name that shows them."""
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import nn
+
+POLICY = "_hasten_memory"
+"""Where the causal LM wears its memory policy (`training.memory.policy`)."""
 
 
 class Overlay(nn.Module):
@@ -20,3 +26,22 @@ class Overlay(nn.Module):
 
     def _get_name(self) -> str:
         return f"hasten:{type(self).__name__}"
+
+
+def names_levers(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A causal LM's forward whose out-of-memory error says what would make room, where a memory policy knows."""
+
+    @functools.wraps(forward)
+    def forward_with_advice(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        policy = self.__dict__.get(POLICY)
+        if policy is None:
+            return forward(self, *args, **kwargs)
+        given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        policy.rows = next((tuple(t.shape[:2]) for t in given if isinstance(t, torch.Tensor)), None)
+        try:
+            return forward(self, *args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            policy.explain(error)
+            raise
+
+    return forward_with_advice

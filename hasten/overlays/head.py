@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hasten.errors import DatasetError, InputError
 from hasten.ops import LoraHead, ScoreRule, TokenScores, linear_cross_entropy, linear_cross_entropy_loss
-from hasten.overlays.base import Overlay
+from hasten.overlays.base import Overlay, names_levers
 from hasten.overlays.fused_protocol import FusedRequest, FusedScores, read_trl_request
 from hasten.overlays.rows import (
     IGNORED,
@@ -71,6 +71,7 @@ class HeadOverlay(Overlay):
                 return
         super().__setattr__(name, value)
 
+    @names_levers
     def forward(
         self,
         input_ids: torch.Tensor | None = None,

@@ -9,6 +9,7 @@ from torch import nn
 from hasten.ops.attention import PLANNED
 from hasten.ops.backend import backend_for
 from hasten.overlays import AttentionOverlay, BackboneOverlay, HeadOverlay, MLPOverlay, Overlay
+from hasten.overlays.base import POLICY
 from hasten.patching.plan import Plan, causal_lm_of
 from hasten.weights import base_layer_of, lie_apart, plain_linear, read_linear, read_lora, storage_of
 
@@ -67,7 +68,7 @@ def report(model: nn.Module) -> Report:
     attention, _ = _attention(base)
     title = f"{type(base).__name__} ({base.config.model_type}): {state}, {attention} attention, backend {backend}"
     notes = list(base.__dict__.get("_hasten_notes", ()))
-    if (policy := base.__dict__.get("_hasten_memory")) is not None:
+    if (policy := base.__dict__.get(POLICY)) is not None:
         notes.append(f"memory: {policy}")
     return Report(title, rows, tuple(notes))
 

@@ -3,13 +3,13 @@
 from typing import Any
 
 from hasten.errors import OptionError
+from hasten.overlays.base import POLICY
 from hasten.patching.plan import causal_lm_of
 from hasten.training.memory.policy import MemoryPolicy
 from hasten.training.tiling import RECORD as TILED
 
 MODES = (False, True, "offload", "unsloth", "auto")
 RECORD = "_hasten_checkpointing"
-POLICY = "_hasten_memory"
 
 
 def enable(model: Any, mode: bool | str, budget: int | None = None) -> list[str]:
@@ -26,16 +26,17 @@ def enable(model: Any, mode: bool | str, budget: int | None = None) -> list[str]
     before: MemoryPolicy | None = base.__dict__.get(POLICY)
     switch_off(base)
     base.__dict__[RECORD] = mode
+    asked = base.__dict__.get(TILED)
+    tile = next((getattr(m, "tile_rows", None) for m in base.modules() if getattr(m, "tile_rows", None)), None)
+    policy = MemoryPolicy(base, "auto" if mode == "unsloth" else mode, budget, None if asked == "auto" else tile)
+    policy.others = None if before is None else before.others  # by now moments lie beside the weights
     if not mode:
+        base.__dict__[POLICY] = policy  # for its advice
         return ["off, every activation is kept"]
     # Renamed in transformers 5.23; the old name warns there.
     name = "activation_checkpointing_enable"
     switch = getattr(base, name if hasattr(base, name) else "gradient_checkpointing_enable")
     switch({"use_reentrant": False})
-    asked = base.__dict__.get(TILED)
-    tile = next((getattr(m, "tile_rows", None) for m in base.modules() if getattr(m, "tile_rows", None)), None)
-    policy = MemoryPolicy(base, "auto" if mode == "unsloth" else mode, budget, None if asked == "auto" else tile)
-    policy.others = None if before is None else before.others  # by now moments lie beside the weights
     if not policy.take_seats():
         return [
             "each layer is recomputed in the backward (no layer runs under an overlay, so nothing else can be chosen)"

@@ -36,6 +36,8 @@ def test_loss_and_gradients(name: str, way: str, kernels: None, monkeypatch: pyt
     made: list[int] = []
     inner = tiled.make
     monkeypatch.setattr(tiled, "make", lambda flat, *rest: made.append(len(flat)) or inner(flat, *rest))
+    again = tiled.make_again
+    monkeypatch.setattr(tiled, "make_again", lambda flat, *rest: made.append(len(flat)) or again(flat, *rest))
     whole = tiny_model(name, num_hidden_layers=2).to(DEVICE)
     whole = quantize_linears(whole) if way == "nf4" else whole
     apply(whole)

@@ -147,7 +147,7 @@ def test_treatments_trade_device_memory_as_they_say() -> None:
 def test_with_host_and_tiles_the_peak_grows_with_the_stream_alone() -> None:
     shape = ModelShape.of_config(config_of("llama-8b"), 16, "4bit")
     at = [peak(shape, 1, length, Treatment.OFFLOAD, 1024).total for length in (65536, 131072, 196608)]
-    assert at[2] - at[1] == at[1] - at[0]
+    assert abs((at[2] - at[1]) / (at[1] - at[0]) - 1) < 0.01
     wide = peak(shape, 1, 131072, Treatment.OFFLOAD).total
     assert wide - at[1] > 131072 * 14336 * 2  # at least one buffer of the MLP's width is gone
 

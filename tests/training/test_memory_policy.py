@@ -210,12 +210,13 @@ def test_evaluation_and_no_grad_run_plainly() -> None:
 
 
 @pytest.mark.parametrize("mode", [True, "offload", "auto"])
-def test_switching_off_leaves_nothing(mode: Any) -> None:
+def test_switching_off_leaves_only_advice(mode: Any) -> None:
     model = prepared("llama", lora())
     checkpointing.enable(model, mode)
     checkpointing.enable(model, False)
     base = causal_lm_of(model)
-    assert checkpointing.POLICY not in base.__dict__
+    step(model, batch())
+    assert policy_of(model).latest is None and not policy_of(model).host
     assert not any("seat" in name for module in base.modules() for name in module.__dict__)
 
 
@@ -241,3 +242,29 @@ def test_a_budget_needs_auto() -> None:
     assert not LoadOptions("x", memory_budget="8.2GiB").problems()
     with pytest.raises(OptionError, match="use_gradient_checkpointing"):
         checkpointing.enable(prepared("llama", lora()), "Offload")
+
+
+@pytest.mark.parametrize("mode", [False, True, "auto"])
+def test_out_of_memory_in_a_forward_names_the_levers(mode: Any) -> None:
+    model = prepared("llama", lora())
+    checkpointing.enable(model, mode)
+    layer = causal_lm_of(model).model.layers[1]
+    layer.self_attn.register_forward_pre_hook(short_of_memory)
+    with pytest.raises(torch.OutOfMemoryError, match="short") as raised:
+        model(input_ids=batch(4, 200), labels=batch(4, 200))
+    (note,) = raised.value.__notes__
+    assert "4 rows of 200 tokens" in note and "per_device_train_batch_size=2" in note and "MiB less" in note
+
+
+def short_of_memory(*_: Any) -> None:
+    raise torch.OutOfMemoryError("short")
+
+
+def test_and_where_a_layer_is_made_again() -> None:
+    model = prepared("llama", lora())
+    checkpointing.enable(model, True)
+    loss = model(input_ids=batch(4, 200), labels=batch(4, 200)).loss
+    causal_lm_of(model).model.layers[1].self_attn.register_forward_pre_hook(short_of_memory)
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        loss.backward()
+    assert "4 rows of 200 tokens" in raised.value.__notes__[0]

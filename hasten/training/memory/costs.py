@@ -69,7 +69,7 @@ def peak(
     for layer, treatment in layers:
         if (id(layer), treatment) not in known:  # a planner asks for hundreds of peaks of layers that are alike
             known[id(layer), treatment] = (
-                kept(layer, treatment, n, length, e),
+                kept(layer, treatment, n, length, e, tile),
                 forward(layer, treatment, n, length, tile, e),
                 backward(layer, treatment, n, length, tile, e),
             )

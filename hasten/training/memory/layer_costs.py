@@ -30,19 +30,22 @@ class Kept:
 # What a layer keeps
 
 
-def kept(layer: LayerShape, treatment: Treatment, tokens: int, length: int, itemsize: int) -> Kept:
-    """What `layer` keeps of `tokens`, in rows of `length`, under `treatment`."""
+def kept(
+    layer: LayerShape, treatment: Treatment, tokens: int, length: int, itemsize: int, tile: int | None = None
+) -> Kept:
+    """What `layer` keeps of `tokens`, in rows of `length`, under `treatment`. An MLP in tiles keeps x A^T of its last product."""
+    always = 0 if tile is None or treatment is Treatment.KEEP else tokens * layer.down[0].rank * itemsize
     if treatment in (Treatment.RECOMPUTE, Treatment.OFFLOAD):
         size = tokens * layer.hidden * itemsize
     else:
         size = _attention_kept(layer, tokens, length, itemsize) + _mlp_input(layer, tokens, itemsize)
         size += _mlp_kept(layer, tokens, itemsize) if treatment is Treatment.KEEP else 0
     if treatment is Treatment.OFFLOAD:
-        return Kept(0, size)
+        return Kept(always, size)
     if treatment is Treatment.HOST:  # what has a row a token goes
         stays = _adapters(layer.qkv, 0, itemsize) + _adapters(layer.o, 0, itemsize) + tokens * 2 * STATISTICS
-        return Kept(stays, size - stays)
-    return Kept(size)
+        return Kept(stays + always, size - stays)
+    return Kept(size + always)
 
 
 def _width(layer: LayerShape, e: int) -> int:

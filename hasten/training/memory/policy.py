@@ -18,17 +18,19 @@ import psutil
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from hasten.amounts import written
 from hasten.overlays import LayerOverlay, MLPOverlay
 from hasten.overlays.layer import SEAT
 from hasten.training.memory import link
-from hasten.training.memory.costs import ModelShape
+from hasten.training.memory.costs import ModelShape, with_tile
+from hasten.training.memory.levers import Settings, advice, levers
 from hasten.training.memory.offload import HostMemory, Parcel
 from hasten.training.memory.plan import LayerPlan, plan_layers, uniform
 from hasten.training.memory.treatment import Treatment
 
 logger = logging.getLogger(__name__)
 
-ALIKE = {True: Treatment.RECOMPUTE, "offload": Treatment.OFFLOAD}
+ALIKE = {False: Treatment.KEEP, True: Treatment.RECOMPUTE, "offload": Treatment.OFFLOAD}
 """Modes under which every layer is treated alike."""
 MARGIN = 0.01
 """Of a budget, what a plan leaves alone: how far predictions may be off."""
@@ -51,24 +53,28 @@ class Seat:
 
 @dataclass
 class MemoryPolicy:
-    """mode: True, "offload" or "auto". budget: bytes on the device that the whole process may take, None = what is free when a
-    plan is made. tile: rows at a time of MLPs that the user asked to be tiled, None = the plan chooses."""
+    """mode: False (then only for its advice), True, "offload" or "auto". budget: bytes on the device that the whole process may take, None = what is free when a
+    plan is made. tile: rows at a time of MLPs that the user asked to be tiled, None = the plan chooses. rows: of the last batch, and
+    their length."""
 
     model: Any
     mode: bool | str
     budget: int | None = None
     tile: int | None = None
-    layers: list[LayerOverlay] = field(default_factory=list)
+    layers: list[LayerOverlay] = field(init=False)
     plans: dict[tuple[int, int], LayerPlan] = field(default_factory=dict)
     latest: LayerPlan | None = None
     others: int | None = None
+    rows: tuple[int, int] | None = None
     host: dict[torch.device, HostMemory] = field(default_factory=dict)
     leaving: Parcel | None = None
     before: weakref.ref[Parcel] | None = None
 
+    def __post_init__(self) -> None:
+        self.layers = [module for module in self.model.modules() if isinstance(module, LayerOverlay)]
+
     def take_seats(self) -> int:
         """Puts a seat on every layer under an overlay. Returns how many there are."""
-        self.layers = [module for module in self.model.modules() if isinstance(module, LayerOverlay)]
         for index, layer in enumerate(self.layers):
             layer.__dict__[SEAT] = Seat(self, index)
         return len(self.layers)
@@ -118,13 +124,17 @@ class MemoryPolicy:
     def _with_tile(self, layer: Any, tile: int | None, function: Callable[..., Any], *args: Any) -> Any:
         """The layer with its MLP in tiles; also when it is recomputed, whatever the plan says by then."""
         mlp = layer.mlp
-        if not isinstance(mlp, MLPOverlay):
-            return function(*args)
-        before, mlp.tile_rows = mlp.tile_rows, tile
+        before = getattr(mlp, "tile_rows", None)
+        if isinstance(mlp, MLPOverlay):
+            mlp.tile_rows = tile
         try:
             return function(*args)
+        except torch.OutOfMemoryError as error:
+            self.explain(error)
+            raise
         finally:
-            mlp.tile_rows = before
+            if isinstance(mlp, MLPOverlay):
+                mlp.tile_rows = before
 
     def _parcel(self, hidden: torch.Tensor, function: Any) -> Parcel:
         memory = self.host.get(hidden.device)
@@ -180,7 +190,20 @@ class MemoryPolicy:
         gradients = sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
         return max(0, torch.cuda.memory_allocated(device) - shape.weights - gradients)
 
+    def explain(self, error: torch.OutOfMemoryError) -> None:
+        """Adds to an out-of-memory error what the step was and which changes would make room, each with its GiB."""
+        if self.rows is None or not self.layers or getattr(error, "__notes__", ()):
+            return
+        batch, length = self.rows
+        plan = self.plan(batch, length)
+        shape = ModelShape.of_model(self.model, _compute_dtype(next(self.layers[0].parameters()).device))
+        found = levers(shape, Settings(batch, length, with_tile(plan.treatments, self.tile), plan.tile))
+        said = f"This step had {batch} rows of {length} tokens; {written(plan.peak.total)} were predicted at its peak ({plan})."
+        error.add_note(f"{said}\n{advice(found)}")
+
     def __str__(self) -> str:
+        if not self.mode:
+            return "every layer keeps what is dear to make again"
         if self.latest is None:
             return "planned at the first step"
         plan = self.latest

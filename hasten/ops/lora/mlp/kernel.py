@@ -14,7 +14,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from hasten.ops.glu.kernel import glu_bwd, glu_fwd
-from hasten.ops.lora.joint import parameter_gradients, parameters, widths
+from hasten.ops.lora.joint import adapters, parameter_gradients, parameters, widths
 from hasten.ops.lora.kernel import Kept, input_gradient, low_rank, needs_input, project, thin_gradients
 from hasten.ops.rows import flat_rows
 
@@ -42,6 +42,15 @@ def make(flat: torch.Tensor, linears: Sequence[LoraLinear], activation: str) -> 
     gu = project(flat, linears[:2], xa, b)
     product = glu_fwd(*gu.chunk(2, dim=1), activation)
     return product, Made(xa, a, b, gu, *low_rank(product, linears[2:]))
+
+
+def make_again(flat: torch.Tensor, linears: Sequence[LoraLinear], pa: torch.Tensor | None) -> Made:
+    """What `make` made of the same rows, without the product: pa is at hand."""
+    xa, a, b = low_rank(flat, linears[:2])
+    found = adapters(linears[2:], flat.dtype)
+    return Made(
+        xa, a, b, project(flat, linears[:2], xa, b), pa, *((None, None) if found is None else (found.a, found.b))
+    )
 
 
 def back_to_gate_and_up(

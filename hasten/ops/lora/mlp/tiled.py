@@ -3,12 +3,14 @@
 Two Functions, as in `mlp.kernel`, but the first one computes nothing: it keeps the input and has the whole backward, which makes
 gate and up again tile by tile. The second one runs the forward, keeps nothing, and comes last. So a layer that is
 recomputed does not run the MLP's forward again before the backward does. Weights are made dense once for all tiles.
+What the second one leaves to the first, past autograd, is product @ A.T of down's LoRA: R numbers a row, which spare the
+backward an activation and a product as wide as the MLP.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from hasten.ops.lora import DenseWeight, LoraLinear
 from hasten.ops.lora.joint import blocks_of, parameters, weight_of, widths
 from hasten.ops.lora.kernel import Kept, input_gradient, needs_input, project, thin_gradients
-from hasten.ops.lora.mlp.kernel import back_to_gate_and_up, make, thread_of
+from hasten.ops.lora.mlp.kernel import back_to_gate_and_up, make, make_again, thread_of
 from hasten.ops.precision import add_product, at_least_fp32
 from hasten.ops.rows import flat_rows
 
@@ -74,73 +76,80 @@ def _added(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
     return at_least_fp32(part).clone() if total is None else total.add_(part)
 
 
+@dataclass
+class Run:
+    """One run of the op. pas: product @ A.T of down's LoRA, tile by tile, once the forward has run."""
+
+    linears: tuple[LoraLinear, ...]
+    activation: str
+    tile: int
+    pas: list[torch.Tensor | None] = field(default_factory=list)
+
+    def dense(self, dtype: torch.dtype) -> tuple[LoraLinear, ...]:
+        """The linears over dense weights."""
+        return (*dense_once(self.linears[:2], dtype), *dense_once(self.linears[2:], dtype))
+
+
 class TiledBackwardFunction(torch.autograd.Function):
     """A thread that leads the output's gradient here, where every gradient but the residual's is made."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, made_from: Any, linears: Any, activation: str, tile: int, *_: Any
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, made_from: Any, run: Run, *_: Any) -> torch.Tensor:
         flat = flat_rows(x)
         ctx.save_for_backward(*Kept.tensors(flat, made_from, needed=True))
-        ctx.linears, ctx.rule, ctx.activation, ctx.tile = linears, Kept.rule(made_from), activation, tile
-        ctx.shape = x.shape
-        return thread_of(flat, linears)
+        ctx.run, ctx.rule, ctx.shape = run, Kept.rule(made_from), x.shape
+        return thread_of(flat, run.linears)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         source, norm_weight = ctx.saved_tensors
         dy, source = flat_rows(grad), flat_rows(source)
-        both, down = ctx.linears[:2], ctx.linears[2:]
-        dense = (*dense_once(both, dy.dtype), *dense_once(down, dy.dtype))
+        run: Run = ctx.run
+        both, down, dense = run.linears[:2], run.linears[2:], run.dense(dy.dtype)
         of_both, of_down = GradientSums(both), GradientSums(down)
         dx = dy.new_empty(len(dy), ctx.shape[-1]) if ctx.needs_input_grad[0] else None
 
         # A function, so that a tile's buffers are gone before the next one's are made.
-        def one_tile(rows: slice) -> None:
+        def one_tile(rows: slice, pa: torch.Tensor | None) -> None:
             flat = Kept.rows(source[rows], norm_weight, ctx.rule, dy.dtype)
             assert flat is not None
-            made = make(flat, dense, ctx.activation)[1]
-            of_down.add(dy[rows], *back_to_gate_and_up(dy[rows], made, dense[2:], ctx.activation, needs_input(down)))
+            made = make_again(flat, dense, pa)
+            of_down.add(dy[rows], *back_to_gate_and_up(dy[rows], made, dense[2:], run.activation, needs_input(down)))
             d_gu = made.gu
             d_xa, d_b = thin_gradients(both, d_gu, made.xa, made.b)
             if dx is not None:
                 input_gradient(d_gu, dense[:2], d_xa, made.a, dx[rows])
             of_both.add(d_gu, flat, d_xa, d_b)
 
-        for rows in tiles(len(dy), ctx.tile):
-            one_tile(rows)
-        gradients = (*of_both.rounded(), *of_down.rounded())
-        return None if dx is None else dx.view(ctx.shape), None, None, None, None, *gradients
+        for rows, pa in zip(tiles(len(dy), run.tile), run.pas, strict=True):
+            one_tile(rows, pa)
+        return None if dx is None else dx.view(ctx.shape), None, None, *of_both.rounded(), *of_down.rounded()
 
 
 class TiledForwardFunction(torch.autograd.Function):
     """The output's rows. x_NE comes without gradient: all gradients but the residual's are made behind `thread`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, thread: torch.Tensor, x_NE: torch.Tensor, residual: Any, linears: Any, activation: str, tile: int
-    ) -> torch.Tensor:
+    def forward(ctx: Any, thread: torch.Tensor, x_NE: torch.Tensor, residual: Any, run: Run) -> torch.Tensor:
         ctx.shape = None if residual is None else residual.shape
         base = None if residual is None else flat_rows(residual)
-        dense = (*dense_once(linears[:2], x_NE.dtype), *dense_once(linears[2:], x_NE.dtype))
-        out = x_NE.new_empty(thread.shape)
+        dense, out = run.dense(x_NE.dtype), x_NE.new_empty(thread.shape)
 
-        def one_tile(rows: slice) -> None:
-            product, made = make(x_NE[rows], dense, activation)
+        def one_tile(rows: slice) -> torch.Tensor | None:
+            product, made = make(x_NE[rows], dense, run.activation)
             pa, b = made.pa, made.b_down
             del made  # gate and up
             project(product, dense[2:], pa, b, None if base is None else base[rows], out[rows])
+            return pa
 
-        for rows in tiles(len(x_NE), tile):
-            one_tile(rows)
+        run.pas = [one_tile(rows) for rows in tiles(len(x_NE), run.tile)]
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
-        return dy, None, None if ctx.shape is None else dy.view(ctx.shape), None, None, None
+        return dy, None, None if ctx.shape is None else dy.view(ctx.shape), None
 
 
 def lora_mlp(
@@ -151,8 +160,7 @@ def lora_mlp(
     made_from: NormInput | None,
     tile: int,
 ) -> torch.Tensor:
-    linears = tuple(linears)
-    thread = TiledBackwardFunction.apply(x, made_from, linears, activation, tile, *parameters(linears))
-    rows = flat_rows(x.detach())
-    out: torch.Tensor = TiledForwardFunction.apply(thread, rows, residual, linears, activation, tile)  # pyright: ignore[reportAssignmentType]
+    run = Run(tuple(linears), activation, tile)
+    thread = TiledBackwardFunction.apply(x, made_from, run, *parameters(run.linears))
+    out: torch.Tensor = TiledForwardFunction.apply(thread, flat_rows(x.detach()), residual, run)  # pyright: ignore[reportAssignmentType]
     return out.view(*x.shape[:-1], out.shape[-1])
