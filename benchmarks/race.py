@@ -153,7 +153,8 @@ FIGURES = ("ms", "min_ms", "max_ms", "peak_gib", "reserved_gib")
 
 
 def with_parity(rows: Sequence[Mapping[str, Any]], bound: float = PARITY) -> list[dict[str, Any]]:
-    """The rows of one job and mode with what their losses say: {"against", "worst", "step", "ok"}; a failed row loses its figures.
+    """The rows of one job and mode with what their losses say: {"against", "worst", "step", "ok"}; a failed row's figures
+    move to "unchecked", where no table takes them for a comparison.
 
     All are compared with transformers, or where it did not come through, hasten with the first peer that did. A row alone has
     "against" None. Every step is compared that both have taken.
@@ -176,8 +177,7 @@ def with_parity(rows: Sequence[Mapping[str, Any]], bound: float = PARITY) -> lis
         row["parity"]["gradients"] = _apart(row.get("gradients", []), other.get("gradients", []))
         row["parity"]["ok"] &= row["parity"]["gradients"] is None or row["parity"]["gradients"] <= GRADIENTS
         if not row["parity"]["ok"]:
-            for name in FIGURES:
-                row.pop(name, None)
+            row["unchecked"] = {name: row.pop(name) for name in FIGURES if name in row}
     for row in checked:
         row.pop("gradients", None)
     return checked

@@ -64,9 +64,14 @@ def _figure(row: Mapping[str, Any]) -> str:
         return f"fails: {row['error'].splitlines()[0][:60]}"
     if "ms" not in row:
         parity = row["parity"]
+        all_the_same = _measured(row["unchecked"]) + "; " if row.get("unchecked") else ""
         if (parity.get("gradients") or 0) > GRADIENTS:
-            return f"gradients {parity['gradients']:.1%} from {VARIANTS[parity['against']]}"
-        return f"losses {parity['worst']:.1e} from {VARIANTS[parity['against']]} at step {parity['step']}"
+            return f"{all_the_same}gradients {parity['gradients']:.1%} from {VARIANTS[parity['against']]}"
+        return f"{all_the_same}losses {parity['worst']:.1e} from {VARIANTS[parity['against']]} at step {parity['step']}"
+    return _measured(row)
+
+
+def _measured(row: Mapping[str, Any]) -> str:
     return f"{row['ms']:.0f} ms, {row['peak_gib']:.1f} GiB"
 
 
