@@ -41,6 +41,9 @@ def test_the_page_shows_what_is_predicted_now() -> None:
     assert page(text) == text, "run: python -m benchmarks.predicted"
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="counts bytes in Triton's interpreter; a GPU's own are in the benchmarks"
+)
 @pytest.mark.parametrize(
     ("family", "rank", "mode", "tile"),
     [

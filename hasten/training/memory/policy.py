@@ -164,7 +164,8 @@ class MemoryPolicy:
         device = next(self.layers[0].parameters()).device
         shape = ModelShape.of_model(self.model, _compute_dtype(device))
         if self.others is None:
-            self.others = self._others(shape, device)
+            stream = batch * length * shape.hidden * shape.itemsize  # which is there by now, and in the plan
+            self.others = max(0, self._others(shape, device) - stream)
         treatment = ALIKE.get(self.mode)
         if treatment is not None:
             return uniform(shape, batch, length, treatment, self.tile)
