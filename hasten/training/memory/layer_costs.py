@@ -165,10 +165,14 @@ def _weights(layer: LayerShape, e: int) -> int:
 
 
 def _attention_backward(layer: LayerShape, n: int, length: int, e: int) -> int:
-    """Beyond what the half keeps and the stream's gradient: gradients of attention's output and of q, k, v; torch's kernel
-    sums dq in fp32; then, what attention kept being gone, both buffers of the projection and its input's gradient."""
+    """Beyond what the half keeps and the stream's gradient: gradients of attention's output and of q, k, v; cuDNN sums dq in fp32
+    and makes dk and dv for every head of the queries, where several share a key's; then, what attention kept being gone, both
+    buffers of the projection and its input's gradient."""
     q, qkv = n * layer.queries, n * (layer.queries + 2 * layer.keys)
-    attending = (q + qkv) * e + (q * FP32 if layer.sdpa(length) else n * layer.heads * FP32)
+    attending = (q + qkv) * e + n * layer.heads * FP32
+    if layer.sdpa(length):
+        shares = 2 * q * e if layer.keys != layer.queries else 0
+        attending += q * FP32 + shares
     if layer.scores:
         attending += 2 * n * length * layer.heads * SCORE
     projecting = (2 * qkv + 2 * n * layer.hidden) * e + _copy(layer.qkv, e) - (q + qkv) * e
