@@ -25,10 +25,10 @@ from benchmarks.train_step import DEVICE, LEARNING_RATE, forget_peaks, peaks, wa
 from benchmarks.variants import build
 
 WAYS: dict[str, tuple[str, int | None]] = {
-    "padded": ("batches of 16, padded on the right to the longest", None),
-    "padding-free": ("batches of 16, one behind the other", None),
-    "packed-2048": ("packed to 2,048 tokens", 2048),
+    "padded": ("batches of 64, padded on the right to the longest", None),
+    "padding-free": ("batches of 64, one behind the other", None),
     "packed-4096": ("packed to 4,096 tokens", 4096),
+    "packed-16384": ("packed to 16,384 tokens", 16384),
 }
 """Way -> (in words, tokens of a packed row)."""
 PARITY = 2e-3
@@ -44,8 +44,8 @@ class Setting:
     sigma: float = 0.6
     shortest: int = 16
     longest: int = 1024
-    rows: int = 128
-    batch: int = 16
+    rows: int = 256
+    batch: int = 64
     steps: int = 3
     rounds: int = 5
     seed: int = 11

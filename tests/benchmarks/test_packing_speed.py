@@ -54,7 +54,7 @@ def test_a_way_whose_loss_is_off_has_no_figures(tmp_path: Path, monkeypatch: pyt
 
     def mixed(rows: packing_speed.Rows, way: str, setting: Setting) -> list[packing_speed.Batch]:
         made = plain(rows, way, setting)
-        if way == "packed-2048":
+        if way == "packed-16384":
             for batch in made:
                 batch["labels"] = batch["labels"].roll(3)
         return made
@@ -62,5 +62,5 @@ def test_a_way_whose_loss_is_off_has_no_figures(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(packing_speed, "batches", mixed)
     found = packing_speed.measure(SMALL, tmp_path)
     told = {row["way"]: "ms" in row for row in found["ways"]}
-    assert told == {way: way != "packed-2048" for way in WAYS}
-    assert ["PARITY FAILED" in line for line in packing_speed.say(found)] == [way == "packed-2048" for way in WAYS]
+    assert told == {way: way != "packed-16384" for way in WAYS}
+    assert ["PARITY FAILED" in line for line in packing_speed.say(found)] == [way == "packed-16384" for way in WAYS]
