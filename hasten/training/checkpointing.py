@@ -47,6 +47,11 @@ def enable(model: Any, mode: bool | str, budget: int | None = None) -> list[str]
         return ["each layer is recomputed in the backward"]
     if mode == "offload":
         return ["each layer is recomputed in the backward from its input, which waits in host memory"]
+    if len(policy.devices()) > 1:
+        return [
+            f'"{mode}" plans for one device and the layers lie on {len(policy.devices())}: each is recomputed in the backward '
+            "from its input, which waits in host memory"
+        ]
     limit = "what is free" if budget is None else f"{budget / 2**30:.1f} GiB"
     return [f'"{mode}" plans what each layer keeps, within {limit}']
 

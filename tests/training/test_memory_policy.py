@@ -148,7 +148,8 @@ def test_memory_goes_round_and_does_not_grow() -> None:
 
 def held_now(policy: MemoryPolicy) -> int:
     """Bytes of the last parcel, which the policy itself holds until the next layer runs."""
-    return 0 if policy.leaving is None else sum(len(c.chunks) for c in policy.leaving.contents.values()) * offload.CHUNK
+    contents = [content for parcel in policy.leaving.values() for content in parcel.contents.values()]
+    return sum(len(content.chunks) for content in contents) * offload.CHUNK
 
 
 def test_a_graph_that_is_thrown_away_gives_its_memory_back() -> None:

@@ -7,6 +7,7 @@ so the peak does not depend on how far the host runs ahead. (torch's `save_on_cp
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -42,13 +43,11 @@ class HostMemory:
 
     def take(self, size: int) -> list[_Chunk]:
         """Chunks for `size` bytes."""
-        found = []
-        for _ in range(-(-size // CHUNK)):
-            if not self.free:
-                self.free.append(_Chunk(torch.empty(CHUNK, dtype=torch.uint8, pin_memory=self.out is not None)))
-                self.taken += CHUNK
-            found.append(self.free.pop())
-        return found
+        count = -(-size // CHUNK)
+        while len(self.free) < count:  # before any is taken, so that none is lost where the host has no more
+            self.free.append(_Chunk(torch.empty(CHUNK, dtype=torch.uint8, pin_memory=self.out is not None)))
+            self.taken += CHUNK
+        return [self.free.pop() for _ in range(count)]
 
     def send(self, source: torch.Tensor, chunks: list[_Chunk]) -> torch.cuda.Event | None:
         """Copies the bytes (1-D uint8, on the device) into chunks, after what the main stream was given so far."""
@@ -80,6 +79,12 @@ class HostMemory:
         """What the main stream is given from here on comes after `event`."""
         if event is not None:
             torch.cuda.current_stream(self.device).wait_event(event)
+
+    def outlive(self, tensor: torch.Tensor | None) -> None:
+        """The device memory of `tensor` is not reused before the side streams have done what they were given so far."""
+        for stream in (self.out, self.back):
+            if tensor is not None and stream is not None:
+                tensor.record_stream(stream)
 
 
 def _copy(device_bytes: torch.Tensor, chunks: Iterable[_Chunk], back: bool = False) -> None:
@@ -140,10 +145,10 @@ class Parcel:
 
     def _takes(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor has a row a token, is the layer's own and worth a copy."""
-        if isinstance(tensor, nn.Parameter) or tensor.device != self.memory.device or tensor.layout != torch.strided:
+        if tensor.device != self.memory.device or tensor.layout != torch.strided or tensor.dim() < 2:
             return False
         storage = tensor.untyped_storage()
-        if storage.nbytes() < SMALLEST or storage.data_ptr() in self.shared or tensor.dim() < 2:
+        if storage.nbytes() < SMALLEST or storage.data_ptr() in self.shared or _is_weight(tensor):
             return False
         batch, length = self.rows
         return tensor.shape[0] == batch * length or (tensor.shape[0] == batch and length in tensor.shape[1:])
@@ -173,8 +178,8 @@ class Parcel:
         """Starts the way back of all that is not here."""
         for content in self.contents.values():
             if content.here is None and content.wanted:
-                if content.leaving is not None:  # the last layer's, which never had to go
-                    content.here, content.leaving = content.leaving, None
+                if content.leaving is not None:  # the last layer's, which never had to go; its copy may still be read
+                    content.here, content.leaving, content.ready = content.leaving, None, content.sent
                     continue
                 content.here = torch.empty(content.size, dtype=torch.uint8, device=self.memory.device)
                 content.ready = self.memory.fetch(content.chunks, content.here)
@@ -202,7 +207,17 @@ class Parcel:
         return tensor
 
     def __del__(self) -> None:
+        """Gives the host memory back. A copy that nobody waited for must not outlive the device's; which stream, thread or
+        garbage collection this runs in is unknown, so it is the allocator that waits."""
+        if sys.is_finalizing():
+            return
         for content in self.contents.values():
-            self.memory.wait(content.sent if content.leaving is not None else None)
-            self.memory.wait(content.ready)  # a copy nobody waited for must not outlive its memory
+            self.memory.outlive(content.leaving)
+            if content.ready is not None:
+                self.memory.outlive(content.here)
             self.memory.free += content.chunks
+
+
+def _is_weight(tensor: torch.Tensor) -> bool:
+    """Whether a parameter's memory is meant; hooks see a parameter as a view of itself."""
+    return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)

@@ -19,13 +19,15 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from hasten.amounts import written
+from hasten.errors import CheckpointError
 from hasten.overlays import LayerOverlay, MLPOverlay
 from hasten.overlays.layer import SEAT
 from hasten.training.memory import link
-from hasten.training.memory.costs import ModelShape, with_tile
+from hasten.training.memory.costs import ModelShape, Peak, with_tile
 from hasten.training.memory.levers import Settings, advice, levers
 from hasten.training.memory.offload import HostMemory, Parcel
 from hasten.training.memory.plan import LayerPlan, plan_layers, uniform
+from hasten.training.memory.situation import Situation, coarse, compute_dtype, processes_here
 from hasten.training.memory.treatment import Treatment
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,12 @@ MARGIN = 0.01
 ALLOCATOR = 0.05
 """Of all memory, what is left to the allocator's fragments where no budget was given."""
 PINNED = 0.6
-"""Of the host memory that is free, what may be pinned."""
+"""Of the host memory that is free, what the processes of this machine may pin together."""
+UNKNOWN = Peak("unknown", 0, 0, 0, 0, 0)
+EXACT = 16
+"""So many plans are made for the very shapes that come; where shapes go on changing, lengths are rounded up to `coarse` ones."""
+MOST = 256
+"""Plans that are remembered."""
 
 
 @dataclass(frozen=True)
@@ -53,22 +60,23 @@ class Seat:
 
 @dataclass
 class MemoryPolicy:
-    """mode: False (then only for its advice), True, "offload" or "auto". budget: bytes on the device that the whole process may take, None = what is free when a
-    plan is made. tile: rows at a time of MLPs that the user asked to be tiled, None = the plan chooses. rows: of the last batch, and
-    their length."""
+    """mode: False (then only for its advice), True, "offload" or "auto". budget: bytes on the device that the whole process may
+    take, None = what is free when a plan is made. tile: rows at a time of MLPs that the user asked to be tiled, None = the plan
+    chooses. rows: of the last batch, and their length. leaving: on each device, what the layer before sent off. before: on each,
+    the last parcel of the forward that runs."""
 
     model: Any
     mode: bool | str
     budget: int | None = None
     tile: int | None = None
     layers: list[LayerOverlay] = field(init=False)
-    plans: dict[tuple[int, int], LayerPlan] = field(default_factory=dict)
+    plans: dict[tuple[int, int, Situation], LayerPlan] = field(default_factory=dict)
     latest: LayerPlan | None = None
     others: int | None = None
     rows: tuple[int, int] | None = None
     host: dict[torch.device, HostMemory] = field(default_factory=dict)
-    leaving: Parcel | None = None
-    before: weakref.ref[Parcel] | None = None
+    leaving: dict[torch.device, Parcel] = field(default_factory=dict)
+    before: dict[torch.device, weakref.ref[Parcel]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.layers = [module for module in self.model.modules() if isinstance(module, LayerOverlay)]
@@ -91,8 +99,8 @@ class MemoryPolicy:
             "latest": None,
             "others": None,
             "host": {},
-            "leaving": None,
-            "before": None,
+            "leaving": {},
+            "before": {},
         }
 
     # A step
@@ -103,7 +111,9 @@ class MemoryPolicy:
         if not torch.is_grad_enabled():
             return function(*args)
         if index == 0 or self.latest is None:
-            self.latest, self.before = self.plan(hidden.shape[0], hidden.shape[1]), None
+            self._leave(hidden.device)
+            self.before.pop(hidden.device, None)
+            self.latest = self.plan(hidden.shape[0], hidden.shape[1])
         treatment, tile = self.latest.treatments[index], self.latest.tile
         if treatment is Treatment.KEEP and self.tile is None:
             tile = None
@@ -114,12 +124,16 @@ class MemoryPolicy:
         parcel = self._parcel(hidden, function) if waits else None
         with contextlib.nullcontext() if parcel is None else parcel.hooks():
             out = run(*args)
-        if self.leaving is not None:
-            self.leaving.leave()
-        self.leaving = parcel
+        self._leave(hidden.device)
         if parcel is not None:
-            self.before = weakref.ref(parcel)
+            self.leaving[hidden.device] = parcel
+            self.before[hidden.device] = weakref.ref(parcel)
         return out
+
+    def _leave(self, device: torch.device) -> None:
+        parcel = self.leaving.pop(device, None)
+        if parcel is not None:
+            parcel.leave()
 
     def _with_tile(self, layer: Any, tile: int | None, function: Callable[..., Any], *args: Any) -> Any:
         """The layer with its MLP in tiles; also when it is recomputed, whatever the plan says by then."""
@@ -141,15 +155,20 @@ class MemoryPolicy:
         if memory is None:
             memory = self.host[hidden.device] = HostMemory(hidden.device)
         shared = frozenset(t.untyped_storage().data_ptr() for t in _tensors(getattr(function, "keywords", {})))
-        return Parcel(memory, (hidden.shape[0], hidden.shape[1]), shared, self.before)
+        return Parcel(memory, (hidden.shape[0], hidden.shape[1]), shared, self.before.get(hidden.device))
 
     # The plan
 
     def plan(self, batch: int, length: int) -> LayerPlan:
-        """The plan for rows of this shape, made once for each."""
-        found = self.plans.get((batch, length))
+        """The plan for rows of this shape, made once for each, or for shapes that are nearly alike where there are many."""
+        now = Situation.of(self.layers)
+        if (batch, length, now) not in self.plans and len(self.plans) >= EXACT:
+            length = coarse(length)
+        found = self.plans.get((batch, length, now))
         if found is None:
-            found = self.plans[batch, length] = self._new_plan(batch, length)
+            found = self.plans[batch, length, now] = self._new_plan(batch, length)
+            if len(self.plans) > MOST:
+                del self.plans[next(iter(self.plans))]
             if not found.fits:
                 gib = found.peak.total / 2**30
                 logger.warning(
@@ -161,19 +180,36 @@ class MemoryPolicy:
         return found
 
     def _new_plan(self, batch: int, length: int) -> LayerPlan:
-        device = next(self.layers[0].parameters()).device
-        shape = ModelShape.of_model(self.model, _compute_dtype(device))
+        device, devices = next(self.layers[0].parameters()).device, self.devices()
+        treatment = ALIKE.get(self.mode, Treatment.OFFLOAD if len(devices) > 1 else None)
+        shape = self._shape()
+        if shape is None:
+            return LayerPlan((treatment or Treatment.OFFLOAD,) * len(self.layers), self.tile, UNKNOWN)
         if self.others is None:
             stream = batch * length * shape.hidden * shape.itemsize  # which is there by now, and in the plan
             self.others = max(0, self._others(shape, device) - stream)
-        treatment = ALIKE.get(self.mode)
         if treatment is not None:
             return uniform(shape, batch, length, treatment, self.tile)
         budget = int(self._all_memory(device) * (1 - MARGIN)) - self.others
         tiled = all(isinstance(layer.mlp, MLPOverlay) and not _drops(layer.mlp) for layer in self.layers)
         tiles = (None,) if not tiled else () if self.tile is None else (self.tile,)
-        room = int(psutil.virtual_memory().available * PINNED) + sum(one.taken for one in self.host.values())
-        return plan_layers(shape, batch, length, budget, link.measure(device), tiles, room)
+        room = int(psutil.virtual_memory().available * PINNED / processes_here())
+        room += sum(one.taken for one in self.host.values())
+        accumulates = Situation.of(self.layers).accumulates
+        return plan_layers(shape, batch, length, budget, link.measure(device), tiles, room, accumulates)
+
+    def devices(self) -> set[torch.device]:
+        """Where the layers are. Over several devices no plan is made, and every layer is treated as leanly as can be."""
+        return {next(layer.parameters()).device for layer in self.layers}
+
+    def _shape(self) -> ModelShape | None:
+        """None for a model that the formulas do not know: an MLP of the user's own, say."""
+        try:
+            return ModelShape.of_model(self.model, compute_dtype(next(self.layers[0].parameters()).device))
+        except CheckpointError as error:
+            if self.mode == "auto" and not self.plans:
+                logger.warning("no plan can be made: %s", error)
+            return None
 
     def _all_memory(self, device: torch.device) -> int:
         """Bytes that this process may take of the device."""
@@ -196,8 +232,9 @@ class MemoryPolicy:
         if self.rows is None or not self.layers or getattr(error, "__notes__", ()):
             return
         batch, length = self.rows
-        plan = self.plan(batch, length)
-        shape = ModelShape.of_model(self.model, _compute_dtype(next(self.layers[0].parameters()).device))
+        plan, shape = self.plan(batch, length), self._shape()
+        if shape is None:
+            return
         found = levers(shape, Settings(batch, length, with_tile(plan.treatments, self.tile), plan.tile))
         said = f"This step had {batch} rows of {length} tokens; {written(plan.peak.total)} were predicted at its peak ({plan})."
         error.add_note(f"{said}\n{advice(found)}")
@@ -208,6 +245,8 @@ class MemoryPolicy:
         if self.latest is None:
             return "planned at the first step"
         plan = self.latest
+        if plan.peak is UNKNOWN:
+            return str(plan)
         return f"{plan} (predicted peak {plan.peak.total / 2**30:.1f} GiB, at the {plan.peak.when})"
 
 
@@ -225,7 +264,3 @@ def _tensors(tree: Any) -> Iterator[torch.Tensor]:
     elif isinstance(tree, (list, tuple)):
         for value in tree:
             yield from _tensors(value)
-
-
-def _compute_dtype(device: torch.device) -> torch.dtype | None:
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
