@@ -1,0 +1,275 @@
+"""The memory policy of a model that changes between steps, or during one; and of shapes that go on changing."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from test_memory_policy import batch, fix_plan, policy_of, prepared, step
+from training_kit import gradients_apart, gradients_of, lora
+
+from hasten.patching.plan import causal_lm_of
+from hasten.training import checkpointing
+from hasten.training.memory import offload, policy
+from hasten.training.memory.costs import ModelShape, peak
+from hasten.training.memory.offload import HostMemory, Parcel
+from hasten.training.memory.situation import coarse, processes_here
+from hasten.training.memory.treatment import Treatment
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="a CPU has no streams")
+
+
+@pytest.fixture(autouse=True)
+def _everything_travels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "SMALLEST", 1)
+    monkeypatch.setattr(offload, "CHUNK", 4096)
+
+
+def planned(**changes: Any) -> Any:
+    model = prepared("llama", lora(), **changes)
+    checkpointing.enable(model, "auto")
+    return model
+
+
+def test_coarse_lengths_are_few_and_near() -> None:
+    for length in range(1, 20_000):
+        assert length <= coarse(length) <= length * (1 + 1 / 16)
+        assert length <= 1024 or coarse(length) % 64 == 0
+    assert len({coarse(length) for length in range(2049, 4097)}) == 16
+    assert coarse(4096) == 4096 and coarse(160_000) == 163_840
+
+
+def test_many_shapes_need_few_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = planned()
+    made: list[tuple[int, int]] = []
+    plan = policy_of(model).plan(1, 8)
+    object.__setattr__(policy_of(model), "_new_plan", lambda rows, length: made.append((rows, length)) or plan)
+    for length in range(4097, 8193):
+        assert policy_of(model).plan(2, length) is plan
+    assert made[: policy.EXACT - 1] == [(2, length) for length in range(4097, 4096 + policy.EXACT)]
+    assert len(made) <= policy.EXACT + 16
+    monkeypatch.setattr(policy, "MOST", 40)
+    for rows in range(3, 100):
+        policy_of(model).plan(rows, 64)
+    assert len(policy_of(model).plans) == 40
+
+
+def test_a_plan_is_made_anew_for_another_adapter_or_dtype() -> None:
+    model = planned()
+    step(model, batch())
+    model.zero_grad()
+    known = len(policy_of(model).plans)
+    step(model, batch())
+    model.zero_grad()
+    assert len(policy_of(model).plans) == known
+    model.add_adapter("wider", lora(r=16))
+    model.set_adapter("wider")
+    model.to(DEVICE)
+    step(model, batch())
+    model.zero_grad()
+    assert len(policy_of(model).plans) == known + 1
+    with torch.autocast(DEVICE, torch.bfloat16):
+        model(input_ids=batch(), labels=batch())
+    assert len(policy_of(model).plans) == known + 2
+
+
+def test_gradients_of_a_step_before_take_part_in_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All weights train; the budget is enough for a first batch that keeps everything and not for a second one."""
+    model = prepared("llama", None, num_hidden_layers=4, vocab_size=2000).requires_grad_(True)
+    shape = ModelShape.of_model(model)
+    first, second = (peak(shape, 1, 128, Treatment.KEEP, accumulates=there).total for there in (False, True))
+    checkpointing.enable(model, "auto", (first + second) // 2)
+    monkeypatch.setattr(policy, "MARGIN", 0)
+    policy_of(model).others = 0
+    assert set(policy_of(model).plan(1, 128).treatments) == {Treatment.KEEP}
+    step(model, batch())
+    accumulating = policy_of(model).plan(1, 128)
+    assert set(accumulating.treatments) != {Treatment.KEEP} and accumulating.fits
+    model.zero_grad()
+    assert set(policy_of(model).plan(1, 128).treatments) == {Treatment.KEEP}
+
+
+def test_layers_on_several_devices_are_treated_as_leanly_as_can_be() -> None:
+    model = prepared("llama", lora())
+    causal_lm_of(model).model.layers[1].to("meta")
+    (note,) = checkpointing.enable(model, "auto")
+    assert "layers lie on 2" in note
+    assert set(policy_of(model).plan(2, 24).treatments) == {Treatment.OFFLOAD}
+
+
+class Other(torch.nn.Module):
+    """An MLP of the user's own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.only = torch.nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.only(x)
+
+
+@pytest.mark.parametrize(
+    ("mode", "treatment"), [(True, Treatment.RECOMPUTE), ("offload", Treatment.OFFLOAD), ("auto", Treatment.OFFLOAD)]
+)
+def test_a_model_whose_memory_nobody_can_tell_trains(mode: Any, treatment: Treatment, caplog: Any) -> None:
+    found = []
+    for asked in (False, mode):
+        model = prepared("llama", None)
+        torch.manual_seed(0)
+        causal_lm_of(model).model.layers[1].mlp = Other(64).to(DEVICE)
+        checkpointing.enable(model, asked)
+        with caplog.at_level(logging.WARNING):
+            found.append(step(model, batch()))
+    latest = policy_of(model).latest
+    assert latest is not None and set(latest.treatments) == {treatment} and "GiB" not in str(policy_of(model))
+    assert torch.equal(found[0][0], found[1][0]) and gradients_apart(found[1][1], found[0][1]) < 1e-5
+    assert ("no plan can be made" in caplog.text) == (mode == "auto")
+
+
+def test_an_out_of_memory_error_of_such_a_model_stays_what_it_is() -> None:
+    model = prepared("llama", None)
+    causal_lm_of(model).model.layers[1].mlp = Other(64).to(DEVICE)
+    checkpointing.enable(model, True)
+
+    def short(*_: Any) -> None:
+        raise torch.OutOfMemoryError("short")
+
+    causal_lm_of(model).model.layers[1].self_attn.register_forward_pre_hook(short)
+    with pytest.raises(torch.OutOfMemoryError, match="short"):
+        model(input_ids=batch(), labels=batch())
+
+
+def treatments() -> Iterator[list[Treatment]]:
+    yield from ([one] for one in Treatment)
+    yield [Treatment.OFFLOAD, Treatment.HOST]
+
+
+@pytest.mark.parametrize("how", treatments(), ids=str)
+def test_switching_while_a_backward_is_to_come(how: list[Treatment]) -> None:
+    found = {}
+    for switch in (False, True):
+        model = planned()
+        fix_plan(model, how, 16)
+        loss = model(input_ids=batch(), labels=batch()).loss
+        if switch:
+            checkpointing.switch_off(causal_lm_of(model))
+        loss.backward()
+        found[switch] = gradients_of(model)
+    assert gradients_apart(found[True], found[False]) == 0
+
+
+@pytest.mark.parametrize("how", treatments(), ids=str)
+def test_a_forward_that_fails_leaves_a_model_that_works(how: list[Treatment]) -> None:
+    model = planned()
+    fix_plan(model, how, 16)
+    right = step(model, batch())
+    model.zero_grad()
+    hook = causal_lm_of(model).model.layers[1].mlp.down_proj.register_forward_pre_hook(_refuse)
+    with pytest.raises(RuntimeError, match="refused"):
+        model(input_ids=batch(), labels=batch())
+    hook.remove()
+    mlps = [layer.mlp for layer in policy_of(model).layers]
+    assert all(mlp.tile_rows is None for mlp in mlps)
+    loss, gradients = step(model, batch())
+    assert torch.equal(loss, right[0]) and gradients_apart(gradients, right[1]) <= (0 if DEVICE == "cpu" else 1e-5)
+
+
+def _refuse(*_: Any, **__: Any) -> None:
+    raise RuntimeError("refused")
+
+
+def test_weights_stay_where_they_are() -> None:
+    """Rows whose number is the model's width give a weight the look of what a layer keeps."""
+    model = planned()
+    fix_plan(model, [Treatment.HOST])
+    width = causal_lm_of(model).config.hidden_size
+    packed: list[int] = []
+    inner = Parcel._pack
+
+    def pack(self: Parcel, tensor: torch.Tensor) -> Any:
+        held = inner(self, tensor)
+        if not isinstance(held, torch.Tensor):
+            packed.append(tensor.untyped_storage().data_ptr())
+        return held
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Parcel, "_pack", pack)
+        ids = batch(1, width)
+        model(input_ids=ids, labels=ids).loss.backward()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    assert packed and not weights & set(packed)
+
+
+def test_host_memory_that_cannot_be_had_loses_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = HostMemory(torch.device("cpu"))
+    memory.free += memory.take(2 * offload.CHUNK)
+    monkeypatch.setattr(torch, "empty", _refuse)
+    with pytest.raises(RuntimeError, match="refused"):
+        memory.take(3 * offload.CHUNK)
+    assert len(memory.free) * offload.CHUNK == memory.taken == 2 * offload.CHUNK
+
+
+def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert processes_here() == 1
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 16)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert processes_here() == 16
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert processes_here() == 8
+
+
+# Streams
+
+CYCLES = 200_000_000
+"""Some tenth of a second."""
+
+
+def parcel_of(tensor: torch.Tensor) -> tuple[HostMemory, Parcel]:
+    memory = HostMemory(tensor.device)
+    return memory, Parcel(memory, (tensor.shape[0], 1), frozenset())
+
+
+@on_gpu
+def test_the_last_layer_s_memory_waits_for_its_copy_out() -> None:
+    """Its tensors come back before they have left, are used and freed; a second backward needs what was sent."""
+    tensor = torch.full((256, 64), 3.0, device=DEVICE)
+    memory, parcel = parcel_of(tensor)
+    assert memory.out is not None
+    with torch.cuda.stream(memory.out):
+        torch.cuda._sleep(CYCLES)
+    slip = parcel._pack(tensor)
+    del tensor
+    parcel._unpack(slip)
+    other = torch.full((256, 64), 7.0, device=DEVICE)
+    torch.cuda.synchronize()
+    assert bool((parcel._unpack(slip) == 3).all()) and bool((other == 7).all())
+
+
+@on_gpu
+@pytest.mark.parametrize("returns", [False, True])
+def test_a_parcel_that_dies_in_another_stream_does_not_free_what_a_copy_uses(returns: bool) -> None:
+    tensor = torch.full((256, 64), 3.0, device=DEVICE)
+    memory, parcel = parcel_of(tensor)
+    assert memory.out is not None and memory.back is not None
+    side = memory.back if returns else memory.out
+    if not returns:
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(CYCLES)
+    slip = parcel._pack(tensor)
+    chunks = next(iter(parcel.contents.values())).chunks
+    del tensor
+    if returns:
+        parcel.leave()
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(CYCLES)
+        parcel.fetch()
+    with torch.cuda.stream(side):  # where a garbage collection may find itself
+        del slip, parcel
+    other = torch.full((256, 64), 7.0, device=DEVICE)
+    torch.cuda.synchronize()
+    assert bool((other == 7).all())
+    found = torch.cat([chunk.bytes for chunk in chunks])[: other.nbytes].view(torch.float32)
+    assert bool((found == 3).all())
