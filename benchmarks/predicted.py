@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/memory.md"
 BEGIN, END = "<!-- python -m benchmarks.predicted -->", "<!-- end -->"
 MODES = {"keep": "KEEP", "recompute": "RECOMPUTE", "offload": "OFFLOAD"}
-PLANNED = {"default"}
-"""Modes whose treatments depend on the memory that was free when they were measured."""
+PLANNED = {"default", "budget"}
+"""Modes whose treatments depended on the memory that was free, or allowed: what was predicted then is in the row."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,27 @@ class Compared:
 
 
 def compared() -> list[Compared]:
-    """Every row of hasten in benchmarks/results that has a peak and no planned mode. Raises KeyError for an unknown mode."""
-    rows = [row for path in sorted((ROOT / "benchmarks/results").glob("*.json")) for row in _rows(path)]
-    found = [_compare(row) for row in rows if row["mode"] not in PLANNED]
+    """Every row of hasten in benchmarks/results that has a peak. Raises KeyError for an unknown mode."""
+    found: list[Compared] = []
+    for path in sorted((ROOT / "benchmarks/results").glob("*.json")):
+        result = json.loads(path.read_text())
+        for row in result.get("train", []):
+            if row["variant"] == "hasten" and row.get("peak_gib"):
+                found.append(_as_planned(row, _name(row)) if row["mode"] in PLANNED else _compare(row))
+        found += [_as_planned(row, f"{row['job']}, budget {row['budget_gib']:.1f} GiB") for row in result.get("budget", [])
+                  if row["budget_gib"] is not None]  # fmt: skip
+        found += [_as_planned(row, f"8b-qlora r=32, longest, 1 x {row['length']}") for row in result.get("longest", [])
+                  if row["variant"] == "hasten" and row["ok"]]  # fmt: skip
     return list(dict.fromkeys(found))
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    measured = json.loads(path.read_text()).get("train", [])
-    return [row for row in measured if row["variant"] == "hasten" and row.get("peak_gib")]
+def _name(row: dict[str, Any]) -> str:
+    return f"{row['job']}, {row['mode']}, {row['batch']} x {row['length']}"
+
+
+def _as_planned(row: dict[str, Any], name: str) -> Compared:
+    """A row that says what was predicted when it was measured."""
+    return Compared(name, row["peak_gib"], row["predicted_gib"], "as planned then")
 
 
 def _compare(row: dict[str, Any]) -> Compared:
@@ -53,8 +65,7 @@ def _compare(row: dict[str, Any]) -> Compared:
     job, batch, length = JOBS[row["job"]], row["batch"], row["length"]
     shape = ModelShape.of_config(config_of(job.shape), 16, "4bit" if job.kind == "qlora" else None, job.kind == "full")
     found = peak(shape, batch, length, Treatment[MODES[row["mode"]]])
-    name = f"{row['job']}, {row['mode']}, {batch} x {length}"
-    return Compared(name, row["peak_gib"], found.total / GIB, found.when)
+    return Compared(_name(row), row["peak_gib"], found.total / GIB, found.when)
 
 
 def table() -> str:
