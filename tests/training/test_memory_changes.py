@@ -202,6 +202,35 @@ def test_weights_stay_where_they_are() -> None:
     assert packed and not weights & set(packed)
 
 
+def test_views_of_one_storage_travel_together_and_come_back_as_they_were() -> None:
+    """q, k and v of one product."""
+    made = torch.randn(24, 80, device=DEVICE)
+    views = made[:, :40], made[:, 60:], made
+    by_heads = made[:, 40:60].view(24, 2, 10).transpose(0, 1)
+    memory = HostMemory(made.device)
+    parcel = Parcel(memory, (24, 1), frozenset())
+    slips = [parcel._pack(view) for view in views]
+    assert parcel._pack(by_heads) is by_heads, "its first dimension is no row a token"
+    assert memory.taken - len(memory.free) * offload.CHUNK == 2 * offload.CHUNK, "7680 bytes, once"
+    parcel.leave()
+    for slip, view in zip(slips, views, strict=True):
+        back = parcel._unpack(slip)
+        assert torch.equal(back, view) and back.stride() == view.stride() and back.data_ptr() != view.data_ptr()
+
+
+def test_tiles_are_those_of_the_plan_whenever_a_layer_runs() -> None:
+    model = planned(num_hidden_layers=5)
+    fix_plan(model, list(Treatment), 16)
+    seen: dict[int, list[int | None]] = {index: [] for index in range(5)}
+    for index, one in enumerate(policy_of(model).layers):
+        one.mlp.register_forward_pre_hook(lambda mlp, _, index=index: seen[index].append(mlp.tile_rows))
+    step(model, batch())
+    again = {Treatment.RECOMPUTE, Treatment.OFFLOAD}
+    for index, treatment in enumerate(Treatment):
+        tile = None if treatment is Treatment.KEEP else 16
+        assert seen[index] == [tile] * (2 if treatment in again else 1), treatment
+
+
 def test_host_memory_that_cannot_be_had_loses_none(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = HostMemory(torch.device("cpu"))
     memory.free += memory.take(2 * offload.CHUNK)

@@ -4,7 +4,8 @@ Two Functions, as in `mlp.kernel`, but the first one computes nothing: it keeps 
 gate and up again tile by tile. The second one runs the forward, keeps nothing, and comes last. So a layer that is
 recomputed does not run the MLP's forward again before the backward does. Weights are made dense once for all tiles.
 What the second one leaves to the first, past autograd, is product @ A.T of down's LoRA: R numbers a row, which spare the
-backward an activation and a product as wide as the MLP.
+backward an activation and a product as wide as the MLP. Autograd cannot free them, so the backward does; a second one over
+the same graph makes them again.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def _added(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Run:
-    """One run of the op. pas: product @ A.T of down's LoRA, tile by tile, once the forward has run."""
+    """One run of the op. pas: product @ A.T of down's LoRA, tile by tile, from the forward to the first backward."""
 
     linears: tuple[LoraLinear, ...]
     activation: str
@@ -109,12 +110,13 @@ class TiledBackwardFunction(torch.autograd.Function):
         both, down, dense = run.linears[:2], run.linears[2:], run.dense(dy.dtype)
         of_both, of_down = GradientSums(both), GradientSums(down)
         dx = dy.new_empty(len(dy), ctx.shape[-1]) if ctx.needs_input_grad[0] else None
+        pas, run.pas = run.pas, []  # whoever keeps the loss keeps `run`
 
         # A function, so that a tile's buffers are gone before the next one's are made.
-        def one_tile(rows: slice, pa: torch.Tensor | None) -> None:
+        def one_tile(index: int, rows: slice) -> None:
             flat = Kept.rows(source[rows], norm_weight, ctx.rule, dy.dtype)
             assert flat is not None
-            made = make_again(flat, dense, pa)
+            made = make_again(flat, dense, pas[index]) if pas else make(flat, dense, run.activation)[1]
             of_down.add(dy[rows], *back_to_gate_and_up(dy[rows], made, dense[2:], run.activation, needs_input(down)))
             d_gu = made.gu
             d_xa, d_b = thin_gradients(both, d_gu, made.xa, made.b)
@@ -122,8 +124,8 @@ class TiledBackwardFunction(torch.autograd.Function):
                 input_gradient(d_gu, dense[:2], d_xa, made.a, dx[rows])
             of_both.add(d_gu, flat, d_xa, d_b)
 
-        for rows, pa in zip(tiles(len(dy), run.tile), run.pas, strict=True):
-            one_tile(rows, pa)
+        for index, rows in enumerate(tiles(len(dy), run.tile)):
+            one_tile(index, rows)
         return None if dx is None else dx.view(ctx.shape), None, None, *of_both.rounded(), *of_down.rounded()
 
 
