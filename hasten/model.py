@@ -5,12 +5,12 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hasten.amounts import bytes_of
 from hasten.errors import OptionError
 from hasten.export.base import find_base
 from hasten.inference import for_inference
 from hasten.loading import load
 from hasten.loading.adapter import attach
-from hasten.option_problems import bytes_of
 from hasten.options import AdapterOptions, LoadOptions, none_if_left_out
 from hasten.patching import apply, plan
 from hasten.patching.apply import overlay_class
@@ -158,8 +158,8 @@ def _note_checkpointing(model: Any, mode: bool | str, budget: int | str | None) 
     base = causal_lm_of(model)
     notes = [note for note in base.__dict__.get("_hasten_notes", []) if not note.startswith("checkpointing")]
     loaded: LoadOptions | None = base.__dict__.get("_hasten_options")
-    limit = bytes_of(loaded.memory_budget if budget is None and loaded is not None else budget)
-    said = checkpointing.enable(model, mode, limit)
+    asked = loaded.memory_budget if budget is None and loaded is not None else budget
+    said = checkpointing.enable(model, mode, None if asked is None else bytes_of(asked))
     base.__dict__["_hasten_notes"] = [*notes, *(f"checkpointing: {note}" for note in said)]
 
 

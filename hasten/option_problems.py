@@ -2,11 +2,12 @@
 
 import dataclasses
 import difflib
-import re
 from collections.abc import Iterable, Mapping, Set
 from typing import Any, TypeAlias
 
 import torch
+
+from hasten.amounts import bytes_of
 
 LoadOptions: TypeAlias = Any  # of hasten.options, which imports this file
 AdapterOptions: TypeAlias = Any
@@ -14,12 +15,6 @@ AdapterOptions: TypeAlias = Any
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLACEMENTS = ("sequential", "auto", "balanced", "balanced_low_0")
 CHECKPOINTING = (False, True, "offload", "unsloth", "auto")
-SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>|[kmgt]i?b)", re.IGNORECASE)
-UNITS = {
-    "": 1,
-    **{f"{p}b": 1000**n for n, p in enumerate("kmgt", 1)},
-    **{f"{p}ib": 1024**n for n, p in enumerate("kmgt", 1)},
-}
 BIASES = ("none", "all", "lora_only")
 
 # Arguments of transformers' from_pretrained that have no argument of ours.
@@ -191,29 +186,17 @@ def _checkpointing_problems(o: Any) -> list[str]:
     if not isinstance(mode, bool | str) or mode not in CHECKPOINTING:
         known = "False, True, 'offload', 'unsloth', 'auto'"
         return [f"use_gradient_checkpointing={mode!r} is none of {known}{_near(mode, CHECKPOINTING)}"]
+    if o.memory_budget is None:
+        return []
     try:
-        budget = bytes_of(o.memory_budget)
-    except ValueError:
-        return [f"memory_budget={o.memory_budget!r} is no size; pass bytes, or text like '24GiB' or '24GB'"]
-    if budget is not None and budget <= 0:
-        return [f"memory_budget={o.memory_budget!r} leaves nothing; pass bytes, or text like '24GiB'"]
-    if budget is not None and mode not in ("unsloth", "auto"):
+        bytes_of(o.memory_budget)
+    except ValueError as error:
+        return [f"memory_budget: {error}"]
+    if mode not in ("unsloth", "auto"):
         return [
             f"memory_budget is what use_gradient_checkpointing='auto' plans for, and {mode!r} was asked; leave one of them out"
         ]
     return []
-
-
-def bytes_of(size: int | str | None) -> int | None:
-    """Bytes of `memory_budget`: a number of them, or text with a unit, as transformers' `max_memory`. ValueError else."""
-    if size is None:
-        return None
-    if isinstance(size, bool) or not isinstance(size, int | str):
-        raise ValueError(f"no size: {size!r}")
-    match = SIZE.fullmatch(str(size).strip())
-    if match is None:
-        raise ValueError(f"no size: {size!r}")
-    return int(float(match["number"]) * UNITS[match["unit"].lower()])
 
 
 def _extra_problems(o: LoadOptions) -> list[str]:
