@@ -170,12 +170,11 @@ class MemoryPolicy:
             if len(self.plans) > MOST:
                 del self.plans[next(iter(self.plans))]
             if not found.fits:
-                gib = found.peak.total / 2**30
                 logger.warning(
-                    "no plan for %d x %d tokens stays within the memory budget; the leanest takes %.1f GiB",
+                    "no plan for %d x %d tokens stays within the memory budget; the leanest takes %s",
                     batch,
                     length,
-                    gib,
+                    written(found.peak.total),
                 )
         return found
 
@@ -247,7 +246,7 @@ class MemoryPolicy:
         plan = self.latest
         if plan.peak is UNKNOWN:
             return str(plan)
-        return f"{plan} (predicted peak {plan.peak.total / 2**30:.1f} GiB, at the {plan.peak.when})"
+        return f"{plan} (predicted peak {written(plan.peak.total)}, at the {plan.peak.when})"
 
 
 def _drops(module: torch.nn.Module) -> bool:
