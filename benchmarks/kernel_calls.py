@@ -13,6 +13,7 @@ import torch
 from hasten.ops import (
     LoraHead,
     NormInput,
+    NormRule,
     QKNorm,
     ScoreRule,
     glu,
@@ -53,18 +54,19 @@ def _norms() -> None:
         ("layer", 8, (3, 8)),
     ):
         for offset, fp32 in ((False, False), (True, True)):
+            rule = NormRule(1e-5, kind, offset, fp32)  # pyright: ignore[reportArgumentType]
             x, weight = _draw(5, 3, width), _draw(*weights)
-            _back([norm(x, weight, 1e-5, kind, offset, fp32, "triton")])  # pyright: ignore[reportArgumentType]
+            _back([norm(x, weight, rule, "triton")])
             if len(weights) == 1:
-                _back([norm_onto(x, weight, _draw(5, 3, width), 1e-5, kind, offset, fp32, "triton")])  # pyright: ignore[reportArgumentType]
+                _back([norm_onto(x, weight, _draw(5, 3, width), rule, "triton")])
             frozen = weight.detach()
-            _back(norm_and_pass(x, frozen, 1e-5, kind, offset, fp32, "triton"))  # pyright: ignore[reportArgumentType]
+            _back(norm_and_pass(x, frozen, rule, "triton"))
 
 
 def _rotations() -> None:
     cos, sin = (torch.randn(2, 5, 12, device=DEVICE) for _ in range(2))
-    per_head = QKNorm(_draw(5, 12), _draw(1, 12), 1e-5, "layer", False, True)
-    shared = QKNorm(_draw(12), _draw(12), 1e-5, "rms", True, False)
+    per_head = QKNorm(_draw(5, 12), _draw(1, 12), NormRule(1e-5, "layer", False, True))
+    shared = QKNorm(_draw(12), _draw(12), NormRule(1e-5, "rms", True, False))
     for rotation in ("half", "interleaved"):
         for qk_norm in (None, per_head, shared):
             for position in ((cos, sin), (cos[:1], sin[:1]), None):
@@ -104,10 +106,11 @@ def _loras() -> None:
     _back(lora_linears(x, [_adapted(out, 24, 5) for out in (40, 16, 8)], backend="triton"))
     _back(lora_linears(x, [_adapted(24, 24, 5)], residual, backend="triton"))
     source, weight = _draw(2, 19, 24).detach(), _draw(24).detach()
-    made_from = NormInput(source, weight, 1e-5)
+    rule = NormRule(1e-5)
+    made_from = NormInput(source, weight, rule)
     table = torch.randn(1, 19, 8, device=DEVICE)
-    heads = Heads(8, (table, table), qk_norm=QKNorm(_draw(8), _draw(8), 1e-5))
-    normed = norm(source, weight, 1e-5, backend="triton").requires_grad_()
+    heads = Heads(8, (table, table), qk_norm=QKNorm(_draw(8), _draw(8), rule))
+    normed = norm(source, weight, rule, "triton").requires_grad_()
     _back(lora_qkv(normed, [_adapted(out, 24, 5) for out in (40, 8, 8)], heads, made_from, "triton"))
     for ranks in ((3, 20, 4), (16, 16, 16)):
         gate, up = (_adapted(150, 24, rank) for rank in ranks[:2])

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.ceilings import milliseconds
 from benchmarks.nf4_speed import quantized
-from hasten.ops import ScoreRule, glu, linear_cross_entropy, norm, qk_rope
+from hasten.ops import NormRule, ScoreRule, glu, linear_cross_entropy, norm, qk_rope
 from hasten.ops.adamw import AdamWRule, adamw_
 from hasten.ops.attention import attention
 from hasten.ops.lora import LoraLinear, lora_linears, lora_mlp
@@ -49,8 +49,8 @@ def _trained(linears: Sequence[LoraLinear]) -> list[torch.Tensor]:
 
 
 def _norm(kind: Any, fp32: bool) -> tuple[Callable[..., Any], list[torch.Tensor]]:
-    weight = draw(WIDTH)
-    return lambda x: norm(x, weight, 1e-5, kind, fp32_weight=fp32), [draw(TOKENS, WIDTH)]
+    weight, rule = draw(WIDTH), NormRule(1e-5, kind, fp32_weight=fp32)
+    return lambda x: norm(x, weight, rule), [draw(TOKENS, WIDTH)]
 
 
 def _rope() -> tuple[Callable[..., Any], list[torch.Tensor]]:

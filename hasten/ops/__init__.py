@@ -15,12 +15,13 @@ from hasten.ops.linear_cross_entropy import (
     linear_cross_entropy_loss,
     score_logits,
 )
-from hasten.ops.norm import NormInput, norm, norm_and_pass, norm_onto
+from hasten.ops.norm import NormInput, NormRule, norm, norm_and_pass, norm_onto
 from hasten.ops.rope import QKNorm, qk_rope
 
 __all__ = [
     "LoraHead",
     "NormInput",
+    "NormRule",
     "QKNorm",
     "ScoreRule",
     "TokenScores",

@@ -10,7 +10,7 @@ from hasten.overlays.base import Overlay
 from hasten.overlays.head import HeadFacts, HeadOverlay
 from hasten.overlays.layer import LayerFacts, LayerOverlay
 from hasten.overlays.mlp import MLPFacts, MLPOverlay
-from hasten.overlays.norm import NormFacts, NormOverlay
+from hasten.overlays.norm import NormOverlay
 from hasten.overlays.trained import StreamFacts, WideEmbedding, WideHead
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "LayerOverlay",
     "MLPFacts",
     "MLPOverlay",
-    "NormFacts",
     "NormOverlay",
     "Overlay",
     "StreamFacts",

@@ -7,12 +7,11 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hasten.ops import NormInput, QKNorm, attend
+from hasten.ops import NormInput, NormRule, QKNorm, attend
 from hasten.ops.lora import Heads
 from hasten.overlays.attending import attend_rows, holds_spans
 from hasten.overlays.base import Overlay
 from hasten.overlays.fused_linears import linear, qkv
-from hasten.overlays.norm import NormFacts
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class AttentionFacts:
     use_rope: bool = True
     window: int | None = None
     softcap: float | None = None
-    qk_norm: NormFacts | None = None
+    qk_norm: NormRule | None = None
 
 
 class AttentionOverlay(Overlay):
@@ -82,12 +81,8 @@ class AttentionOverlay(Overlay):
         return backend(self, *qkv, attention_mask, dropout=dropout, scaling=facts.scale, **kwargs)
 
     def _qk_norm(self) -> QKNorm | None:
-        facts = self.facts.qk_norm
-        if facts is None:
-            return None
-        return QKNorm(
-            self.q_norm.weight, self.k_norm.weight, facts.eps, facts.kind, facts.unit_offset, facts.fp32_weight
-        )
+        rule = self.facts.qk_norm
+        return None if rule is None else QKNorm(self.q_norm.weight, self.k_norm.weight, rule)
 
 
 def _eager(  # noqa: PLR0917

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from hasten.overlays import AttentionFacts, LayerFacts, MLPFacts, NormFacts, Overlay
+from hasten.ops import NormRule
+from hasten.overlays import AttentionFacts, LayerFacts, MLPFacts, Overlay
 from hasten.spec import Classes, Family
 
 BRANCH_NORMS = {
@@ -48,9 +49,9 @@ def forward_in_the_way(module: nn.Module) -> str | None:
     return f"its forward was replaced on the instance by {owner}; put overlays on before whatever did that"
 
 
-def check_norm(module: nn.Module, facts: NormFacts) -> list[str]:
+def check_norm(module: nn.Module, rule: NormRule) -> list[str]:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    found = [] if eps == facts.eps else [f"epsilon is {eps}, the config's is {facts.eps}"]
+    found = [] if eps == rule.eps else [f"epsilon is {eps}, the config's is {rule.eps}"]
     return found + _missing(module, {"weight"})
 
 

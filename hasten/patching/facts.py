@@ -3,8 +3,9 @@
 from typing import Any
 
 from hasten.errors import ContractError
+from hasten.ops import NormRule
 from hasten.ops.attention import LARGEST_HEAD
-from hasten.overlays import AttentionFacts, BackboneFacts, HeadFacts, LayerFacts, MLPFacts, NormFacts
+from hasten.overlays import AttentionFacts, BackboneFacts, HeadFacts, LayerFacts, MLPFacts
 from hasten.spec import Family, Norm
 
 
@@ -15,8 +16,8 @@ def _field(config: Any, name: str) -> Any:
     return getattr(config, name)
 
 
-def norm_facts(norm: Norm, config: Any) -> NormFacts:
-    return NormFacts(_field(config, norm.eps), norm.kind, norm.unit_offset, norm.fp32_weight)
+def norm_rule(norm: Norm, config: Any) -> NormRule:
+    return NormRule(_field(config, norm.eps), norm.kind, norm.unit_offset, norm.fp32_weight)
 
 
 def attention_facts(family: Family, config: Any, layer: int) -> AttentionFacts:
@@ -34,7 +35,7 @@ def attention_facts(family: Family, config: Any, layer: int) -> AttentionFacts:
         use_rope=spec.rope_layers == "all" or window is not None,
         window=window,
         softcap=_field(config, spec.softcap) if spec.softcap else None,
-        qk_norm=norm_facts(spec.qk_norm, config) if spec.qk_norm is not None and normed else None,
+        qk_norm=norm_rule(spec.qk_norm, config) if spec.qk_norm is not None and normed else None,
     )
 
 

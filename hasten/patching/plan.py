@@ -119,7 +119,7 @@ def _plan_family(base: Any, family: Family, found: Plan, max_seq_length: int | N
             lambda m: facts.mlp_facts(family, config),
             lambda m, f: contract.check_mlp(m, f, ACTIVATIONS),
         ),
-        "norm": (NormOverlay, lambda m: facts.norm_facts(family.norm, config), contract.check_norm),
+        "norm": (NormOverlay, lambda m: facts.norm_rule(family.norm, config), contract.check_norm),
     }
     seen = set()
     for name, module in base.named_modules():

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hasten.ops import glu, norm
+from hasten.ops import NormRule, glu, norm
 from hasten.ops.glu import ACTIVATIONS
-from hasten.overlays import HeadFacts, HeadOverlay, MLPFacts, MLPOverlay, NormFacts, NormOverlay, Overlay
+from hasten.overlays import HeadFacts, HeadOverlay, MLPFacts, MLPOverlay, NormOverlay, Overlay
 from hasten.patching.contract import stock_class
 
 ROWS = 3
@@ -81,9 +81,10 @@ def _prove_norm(module: nn.Module) -> tuple[type[Overlay], Any] | str:
         theirs = module(x)
     finally:
         module.weight = kept
-    for kind, unit_offset, fp32_weight in product(("rms", "layer"), (False, True), (False, True)):
-        if _same(norm(x, trial, eps, kind, unit_offset, fp32_weight), theirs):
-            return NormOverlay, NormFacts(eps, kind, unit_offset, fp32_weight)
+    for facts in product(("rms", "layer"), (False, True), (False, True)):
+        rule = NormRule(eps, *facts)
+        if _same(norm(x, trial, rule), theirs):
+            return NormOverlay, rule
     return "its outputs are those of no norm that hasten has"
 
 

@@ -1,4 +1,4 @@
-"""What the tests of the ops share: the rule of accuracy, and memory whose every byte is poisoned until it is written."""
+"""What the tests of the ops share: a norm's rule, the rule of accuracy, and memory whose every byte is poisoned until it is written."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from hasten.ops import NormRule
 from hasten.testing import relative_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NORM = NormRule(1e-5)
+"""As Llama's."""
 both = pytest.mark.parametrize("backend", ["reference", "triton"])
 
 

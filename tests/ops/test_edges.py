@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from ops_kit import DEVICE, both
+from ops_kit import DEVICE, NORM, both
 
 from hasten.ops import (
+    NormRule,
     QKNorm,
     ScoreRule,
     glu,
@@ -49,19 +50,19 @@ def calls(rows: int, device: Any, backend: Any) -> dict[str, tuple[Callable[...,
     q_weight = draw(16, device=device)
 
     def rope(q: torch.Tensor, k: torch.Tensor, w: torch.Tensor) -> Any:
-        return qk_rope(q, k, (table, table), qk_norm=QKNorm(w, w, 1e-5), backend=backend)
+        return qk_rope(q, k, (table, table), qk_norm=QKNorm(w, w, NORM), backend=backend)
 
     return {
         "norm": (
-            lambda x, w: norm(x, w, 1e-5, backend=backend),
+            lambda x, w: norm(x, w, NORM, backend),
             [draw(rows, 40, device=device), draw(40, device=device)],
         ),
         "layer norm": (
-            lambda x, w: norm_and_pass(x, w, 1e-5, "layer", backend=backend),
+            lambda x, w: norm_and_pass(x, w, NormRule(1e-5, "layer"), backend),
             [draw(rows, 40, device=device), draw(40, device=device)],
         ),
         "norm onto": (
-            lambda x, w, r: norm_onto(x, w, r, 1e-5, backend=backend),
+            lambda x, w, r: norm_onto(x, w, r, NORM, backend),
             [draw(rows, 40, device=device), draw(40, device=device), draw(rows, 40, device=device)],
         ),
         "qk_rope": (rope, [heads, heads[:, :, :2] * 2, q_weight]),
@@ -176,7 +177,7 @@ def assert_slices_are_right(
 def test_huge_norm(room: None) -> None:
     weight = draw(4096, dtype=torch.bfloat16)
     x = draw(600_000, 4096, dtype=torch.bfloat16)
-    assert_slices_are_right(lambda x: norm(x, weight, 1e-5), lambda x: norm(x, weight, 1e-5, backend="reference"), [x])
+    assert_slices_are_right(lambda x: norm(x, weight, NORM), lambda x: norm(x, weight, NORM, "reference"), [x])
 
 
 @pytest.mark.gpu
@@ -185,8 +186,9 @@ def test_huge_norm_weight_gradient(room: None) -> None:
     x, weight = draw(530_000, 4096, dtype=torch.bfloat16), draw(4096).requires_grad_()
     upstream = torch.zeros_like(x)
     upstream[-3:] = 1.0
-    (found,) = torch.autograd.grad(norm(x, weight, 1e-5, fp32_weight=True), weight, upstream)
-    last = norm(x[-3:], weight, 1e-5, fp32_weight=True, backend="reference")
+    rule = NormRule(1e-5, fp32_weight=True)
+    (found,) = torch.autograd.grad(norm(x, weight, rule), weight, upstream)
+    last = norm(x[-3:], weight, rule, backend="reference")
     (expected,) = torch.autograd.grad(last, weight, upstream[-3:])
     near(found, expected)
 

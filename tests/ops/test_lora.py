@@ -6,16 +6,15 @@ from typing import Any
 import pytest
 import torch
 from lora_kit import DEVICE, WIDTH, everything, formula, linear, trained
+from ops_kit import NORM, both
 from torch.nn import functional as F
 
-from hasten.ops import NormInput, QKNorm, norm, qk_rope
+from hasten.ops import NormInput, NormRule, QKNorm, norm, qk_rope
 from hasten.ops.lora import Heads, LoraLinear, joint, lora_linears, lora_mlp, lora_qkv
 from hasten.ops.lora.share.kernel import MIN_WIDTH_BACKWARD, lay_share, share_bwd
 from hasten.testing import relative_error
 from hasten.weights import lay_side_by_side
 from hasten.weights.plain import DenseWeight
-
-both = pytest.mark.parametrize("backend", ["reference", "triton"])
 
 
 def gradients(outputs: Any, x: torch.Tensor, linears: Any) -> list[torch.Tensor]:
@@ -169,7 +168,7 @@ def test_qkv(backend: Any, case: str, lora: bool) -> None:
     qk_norm = None
     if kind is not None:
         weights = [torch.randn(shape, device=DEVICE, requires_grad=True) for _ in range(2)]
-        qk_norm = QKNorm(*weights, 1e-5, kind, False, kind == "layer")  # pyright: ignore[reportArgumentType]
+        qk_norm = QKNorm(*weights, NormRule(1e-5, kind, False, kind == "layer"))  # pyright: ignore[reportArgumentType]
     linears = [linear(32, WIDTH, lora, True, torch.float32) for _ in range(2)]
     linears.append(linear(16, WIDTH, lora, False, torch.float32))
     x = torch.randn(2, 5, WIDTH, device=DEVICE, requires_grad=True)
@@ -190,7 +189,7 @@ def remember(kept: list[torch.Tensor], saved: torch.Tensor) -> torch.Tensor:
 
 def test_a_norm_s_output_is_made_again_and_not_kept() -> None:
     stream, weight = torch.randn(3, 7, WIDTH, device=DEVICE), torch.randn(WIDTH, device=DEVICE)
-    source = NormInput(stream, weight, 1e-5)
+    source = NormInput(stream, weight, NORM)
     mlp = (linear(40, WIDTH, True, False, torch.float32), linear(40, WIDTH, True, False, torch.float32))
     mlp = (*mlp, linear(WIDTH, 40, True, False, torch.float32))
     position = tuple(torch.randn(1, 7, 8, device=DEVICE) for _ in range(2))
@@ -201,7 +200,7 @@ def test_a_norm_s_output_is_made_again_and_not_kept() -> None:
     ):
         results = []
         for made_from in (None, source):
-            normed = norm(stream, weight, 1e-5, backend="triton").requires_grad_()
+            normed = norm(stream, weight, NORM, "triton").requires_grad_()
             kept: list[torch.Tensor] = []
             with torch.autograd.graph.saved_tensors_hooks(partial(remember, kept), lambda t: t):
                 outs = run(normed, made_from)
@@ -217,8 +216,8 @@ def test_a_norm_with_a_wider_weight_is_made_again_in_the_products_dtype() -> Non
     stream, weight = torch.randn(6, WIDTH, device=DEVICE).half(), torch.randn(WIDTH, device=DEVICE)
     one = linear(40, WIDTH, True, False, torch.float16)
     found = []
-    for made_from in (None, NormInput(stream, weight, 1e-5)):
-        normed = norm(stream, weight, 1e-5, backend="triton")
+    for made_from in (None, NormInput(stream, weight, NORM)):
+        normed = norm(stream, weight, NORM, "triton")
         assert normed.dtype == torch.float32
         (out,) = lora_linears(normed.half().requires_grad_(), [one], made_from=made_from, backend="triton")
         found.append(torch.autograd.grad(out.float().cos().sum(), [one.a, one.b]))  # pyright: ignore[reportArgumentType]

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from lora_kit import DEVICE, WIDTH, everything, formula, linear, trained
-from ops_kit import DTYPES, both, poisoned_memory
+from ops_kit import DTYPES, NORM, both, poisoned_memory
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from hasten.ops import NormInput, norm
+from hasten.ops import NormInput, NormRule, norm
 from hasten.ops.lora import LoraLinear, lora_mlp
 from hasten.ops.lora.mlp import kernel, tiled
 from hasten.ops.nf4 import NF4Weight
@@ -65,9 +65,9 @@ def source_of(norm_kind: str | None, dtype: torch.dtype) -> tuple[torch.Tensor, 
     if norm_kind is None:
         return stream.requires_grad_(), None
     rules = {
-        "rms, Llama's casts": NormInput(stream, weight, 1e-5),
-        "rms, Gemma's casts": NormInput(stream, weight, 1e-5, "rms", True, True),
-        "layer": NormInput(stream, weight, 1e-5, "layer", False, True),
+        "rms, Llama's casts": NormInput(stream, weight, NORM),
+        "rms, Gemma's casts": NormInput(stream, weight, NormRule(1e-5, "rms", True, True)),
+        "layer": NormInput(stream, weight, NormRule(1e-5, "layer", False, True)),
     }
     return rules[norm_kind].again().requires_grad_(), rules[norm_kind]
 
@@ -225,8 +225,8 @@ def test_a_recomputed_layer_runs_the_mlp_s_forward_once(monkeypatch: pytest.Monk
     stream, weight = torch.randn(14, WIDTH, device=DEVICE, requires_grad=True), torch.ones(WIDTH, device=DEVICE)
 
     def layer(stream: torch.Tensor) -> torch.Tensor:
-        source = NormInput(stream.detach(), weight, 1e-5)
-        normed = norm(stream, weight, 1e-5, backend="triton")
+        source = NormInput(stream.detach(), weight, NORM)
+        normed = norm(stream, weight, NORM, "triton")
         return lora_mlp(normed, mlp, "silu", stream, source, 4, "triton")
 
     found = []
@@ -278,7 +278,7 @@ def peaks(rows: int, tile: int | None, kind: str, inner: int) -> tuple[int, int]
         mlp = tuple(trained(*shape, False) for shape in ((inner, 8), (inner, 8), (8, inner)))
     x = torch.randn(rows, 8, requires_grad=True)
     with Peak() as forward:
-        out = lora_mlp(x, mlp, "silu", x, NormInput(x.detach(), torch.ones(8), 1e-5), tile, "triton")  # pyright: ignore[reportArgumentType]
+        out = lora_mlp(x, mlp, "silu", x, NormInput(x.detach(), torch.ones(8), NORM), tile, "triton")  # pyright: ignore[reportArgumentType]
     upstream = torch.randn_like(out)
     with Peak() as backward:
         torch.autograd.grad(out, [x, *everything(mlp)], upstream)
@@ -326,7 +326,7 @@ def test_memory_of_the_device_grows_by_the_stream_alone(kind: str) -> None:
     found = {}
     for rows in (8192, 32768):
         x = torch.randn(rows, width, device=DEVICE, dtype=dtype, requires_grad=True)
-        source = NormInput(x.detach(), torch.ones(width, device=DEVICE, dtype=dtype), 1e-5)
+        source = NormInput(x.detach(), torch.ones(width, device=DEVICE, dtype=dtype), NORM)
         for _ in range(2):  # the first time makes cuBLAS's workspace
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lora_kit import DEVICE, WIDTH, everything
+from ops_kit import NORM
 from test_tiled_mlp import MLP, mlp_of
 from torch.utils.checkpoint import checkpoint
 
@@ -26,8 +27,8 @@ def stream_of(rows: int, seed: int = 0) -> torch.Tensor:
 def layer(mlp: MLP, stream: torch.Tensor) -> torch.Tensor:
     """An MLP between its norm and the stream."""
     weight = torch.ones(WIDTH, device=DEVICE)
-    normed = norm(stream, weight, 1e-5, backend="triton")
-    source = NormInput(stream.detach(), weight, 1e-5)
+    normed = norm(stream, weight, NORM, "triton")
+    source = NormInput(stream.detach(), weight, NORM)
     return lora_mlp(normed, mlp, "silu", stream, source, TILE, "triton")
 
 

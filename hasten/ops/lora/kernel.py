@@ -25,7 +25,7 @@ from hasten.ops.lora.joint import (
     widths,
 )
 from hasten.ops.lora.share.kernel import MAX_RANK, MAX_RANK_BACKWARD, MIN_WIDTH_BACKWARD, lay_share, share_bwd
-from hasten.ops.norm import NormInput
+from hasten.ops.norm import NormInput, NormRule
 from hasten.ops.rows import flat_rows
 
 if TYPE_CHECKING:
@@ -117,19 +117,17 @@ class Kept:
         return (x_NE, None) if made_from is None else (made_from.x, made_from.weight)
 
     @staticmethod
-    def rule(made_from: NormInput | None) -> tuple[Any, ...]:
-        return (
-            () if made_from is None else (made_from.eps, made_from.kind, made_from.unit_offset, made_from.fp32_weight)
-        )
+    def rule(made_from: NormInput | None) -> NormRule | None:
+        return None if made_from is None else made_from.rule
 
     @staticmethod
     def rows(
-        x: torch.Tensor | None, weight: torch.Tensor | None, rule: tuple[Any, ...], dtype: torch.dtype
+        x: torch.Tensor | None, weight: torch.Tensor | None, rule: NormRule | None, dtype: torch.dtype
     ) -> torch.Tensor | None:
         """The input's rows again, in the products' dtype: a norm with an fp32 weight gives fp32 rows."""
-        if x is None or weight is None:
+        if x is None or weight is None or rule is None:
             return x
-        return flat_rows(NormInput(x, weight, *rule).again()).to(dtype)
+        return flat_rows(NormInput(x, weight, rule).again()).to(dtype)
 
 
 def needs_input(linears: Sequence[LoraLinear]) -> bool:

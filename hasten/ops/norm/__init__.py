@@ -1,6 +1,6 @@
 """RMSNorm and LayerNorm without bias over the last axis.
 
-norm(x, w, eps, kind="rms") ==
+norm(x, w, NormRule(eps, kind, unit_offset, fp32_weight)) ==
     n = x32 * rsqrt(mean(x32 ** 2, -1) + eps)                            kind "rms"
     n = (x32 - mean(x32)) * rsqrt(var(x32, unbiased=False) + eps)        kind "layer"
     (w32 + unit_offset) * n, cast to x.dtype                             fp32_weight=True  (Gemma, Cohere)
@@ -8,88 +8,68 @@ norm(x, w, eps, kind="rms") ==
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from hasten.ops.backend import Backend, backend_for
 from hasten.ops.norm import reference
+from hasten.ops.norm.rule import NormRule
 
 
-def norm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    kind: Literal["rms", "layer"] = "rms",
-    unit_offset: bool = False,
-    fp32_weight: bool = False,
-    backend: Backend | None = None,
-) -> torch.Tensor:
+def norm(x: torch.Tensor, weight: torch.Tensor, rule: NormRule, backend: Backend | None = None) -> torch.Tensor:
     """Normalises `x` over its last axis and scales it.
 
     x: (..., D), any floating dtype. weight: (D,), or (H, D) for one weight per head with x (..., H, D).
-    Returns x's shape; x's dtype, or the promotion of both dtypes where fp32_weight is False (as transformers does).
+    Returns x's shape; x's dtype, or the promotion of both dtypes where rule.fp32_weight is False (as transformers does).
     Gradients: x, weight. backend: None = by x's device.
     """
     if backend_for(x, backend) == "triton":
         from hasten.ops.norm import kernel
 
-        return kernel.norm(x, weight, eps, kind, unit_offset, fp32_weight)
-    return reference.norm(x, weight, eps, kind, unit_offset, fp32_weight)
+        return kernel.norm(x, weight, rule)
+    return reference.norm(x, weight, rule)
 
 
 def norm_and_pass(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    kind: Literal["rms", "layer"] = "rms",
-    unit_offset: bool = False,
-    fp32_weight: bool = False,
-    backend: Backend | None = None,
+    x: torch.Tensor, weight: torch.Tensor, rule: NormRule, backend: Backend | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(norm(x), x): for a stream that is normed for a branch and goes on past it. Its two gradients meet in one pass."""
     if backend_for(x, backend) == "triton":
         from hasten.ops.norm import kernel
 
-        return kernel.norm_and_pass(x, weight, eps, kind, unit_offset, fp32_weight)
-    return reference.norm(x, weight, eps, kind, unit_offset, fp32_weight), x
+        return kernel.norm_and_pass(x, weight, rule)
+    return reference.norm(x, weight, rule), x
 
 
 def norm_onto(
     x: torch.Tensor,
     weight: torch.Tensor,
     residual: torch.Tensor,
-    eps: float,
-    kind: Literal["rms", "layer"] = "rms",
-    unit_offset: bool = False,
-    fp32_weight: bool = False,
+    rule: NormRule,
     backend: Backend | None = None,
 ) -> torch.Tensor:
     """residual + norm(x): for a branch that is normed before it joins the stream. weight (D,); residual of x's shape, of the norm's
     dtype. Gradients: x, weight, residual."""
-    normed_dtype = x.dtype if fp32_weight else torch.promote_types(x.dtype, weight.dtype)
+    normed_dtype = x.dtype if rule.fp32_weight else torch.promote_types(x.dtype, weight.dtype)
     if backend_for(x, backend) == "triton" and residual.dtype == normed_dtype:
         from hasten.ops.norm import kernel
 
-        return kernel.norm_onto(x, weight, residual, eps, kind, unit_offset, fp32_weight)
-    return residual + norm(x, weight, eps, kind, unit_offset, fp32_weight, backend)
+        return kernel.norm_onto(x, weight, residual, rule)
+    return residual + norm(x, weight, rule, backend)
 
 
 @dataclass(frozen=True)
 class NormInput:
     """What a normed tensor is made from: an op that needs it again in its backward keeps this, and not the normed tensor.
 
-    x (..., D) and weight as in `norm`, both without gradient.
+    x (..., D), weight and rule as in `norm`, both tensors without gradient.
     """
 
     x: torch.Tensor
     weight: torch.Tensor
-    eps: float
-    kind: Literal["rms", "layer"] = "rms"
-    unit_offset: bool = False
-    fp32_weight: bool = False
+    rule: NormRule
 
     def again(self) -> torch.Tensor:
         """The normed tensor, made anew."""
         with torch.no_grad():
-            return norm(self.x, self.weight, self.eps, self.kind, self.unit_offset, self.fp32_weight)
+            return norm(self.x, self.weight, self.rule)

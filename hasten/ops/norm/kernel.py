@@ -14,6 +14,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from hasten.ops.backend import on_device
+from hasten.ops.norm.rule import NormRule
 from hasten.ops.rows import flat_rows
 
 
@@ -123,23 +124,22 @@ def _warps(block: int) -> int:
 
 
 def norm_fwd(
-    x_ND: torch.Tensor, weight: torch.Tensor, rule: tuple[float, str, bool, bool], base_ND: torch.Tensor | None = None
+    x_ND: torch.Tensor, weight: torch.Tensor, rule: NormRule, base_ND: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(y, rstd, mean) of rows whose last axis is contiguous. rule: eps, kind, unit_offset, fp32_weight. base: y is added to it,
-    after it was rounded to its dtype, which base shares."""
-    eps, kind, unit_offset, fp32_weight = rule
+    """(y, rstd, mean) of rows whose last axis is contiguous. base: y is added to it, after it was rounded to its dtype, which base
+    shares."""
     rows, width = x_ND.shape
-    dtype = x_ND.dtype if fp32_weight else torch.promote_types(x_ND.dtype, weight.dtype)
+    dtype = x_ND.dtype if rule.fp32_weight else torch.promote_types(x_ND.dtype, weight.dtype)
     y = torch.empty(rows, width, device=x_ND.device, dtype=dtype)
     rstd = torch.empty(rows, device=x_ND.device, dtype=torch.float32)
-    mean = torch.empty_like(rstd) if kind == "layer" else rstd
+    mean = torch.empty_like(rstd) if rule.kind == "layer" else rstd
     block = triton.next_power_of_2(width)
     if rows:
         with on_device(x_ND):
             _norm_fwd[(rows,)](
                 x_ND, weight, x_ND if base_ND is None else base_ND, y, rstd, mean, x_ND.stride(0),
-                0 if base_ND is None else base_ND.stride(0), width, weight.numel() // width, eps,
-                LAYER=kind == "layer", UNIT_OFFSET=unit_offset, FP32_WEIGHT=fp32_weight, ADD=base_ND is not None,
+                0 if base_ND is None else base_ND.stride(0), width, weight.numel() // width, rule.eps,
+                LAYER=rule.kind == "layer", UNIT_OFFSET=rule.unit_offset, FP32_WEIGHT=rule.fp32_weight, ADD=base_ND is not None,
                 BLOCK=block, num_warps=_warps(block),
             )  # fmt: skip
     return y, rstd, mean
@@ -150,12 +150,11 @@ def norm_bwd(
     x_ND: torch.Tensor,
     weight: torch.Tensor,
     stats: tuple[torch.Tensor, torch.Tensor],
-    rule: tuple[float, str, bool, bool],
+    rule: NormRule,
     dsum_ND: torch.Tensor | None,
     train_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(dx, dw or None). dsum: gradient that reaches x past the norm, added to dx in the same pass."""
-    _, kind, unit_offset, _ = rule
     rows, width = x_ND.shape
     heads = weight.numel() // width
     dx = torch.empty(rows, width, device=x_ND.device, dtype=x_ND.dtype)
@@ -168,7 +167,7 @@ def norm_bwd(
             _norm_bwd[(programs,)](
                 dy_ND, x_ND, weight, *stats, dsum_ND if dsum_ND is not None else dx, dx, dw, dy_ND.stride(0), x_ND.stride(0),
                 rows, width, heads, programs,
-                LAYER=kind == "layer", UNIT_OFFSET=unit_offset, ADD=dsum_ND is not None, TRAIN_W=train_weight,
+                LAYER=rule.kind == "layer", UNIT_OFFSET=rule.unit_offset, ADD=dsum_ND is not None, TRAIN_W=train_weight,
                 BLOCK=block, num_warps=_warps(block),
             )  # fmt: skip
     if not train_weight:
@@ -176,7 +175,9 @@ def norm_bwd(
     return dx, dw.view(-1, heads, width).sum(0).view(weight.shape).to(weight.dtype)
 
 
-def _forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, rule: Any, base: torch.Tensor | None) -> torch.Tensor:
+def _forward(
+    ctx: Any, x: torch.Tensor, weight: torch.Tensor, rule: NormRule, base: torch.Tensor | None
+) -> torch.Tensor:
     """norm(x), on top of `base` where given. Keeps x and one or two statistics a row."""
     flat = flat_rows(x)
     y, rstd, mean = norm_fwd(flat, weight.contiguous(), rule, None if base is None else flat_rows(base))
@@ -187,7 +188,7 @@ def _forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, rule: Any, base: t
 
 class NormFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, rule: Any) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, rule: NormRule) -> torch.Tensor:
         return _forward(ctx, x, weight, rule, None)
 
     @staticmethod
@@ -200,7 +201,7 @@ class NormAndPassFunction(torch.autograd.Function):
     """(norm(x), x), with both gradients added where the norm's is made."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, rule: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, rule: NormRule) -> tuple[torch.Tensor, torch.Tensor]:
         return _forward(ctx, x, weight, rule, None), x.view_as(x)
 
     @staticmethod
@@ -213,7 +214,9 @@ class NormOntoFunction(torch.autograd.Function):
     """residual + norm(x) in one pass; the residual's gradient is the output's own."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, rule: Any) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, rule: NormRule
+    ) -> torch.Tensor:
         return _forward(ctx, x, weight, rule, residual)
 
     @staticmethod
@@ -229,25 +232,13 @@ def _backward(ctx: Any, dy: torch.Tensor, past: torch.Tensor | None) -> tuple[to
     return dx.view(dy.shape), dw
 
 
-def norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, kind: str, unit_offset: bool, fp32_weight: bool
-) -> torch.Tensor:
-    return NormFunction.apply(x, weight, (eps, kind, unit_offset, fp32_weight))  # pyright: ignore[reportReturnType]
+def norm(x: torch.Tensor, weight: torch.Tensor, rule: NormRule) -> torch.Tensor:
+    return NormFunction.apply(x, weight, rule)  # pyright: ignore[reportReturnType]
 
 
-def norm_and_pass(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, kind: str, unit_offset: bool, fp32_weight: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return NormAndPassFunction.apply(x, weight, (eps, kind, unit_offset, fp32_weight))  # pyright: ignore[reportReturnType]
+def norm_and_pass(x: torch.Tensor, weight: torch.Tensor, rule: NormRule) -> tuple[torch.Tensor, torch.Tensor]:
+    return NormAndPassFunction.apply(x, weight, rule)  # pyright: ignore[reportReturnType]
 
 
-def norm_onto(  # noqa: PLR0913
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    residual: torch.Tensor,
-    eps: float,
-    kind: str,
-    unit_offset: bool,
-    fp32_weight: bool,
-) -> torch.Tensor:
-    return NormOntoFunction.apply(x, weight, residual, (eps, kind, unit_offset, fp32_weight))  # pyright: ignore[reportReturnType]
+def norm_onto(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, rule: NormRule) -> torch.Tensor:
+    return NormOntoFunction.apply(x, weight, residual, rule)  # pyright: ignore[reportReturnType]

@@ -2,17 +2,16 @@
 
 import torch
 
+from hasten.ops.norm.rule import NormRule
 from hasten.ops.precision import at_least_fp32
 
 
-def norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, kind: str, unit_offset: bool, fp32_weight: bool
-) -> torch.Tensor:
+def norm(x: torch.Tensor, weight: torch.Tensor, rule: NormRule) -> torch.Tensor:
     wide = at_least_fp32(x)
-    if kind == "layer":
+    if rule.kind == "layer":
         wide = wide - wide.mean(-1, keepdim=True)
-    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    scale = at_least_fp32(weight) if fp32_weight else weight
-    if unit_offset:
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + rule.eps)
+    scale = at_least_fp32(weight) if rule.fp32_weight else weight
+    if rule.unit_offset:
         scale = 1.0 + scale
-    return (normed * scale).to(x.dtype) if fp32_weight else scale * normed.to(x.dtype)
+    return (normed * scale).to(x.dtype) if rule.fp32_weight else scale * normed.to(x.dtype)

@@ -10,19 +10,17 @@ from typing import Literal
 import torch
 
 from hasten.ops.backend import Backend, backend_for
+from hasten.ops.norm import NormRule
 from hasten.ops.rope import reference
 
 
 @dataclass(frozen=True)
 class QKNorm:
-    """Weights and rule of the norm on queries and keys: weights (D,) or (H, D); the rest as in `ops.norm`."""
+    """Weights and rule of the norm on queries and keys: weights (D,) or (H, D)."""
 
     q_weight: torch.Tensor
     k_weight: torch.Tensor
-    eps: float
-    kind: Literal["rms", "layer"] = "rms"
-    unit_offset: bool = False
-    fp32_weight: bool = False
+    rule: NormRule
 
 
 def qk_rope(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from hasten.ops.norm import NormRule
 from hasten.ops.rope.kernel import RopeRule, flat_tokens, qk_rope_bwd, qk_rope_fwd
 
 if TYPE_CHECKING:
@@ -63,8 +64,4 @@ def qk_rope(
 
 
 def rope_rule(rotation: str, fp32: bool, qk_norm: QKNorm | None) -> RopeRule:
-    if qk_norm is None:
-        return RopeRule(rotation == "interleaved", fp32)
-    return RopeRule(
-        rotation == "interleaved", fp32, qk_norm.eps, qk_norm.kind, qk_norm.unit_offset, qk_norm.fp32_weight
-    )
+    return RopeRule(rotation == "interleaved", fp32, NormRule(0.0) if qk_norm is None else qk_norm.rule)

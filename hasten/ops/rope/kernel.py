@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from hasten.ops.backend import on_device
+from hasten.ops.norm import NormRule
 
 
 @triton.jit
@@ -221,14 +222,11 @@ def _table_stride(table: torch.Tensor) -> int:
 
 @dataclass(frozen=True)
 class RopeRule:
-    """rotation's layout, whether it is all in fp32, and the norm before it: eps, kind, unit_offset, fp32_weight (read only where there are weights)."""
+    """rotation's layout, whether it is all in fp32, and the norm before it (read only where there are weights)."""
 
     interleaved: bool
     fp32: bool
-    eps: float = 0.0
-    kind: str = "rms"
-    unit_offset: bool = False
-    fp32_weight: bool = False
+    norm: NormRule
 
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -248,9 +246,9 @@ def qk_rope_fwd(qk: Pair, weights: Pair | None, table: Pair | None, rule: RopeRu
             _both_fwd[grid](
                 q, k, *out, wq, wk, cos, sin, token_stride(q), q.stride(2), token_stride(k), k.stride(2), token_stride(out[0]),
                 token_stride(out[1]), q.shape[1], q.shape[2], k.shape[2], q.shape[3], _table_stride(cos) if table else 0,
-                q.shape[3] if weights is not None and wq.dim() == 2 else 0, rule.eps, q_blocks,
-                ROPE=table is not None, ROUND=not rule.fp32, INTERLEAVED=rule.interleaved, NORM=weights is not None, LAYER=rule.kind == "layer",
-                UNIT_OFFSET=rule.unit_offset, FP32_WEIGHT=rule.fp32_weight, enable_fp_fusion=rule.fp32, **meta,
+                q.shape[3] if weights is not None and wq.dim() == 2 else 0, rule.norm.eps, q_blocks,
+                ROPE=table is not None, ROUND=not rule.fp32, INTERLEAVED=rule.interleaved, NORM=weights is not None, LAYER=rule.norm.kind == "layer",
+                UNIT_OFFSET=rule.norm.unit_offset, FP32_WEIGHT=rule.norm.fp32_weight, enable_fp_fusion=rule.fp32, **meta,
             )  # fmt: skip
 
 
@@ -273,9 +271,9 @@ def qk_rope_bwd(  # noqa: PLR0917
                 dq, dk, q, k, *out, wq, wk, *partial, cos, sin,
                 token_stride(dq), dq.stride(2), token_stride(dk), dk.stride(2), token_stride(q), q.stride(2), token_stride(k), k.stride(2),
                 token_stride(out[0]), token_stride(out[1]), dq.shape[1], dq.shape[2], dk.shape[2], dq.shape[3],
-                _table_stride(cos) if table else 0, dq.shape[3] if weights is not None and wq.dim() == 2 else 0, rule.eps,
+                _table_stride(cos) if table else 0, dq.shape[3] if weights is not None and wq.dim() == 2 else 0, rule.norm.eps,
                 q_blocks, ROPE=table is not None, ROUND=not rule.fp32, INTERLEAVED=rule.interleaved, NORM=weights is not None,
-                LAYER=rule.kind == "layer", UNIT_OFFSET=rule.unit_offset, TRAIN_W=train, enable_fp_fusion=rule.fp32, **meta,
+                LAYER=rule.norm.kind == "layer", UNIT_OFFSET=rule.norm.unit_offset, TRAIN_W=train, enable_fp_fusion=rule.fp32, **meta,
             )  # fmt: skip
     if not train:
         return None, None
