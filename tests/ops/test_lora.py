@@ -93,6 +93,33 @@ def test_a_second_backward_through_overwritten_buffers_is_refused(backend: Any) 
         torch.testing.assert_close(torch.autograd.grad(out.sum(), x)[0], first)
 
 
+@pytest.mark.parametrize("which", ["a", "b", "weight"])
+@pytest.mark.parametrize("op", ["linear", "qkv", "mlp", "mlp in tiles"])
+def test_a_weight_that_changes_before_the_backward_is_refused(op: str, which: str) -> None:
+    mlp = (
+        linear(40, WIDTH, True, False, torch.float32),
+        linear(40, WIDTH, True, False, torch.float32),
+        linear(WIDTH, 40, True, False, torch.float32),
+    )
+    x = torch.randn(5, WIDTH, device=DEVICE, requires_grad=True)
+    tile = 2 if op == "mlp in tiles" else None
+
+    def run() -> torch.Tensor:
+        if op == "linear":
+            return lora_linears(x, mlp[:1], backend="triton")[0]
+        if op == "qkv":
+            return lora_qkv(x[None], (mlp[0], mlp[0], mlp[1]), Heads(8), backend="triton")[0]
+        return lora_mlp(x, mlp, "silu", tile=tile, backend="triton")
+
+    out, one = run(), mlp[0]
+    changed = one.weight.held if which == "weight" else getattr(one, which)
+    with torch.no_grad():
+        changed.mul_(2)
+    with pytest.raises(RuntimeError, match="in place|inplace"):
+        out.sum().backward()
+    run().sum().backward()
+
+
 @both
 def test_a_residual_is_added_and_gets_its_gradient(backend: Any) -> None:
     one = linear(WIDTH, WIDTH, True, True, torch.float32)

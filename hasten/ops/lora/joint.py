@@ -29,6 +29,21 @@ def parameters(linears: Sequence[LoraLinear]) -> list[torch.Tensor | None]:
     return [t for one in linears for t in (one.a, one.b, one.trained_weight, one.trained_bias)]
 
 
+def versions(linears: Sequence[LoraLinear]) -> tuple[int, ...]:
+    """How often what a backward reads again was changed in place so far, as autograd counts it."""
+    read = [t for one in linears for t in (one.a, one.b, one.weight.held) if t is not None]
+    return tuple(t._version for t in read if not t.is_inference())
+
+
+def check_versions(linears: Sequence[LoraLinear], before: tuple[int, ...]) -> None:
+    """Raises RuntimeError where a weight was changed since the forward, as autograd does for tensors that it keeps itself."""
+    if versions(linears) != before:
+        raise RuntimeError(
+            "a weight of a linear was changed in place between its forward and its backward, which reads it again: take the "
+            "backward first, or run the forward anew"
+        )
+
+
 @dataclass(frozen=True)
 class Adapters:
     """a (R, E) and b (R, O), scaled, in the products' dtype; R is the sum of all ranks, O of all widths."""

@@ -17,10 +17,12 @@ from hasten.ops.lora.joint import (
     adapters,
     bias_of,
     blocks_of,
+    check_versions,
     parameter_gradients,
     parameters,
     product_fp32,
     ranks,
+    versions,
     weight_of,
     widths,
 )
@@ -143,18 +145,15 @@ class LoraLinearsFunction(torch.autograd.Function):
         xa, a, b = low_rank(flat, linears)
         y = project(flat, linears, xa, b, None if residual is None else flat_rows(residual))
         ctx.save_for_backward(*Kept.tensors(flat, made_from, needs_input(linears)), xa, a, b)
-        ctx.linears, ctx.rule, ctx.shape, ctx.has_residual = (
-            linears,
-            Kept.rule(made_from),
-            x.shape,
-            residual is not None,
-        )
+        ctx.linears, ctx.versions, ctx.rule = linears, versions(linears), Kept.rule(made_from)
+        ctx.shape, ctx.has_residual = x.shape, residual is not None
         return tuple(out.view(*x.shape[:-1], -1) for out in y.split(widths(linears), dim=1))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         source, norm_weight, xa, a, b = ctx.saved_tensors
+        check_versions(ctx.linears, ctx.versions)
         rows = [flat_rows(g) for g in grads]
         dy = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
         d_xa, d_b = thin_gradients(ctx.linears, dy, xa, b)

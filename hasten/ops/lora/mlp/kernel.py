@@ -14,7 +14,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from hasten.ops.glu.kernel import glu_bwd, glu_fwd
-from hasten.ops.lora.joint import adapters, parameter_gradients, parameters, widths
+from hasten.ops.lora.joint import adapters, check_versions, parameter_gradients, parameters, versions, widths
 from hasten.ops.lora.kernel import Kept, input_gradient, low_rank, needs_input, project, thin_gradients
 from hasten.ops.rows import flat_rows
 
@@ -76,7 +76,7 @@ class LoraGluFunction(torch.autograd.Function):
         product, made = make(flat, linears, activation)
         ctx.save_for_backward(*Kept.tensors(flat, made_from, needs_input(linears[:2])), *made)
         ctx.linears, ctx.rule, ctx.activation, ctx.shape = linears, Kept.rule(made_from), activation, x.shape
-        ctx.spent = False
+        ctx.spent, ctx.versions = False, versions(linears)
         ctx.mark_non_differentiable(*(t for t in (product, made.pa, made.b_down) if t is not None))
         return product, made.pa, made.b_down, thread_of(flat, linears)
 
@@ -88,6 +88,7 @@ class LoraGluFunction(torch.autograd.Function):
         if ctx.spent:
             raise RuntimeError("lora_mlp's backward ran already and overwrote what it had kept; run the forward again")
         ctx.spent = True
+        check_versions(ctx.linears, ctx.versions)
         source, norm_weight, *kept = ctx.saved_tensors
         made = Made(*kept)
         both, down, dy = ctx.linears[:2], ctx.linears[2:], flat_rows(grad)

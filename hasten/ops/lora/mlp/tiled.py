@@ -18,7 +18,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from hasten.ops.lora import DenseWeight, LoraLinear
-from hasten.ops.lora.joint import blocks_of, parameters, weight_of, widths
+from hasten.ops.lora.joint import blocks_of, check_versions, parameters, versions, weight_of, widths
 from hasten.ops.lora.kernel import Kept, input_gradient, needs_input, project, thin_gradients
 from hasten.ops.lora.mlp.kernel import back_to_gate_and_up, make, make_again, thread_of
 from hasten.ops.precision import add_product, at_least_fp32
@@ -98,7 +98,7 @@ class TiledBackwardFunction(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, made_from: Any, run: Run, *_: Any) -> torch.Tensor:
         flat = flat_rows(x)
         ctx.save_for_backward(*Kept.tensors(flat, made_from, needed=True))
-        ctx.run, ctx.rule, ctx.shape = run, Kept.rule(made_from), x.shape
+        ctx.run, ctx.versions, ctx.rule, ctx.shape = run, versions(run.linears), Kept.rule(made_from), x.shape
         return thread_of(flat, run.linears)
 
     @staticmethod
@@ -107,6 +107,7 @@ class TiledBackwardFunction(torch.autograd.Function):
         source, norm_weight = ctx.saved_tensors
         dy, source = flat_rows(grad), flat_rows(source)
         run: Run = ctx.run
+        check_versions(run.linears, ctx.versions)
         both, down, dense = run.linears[:2], run.linears[2:], run.dense(dy.dtype)
         of_both, of_down = GradientSums(both), GradientSums(down)
         dx = dy.new_empty(len(dy), ctx.shape[-1]) if ctx.needs_input_grad[0] else None

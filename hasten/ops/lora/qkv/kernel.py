@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from hasten.ops.lora.joint import parameter_gradients, parameters, widths
+from hasten.ops.lora.joint import check_versions, parameter_gradients, parameters, versions, widths
 from hasten.ops.lora.kernel import Kept, input_gradient, low_rank, needs_input, project, thin_gradients
 from hasten.ops.rope.function import rope_rule
 from hasten.ops.rope.kernel import flat_tokens, qk_rope_bwd, qk_rope_fwd
@@ -49,7 +49,8 @@ class LoraQkvFunction(torch.autograd.Function):
             *Kept.tensors(flat, made_from, needs_input(linears)), xa, a, b, y if weights else None,
             *(weights or (None, None)), *(table or (None, None)),
         )  # fmt: skip
-        ctx.linears, ctx.rule, ctx.rope, ctx.shape, ctx.dim = linears, Kept.rule(made_from), rule, x.shape, heads.dim
+        ctx.linears, ctx.versions, ctx.rule = linears, versions(linears), Kept.rule(made_from)
+        ctx.rope, ctx.shape, ctx.dim = rule, x.shape, heads.dim
         return *out, v
 
     @staticmethod
@@ -57,6 +58,7 @@ class LoraQkvFunction(torch.autograd.Function):
     def backward(ctx: Any, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor) -> Any:
         source, norm_weight, xa, a, b, y, wq, wk, cos, sin = ctx.saved_tensors
         linears, rows = ctx.linears, ctx.shape[:2]
+        check_versions(linears, ctx.versions)
         dy = torch.empty(rows[0] * rows[1], sum(widths(linears)), device=dq.device, dtype=dq.dtype)
         into = _heads(dy, linears, rows, ctx.dim)
         into[2].copy_(dv)
