@@ -10,7 +10,7 @@ from training_kit import FAMILIES, curve, gradients_apart, gradients_of, lora, r
 
 from hasten.errors import OptionError
 from hasten.patching.plan import causal_lm_of
-from hasten.training import checkpointing
+from hasten.training import checkpointing, tiling
 from hasten.training.memory import offload
 from hasten.training.memory.costs import Peak
 from hasten.training.memory.plan import LayerPlan
@@ -190,6 +190,16 @@ def test_auto_keeps_all_where_there_is_room_and_least_where_there_is_none() -> N
     checkpointing.enable(model, "auto", 1)
     plan = policy_of(model).plan(2, 24)
     assert Treatment.KEEP not in plan.treatments and not plan.fits
+
+
+def test_a_tile_that_was_asked_for_leaves_no_layer_that_keeps_all() -> None:
+    model = prepared("llama", lora())
+    tiling.enable(model, TILE)
+    checkpointing.enable(model, "auto")
+    plan = policy_of(model).plan(2, 24)
+    assert set(plan.treatments) == {Treatment.REMAKE_MLP} and plan.tile == TILE
+    reference = step(prepared("llama", lora()), batch())
+    assert gradients_apart(step(model, batch())[1], reference[1]) < 1e-5
 
 
 def test_a_plan_is_made_anew_when_shapes_grow() -> None:

@@ -83,7 +83,8 @@ def plan_layers(
     step = _Step(shape, batch, length, budget, link, host_room, accumulates)
     tried: list[LayerPlan] = []
     for tile in tiles or halves(batch * length):
-        tried += [step.most(fewer, more, tile) for fewer, more in combinations(step.ways(tile is not None), 2)]
+        ways = step.ways(tile is not None, always=bool(tiles))
+        tried += [step.most(fewer, more, tile) for fewer, more in combinations(ways, 2)]
     fitting = [plan for plan in tried if plan.fits]
     if fitting:
         return min(fitting, key=lambda plan: (step.seconds(plan), plan.peak.total))
@@ -110,9 +111,10 @@ class _Step:
     host_room: int | None
     accumulates: bool
 
-    def ways(self, tiled: bool) -> list[Way]:
-        """From least to most device memory."""
-        here = [one for one in DEVICE_ALONE if tiled or one is not Treatment.REMAKE_MLP]
+    def ways(self, tiled: bool, always: bool) -> list[Way]:
+        """From least to most device memory. tiled: MLPs can be made again by themselves; always: and all of them are."""
+        left_out = Treatment.REMAKE_MLP if not tiled else Treatment.KEEP if always else None
+        here = [one for one in DEVICE_ALONE if one is not left_out]
         found: list[Way] = [partial(_taking_turns, one, one, 0.0) for one in here]
         if self.link is None:
             return found
