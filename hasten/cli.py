@@ -224,7 +224,7 @@ def estimate(  # noqa: PLR0913
     console.print(table)
     console.print(f"plan: {found.plan}", soft_wrap=True)
     if not found.fits:
-        console.print(f"[yellow]more than {memory_budget}: no plan takes less[/]")
+        console.print(f"[yellow]more than {memory_budget or 'the GPU at hand has'}: no plan takes less[/]")
     console.print(advice(found.levers), soft_wrap=True)
 
 

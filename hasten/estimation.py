@@ -12,17 +12,16 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from hasten.amounts import bytes_of, written
 from hasten.errors import CheckpointError, OptionError
+from hasten.option_problems import CHECKPOINTING, PLANNED
 from hasten.training.memory.costs import Optimizer, Peak, moments, peak, with_tile
 from hasten.training.memory.layer_shape import Quantization
 from hasten.training.memory.levers import Lever, Settings, levers
 from hasten.training.memory.link import Link, measure
 from hasten.training.memory.plan import LayerPlan, plan_layers
 from hasten.training.memory.shape import ModelShape
-from hasten.training.memory.treatment import Treatment
-from hasten.training.tiling import DEFAULT_ROWS
+from hasten.training.memory.treatment import ALIKE
+from hasten.training.tiling import rows_of
 
-MODES = {False: Treatment.KEEP, True: Treatment.RECOMPUTE, "offload": Treatment.OFFLOAD}
-PLANNED = ("auto", "unsloth")
 ASSUMED = Link(bytes_per_s=25e9, flops_per_s=2e14)
 """Of a machine that is not at hand: 16 lanes of PCIe 4 and a GPU of 200 TFLOP/s in 16 bits. Decides what hides, not the bytes."""
 
@@ -87,16 +86,16 @@ def estimate(  # noqa: PLR0913
     """
     budget = _check(locals())
     shape = ModelShape.of_config(_config(config), rank, quantization, full_finetuning, dtype, offload_embedding)
-    tile = None if tiled_mlp is False else DEFAULT_ROWS if isinstance(tiled_mlp, bool | str) else tiled_mlp
+    tile = rows_of(tiled_mlp)
     if checkpointing in PLANNED:
         assert budget is not None
         link = measure(torch.device("cuda")) if torch.cuda.is_available() else ASSUMED
         # The planner counts AdamW's moments.
         room = budget + moments(shape, "adamw") - moments(shape, optimizer)
-        plan = plan_layers(shape, batch_size, seq_len, room, link, (tile,) if tile else ())
+        plan = plan_layers(shape, batch_size, seq_len, room, link, (tile,) if tile and tiled_mlp != "auto" else ())
         treatments, tile = plan.treatments, plan.tile
     else:
-        treatments = with_tile([MODES[checkpointing]] * len(shape.layers), tile)
+        treatments = with_tile([ALIKE[checkpointing]] * len(shape.layers), tile)
     found = peak(shape, batch_size, seq_len, treatments, tile, optimizer)
     settings = Settings(batch_size, seq_len, treatments, tile, optimizer)
     text = str(LayerPlan(treatments, tile, found))
@@ -117,7 +116,7 @@ def _check(a: dict[str, object]) -> int | None:
         problems.append(
             f"full_finetuning trains every weight, which {quantization} storage cannot; use quantization=None"
         )
-    if mode not in (*MODES, *PLANNED):
+    if mode not in CHECKPOINTING:
         problems.append(f"checkpointing={mode!r}: known are False, True, 'offload', 'auto' and 'unsloth'")
     if not (isinstance(tiled, bool) or tiled == "auto" or (isinstance(tiled, int) and tiled >= 1)):
         problems.append(f"tiled_mlp={tiled!r}: pass False, True, 'auto' or a number of rows")

@@ -14,7 +14,8 @@ AdapterOptions: TypeAlias = Any
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLACEMENTS = ("sequential", "auto", "balanced", "balanced_low_0")
-CHECKPOINTING = (False, True, "offload", "unsloth", "auto")
+PLANNED = ("unsloth", "auto")
+CHECKPOINTING = (False, True, "offload", *PLANNED)
 BIASES = ("none", "all", "lora_only")
 
 # Arguments of transformers' from_pretrained that have no argument of ours.
@@ -192,7 +193,7 @@ def _checkpointing_problems(o: Any) -> list[str]:
         bytes_of(o.memory_budget)
     except ValueError as error:
         return [f"memory_budget: {error}"]
-    if mode not in ("unsloth", "auto"):
+    if mode not in PLANNED:
         return [
             f"memory_budget is what use_gradient_checkpointing='auto' plans for, and {mode!r} was asked; leave one of them out"
         ]

@@ -41,7 +41,13 @@ def names_levers(forward: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return forward(self, *args, **kwargs)
         except torch.OutOfMemoryError as error:
-            policy.explain(error)
+            explain_shortage(self, error)
             raise
 
     return forward_with_advice
+
+
+def explain_shortage(model: nn.Module, error: torch.OutOfMemoryError) -> None:
+    """Adds to the error what would make room, where the causal LM wears a memory policy."""
+    if (policy := model.__dict__.get(POLICY)) is not None:
+        policy.explain(error)

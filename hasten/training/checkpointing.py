@@ -3,12 +3,12 @@
 from typing import Any
 
 from hasten.errors import OptionError
+from hasten.option_problems import CHECKPOINTING
 from hasten.overlays.base import POLICY
 from hasten.patching.plan import causal_lm_of
 from hasten.training.memory.policy import MemoryPolicy
-from hasten.training.tiling import RECORD as TILED
+from hasten.training.tiling import asked_tile
 
-MODES = (False, True, "offload", "unsloth", "auto")
 RECORD = "_hasten_checkpointing"
 
 
@@ -26,9 +26,7 @@ def enable(model: Any, mode: bool | str, budget: int | None = None) -> list[str]
     before: MemoryPolicy | None = base.__dict__.get(POLICY)
     switch_off(base)
     base.__dict__[RECORD] = mode
-    asked = base.__dict__.get(TILED)
-    tile = next((getattr(m, "tile_rows", None) for m in base.modules() if getattr(m, "tile_rows", None)), None)
-    policy = MemoryPolicy(base, "auto" if mode == "unsloth" else mode, budget, None if asked == "auto" else tile)
+    policy = MemoryPolicy(base, "auto" if mode == "unsloth" else mode, budget, asked_tile(base))
     policy.others = None if before is None else before.others  # by now moments lie beside the weights
     if not mode:
         base.__dict__[POLICY] = policy  # for its advice
@@ -83,7 +81,7 @@ def restore(model: Any) -> None:
 
 def _check(model: Any, mode: Any) -> None:
     problems = []
-    if not any(mode is known or (isinstance(mode, str) and mode == known) for known in MODES):
+    if not any(mode is known or (isinstance(mode, str) and mode == known) for known in CHECKPOINTING):
         problems.append(f'use_gradient_checkpointing={mode!r} is none of False, True, "offload", "unsloth", "auto"')
     elif mode and not causal_lm_of(model).supports_gradient_checkpointing:
         kind = type(causal_lm_of(model)).__name__

@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers.trainer_utils import get_last_checkpoint
 
 from hasten.errors import DatasetError, MissingExtraError, OptionError, TrainingError
-from hasten.overlays.base import POLICY
+from hasten.overlays.base import explain_shortage
 from hasten.patching.plan import causal_lm_of
 from hasten.training.config import Job
 from hasten.training.data import drop_long, read_rows
@@ -69,7 +69,7 @@ def run(
         try:
             result = monitor.watch(trainer).train(resume_from_checkpoint=checkpoint)
         except torch.OutOfMemoryError as error:  # in a backward, where no forward of ours can see it
-            causal_lm_of(model).__dict__[POLICY].explain(error)
+            explain_shortage(causal_lm_of(model), error)
             raise
     method = job.save.method or ("lora" if hasattr(model, "peft_config") else "merged_16bit")
     steps, loss = result.global_step, result.training_loss

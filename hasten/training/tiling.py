@@ -13,6 +13,18 @@ DEFAULT_ROWS = 4096
 memory, so tiles cost no speed. Gate, up and their product take 0.33 GiB then in an 8B model (14336 channels, 16 bits)."""
 
 
+def rows_of(asked: bool | int | str) -> int | None:
+    """Rows of a tile that `unsloth_tiled_mlp` asks for; None = none. "auto" is as True where nobody plans."""
+    return None if asked is False else DEFAULT_ROWS if isinstance(asked, bool | str) else asked
+
+
+def asked_tile(model: Any) -> int | None:
+    """The tile that the MLPs of a causal LM have, None where there is none or a plan may choose it."""
+    if causal_lm_of(model).__dict__.get(RECORD) == "auto":
+        return None
+    return next((m.tile_rows for m in model.modules() if isinstance(m, MLPOverlay) and m.tile_rows), None)
+
+
 def set_tile(model: Any, rows: int | None) -> int:
     """Makes every MLP under an overlay run `rows` rows at a time (None: all at once). Returns how many there are.
 
@@ -29,7 +41,7 @@ def enable(model: Any, asked: bool | int | str) -> list[str]:
 
     asked: False; True = tiles of DEFAULT_ROWS; a number of rows; "auto" = as True until the memory policy decides it layer by layer.
     """
-    rows = None if asked is False else DEFAULT_ROWS if isinstance(asked, bool | str) else asked
+    rows = rows_of(asked)
     causal_lm_of(model).__dict__[RECORD] = asked
     count = set_tile(model, rows)
     if rows is None:

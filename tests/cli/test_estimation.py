@@ -161,3 +161,10 @@ def test_levers_that_are_pulled_or_cannot_be_are_not_offered() -> None:
     full = levers(shape_of(full_finetuning=True), Settings(8, 2048, (Treatment.KEEP,) * 8))
     assert not any("4bit" in one.text or one.text.startswith("r=") for one in full)
     assert "smaller model" in advice([])
+
+
+def test_tiles_that_a_plan_may_choose_force_nothing() -> None:
+    settings: Any = {"seq_len": 8192, "checkpointing": "auto", "memory_budget": "60GiB"}
+    free, chosen, forced = (estimate(tiny_config("llama"), **settings, tiled_mlp=t) for t in (False, "auto", True))
+    assert chosen.plan == free.plan and "keep what is dear" in free.plan
+    assert "keep what is dear" not in forced.plan and "4096 rows" in forced.plan

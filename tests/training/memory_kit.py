@@ -9,14 +9,21 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hasten.overlays.base import POLICY
 from hasten.patching import apply
+from hasten.patching.plan import causal_lm_of
 from hasten.testing import tiny_model
+from hasten.training.memory.policy import MemoryPolicy
 
 WIDE = {
     "hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32,
     "max_position_embeddings": 512, "num_hidden_layers": 2,
 }  # fmt: skip
 """Wide enough that activations outweigh what a tiny model pays besides."""
+
+
+def policy_of(model: Any) -> MemoryPolicy:
+    return causal_lm_of(model).__dict__[POLICY]
 
 
 class Alive(TorchDispatchMode):

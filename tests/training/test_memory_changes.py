@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_memory_policy import batch, fix_plan, policy_of, prepared, step
+from memory_kit import policy_of
+from test_memory_policy import batch, fix_plan, prepared, step
 from training_kit import gradients_apart, gradients_of, lora
 
 from hasten.patching.plan import causal_lm_of
@@ -18,13 +19,8 @@ from hasten.training.memory.situation import coarse, processes_here
 from hasten.training.memory.treatment import Treatment
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("everything_travels")
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="a CPU has no streams")
-
-
-@pytest.fixture(autouse=True)
-def _everything_travels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload, "SMALLEST", 1)
-    monkeypatch.setattr(offload, "CHUNK", 4096)
 
 
 def planned(**changes: Any) -> Any:

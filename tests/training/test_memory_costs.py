@@ -1,7 +1,6 @@
 """The memory formulas against measured peaks of the GPU, and against every byte that a step on the CPU holds."""
 
 import statistics
-import sys
 from typing import Any
 
 import pytest
@@ -18,14 +17,6 @@ from hasten.testing.quantize import quantize_linears
 from hasten.training import checkpointing, tiling
 from hasten.training.memory.costs import WORKSPACE, ModelShape, kept, moments, peak, remake_flops, with_tile
 from hasten.training.memory.treatment import Treatment
-
-
-@pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """hasten's own choice of backend, made "triton" for every tensor."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("hasten.") and hasattr(module, "backend_for"):
-            monkeypatch.setattr(module, "backend_for", lambda x, wanted=None: wanted or "triton")
 
 
 def test_every_measured_peak_is_predicted() -> None:

@@ -10,26 +10,16 @@ from typing import Any
 import pytest
 import torch
 from ddp_job import MODES, RANKS, all_rows, labels, model_in
+from memory_kit import policy_of
 from training_kit import curve, dpo, gradients_apart, gradients_of, lora, preferences, rows, sft, small
 
-from hasten.patching.plan import causal_lm_of
 from hasten.training import checkpointing
 from hasten.training.memory import offload
-from hasten.training.memory.policy import MemoryPolicy
 from hasten.training.memory.treatment import Treatment
 from hasten.training.optimizers import StochasticAdamW
 
 HERE = Path(__file__).parent
-
-
-@pytest.fixture(autouse=True)
-def _everything_travels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload, "SMALLEST", 1)
-    monkeypatch.setattr(offload, "CHUNK", 4096)
-
-
-def policy_of(model: Any) -> MemoryPolicy:
-    return causal_lm_of(model).__dict__[checkpointing.POLICY]
+pytestmark = pytest.mark.usefixtures("everything_travels")
 
 
 def model_with(mode: str, **adapter: Any) -> Any:

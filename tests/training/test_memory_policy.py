@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from memory_kit import policy_of
 from training_kit import FAMILIES, curve, gradients_apart, gradients_of, lora, rows, sft, small
 
 from hasten.errors import OptionError
+from hasten.overlays.base import explain_shortage
 from hasten.patching.plan import causal_lm_of
 from hasten.training import checkpointing, tiling
 from hasten.training.memory import offload
@@ -21,16 +23,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TILE = 16
 KINDS = {"LoRA": (lora(), False), "QLoRA": (lora(), True), "full": (None, False)}
 NOWHERE = Peak("never", 0, 0, 0, 0, 0)
-
-
-@pytest.fixture(autouse=True)
-def _everything_travels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload, "SMALLEST", 1)
-    monkeypatch.setattr(offload, "CHUNK", 4096)
-
-
-def policy_of(model: Any) -> MemoryPolicy:
-    return causal_lm_of(model).__dict__[checkpointing.POLICY]
+pytestmark = pytest.mark.usefixtures("everything_travels")
 
 
 def fix_plan(model: Any, treatments: list[Treatment], tile: int | None = None) -> None:
@@ -269,6 +262,22 @@ def test_out_of_memory_in_a_forward_names_the_levers(mode: Any) -> None:
 
 def short_of_memory(*_: Any) -> None:
     raise torch.OutOfMemoryError("short")
+
+
+def test_out_of_memory_before_the_first_plan_asks_for_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = prepared("llama", lora())
+    checkpointing.enable(model, "auto")
+    monkeypatch.setattr(policy_of(model), "_new_plan", short_of_memory)
+    causal_lm_of(model).model.embed_tokens.register_forward_pre_hook(short_of_memory)
+    with pytest.raises(torch.OutOfMemoryError, match="short") as raised:
+        model(input_ids=batch(4, 200), labels=batch(4, 200))
+    assert raised.value.__context__ is None and "4 rows of 200 tokens" in raised.value.__notes__[0]
+
+
+def test_out_of_memory_of_a_model_without_a_policy_stays_what_it_is() -> None:
+    error = torch.OutOfMemoryError("short")
+    explain_shortage(causal_lm_of(small("llama", False, lora())), error)
+    assert not hasattr(error, "__notes__")
 
 
 def test_and_where_a_layer_is_made_again() -> None:

@@ -17,6 +17,8 @@ __all__ = ["AdamWRule", "adamw_", "key_of"]
 
 LARGEST = 2**30
 """Elements that share one key."""
+OF_MOMENTS = 0x5BD1E995
+"""What makes the moments' key of the weight's: they are rounded independently of it."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ def adamw_(
         step = reference.adamw_
     parts = [x.view(-1).split(LARGEST) for x in (weight, grad.contiguous(), *moments)]
     for number, (w, g, m, v) in enumerate(zip(*parts, strict=True)):
-        step(w, g, (m, v), rule.factors(), key if number == 0 else key_of(key, number))
+        own = key if number == 0 else key_of(key, number)
+        step(w, g, (m, v), rule.factors(), (own, own ^ OF_MOMENTS))
 
 
 def key_of(*numbers: int) -> int:

@@ -80,15 +80,15 @@ def adamw_(
     grad_N: torch.Tensor,
     moments: tuple[torch.Tensor, torch.Tensor],
     factors: tuple[float, float, float, float, float, float],
-    key: int,
+    keys: tuple[int, int],
 ) -> None:
     """See `ops.adamw.adamw_`; all tensors are flat and of less than 2^31 elements."""
     tensors = (weight_N, grad_N, *moments)
     halves = [x.dtype == torch.bfloat16 for x in tensors]
     bits = [x.view(torch.int16) if half else x for x, half in zip(tensors, halves, strict=True)]
-    keys = (k - 2**32 if k >= 2**31 else k for k in (key, key ^ 0x5BD1E995))
+    signed = (key - 2**32 if key >= 2**31 else key for key in keys)
     if weight_N.numel():
         with on_device(weight_N):
             _adamw[(triton.cdiv(weight_N.numel(), BLOCK),)](
-                *bits, weight_N.numel(), *factors, *keys, *halves, BLOCK=BLOCK
+                *bits, weight_N.numel(), *factors, *signed, *halves, BLOCK=BLOCK
             )

@@ -11,7 +11,7 @@ def adamw_(
     grad_N: torch.Tensor,
     moments: tuple[torch.Tensor, torch.Tensor],
     factors: tuple[float, float, float, float, float, float],
-    key: int,
+    keys: tuple[int, int],
 ) -> None:
     """See `ops.adamw.adamw_`; all tensors are flat."""
     keep, first, second, root, eps, rate = factors
@@ -21,8 +21,7 @@ def adamw_(
         m = m + first * (g - m)
         v = v + second * (g * g - v)
         w = keep * w - rate * (m / (v.sqrt() / root + eps))
-        bits = random_bits(start, len(w), key, w.device)
-        more = random_bits(start, len(w), key ^ 0x5BD1E995, w.device)
+        bits, more = (random_bits(start, len(w), key, w.device) for key in keys)
         for x, value, drawn in zip((stored[0], *stored[2:]), (w, m, v), (bits, more, more >> 16), strict=True):
             x.copy_(value if x.dtype == torch.float32 else rounded(value, drawn))
 

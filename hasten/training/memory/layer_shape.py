@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hasten.errors import CheckpointError
-from hasten.ops.attention import PLANNED
+from hasten.ops.attention import attention_backend
 from hasten.ops.backend import backend_for
 from hasten.overlays import AttentionFacts, LayerFacts
 from hasten.patching.facts import attention_facts, layer_facts
@@ -93,10 +93,8 @@ class LayerShape:
         return sum(one.adapter + one.trained for one in (*self.gate_up, *self.down))
 
     def sdpa(self, length: int) -> bool:
-        """Whether rows of `length` take torch's fused attention (see `ops.attention.attention_backend`)."""
-        window = self.attention.window
-        plain = self.attention.softcap is None and (window is None or window >= length)
-        return plain and length % PLANNED == 0
+        """Whether plain rows of `length` take torch's fused attention on a GPU."""
+        return attention_backend(length, self.attention.window, self.attention.softcap, spans=False) == "sdpa"
 
 
 def read_layers(

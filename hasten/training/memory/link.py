@@ -2,7 +2,9 @@
 
 import functools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -32,8 +34,7 @@ def measure(device: torch.device) -> Link | None:
     return Link(PROBE_BYTES / copying, 2 * PROBE_SIDE**3 / multiplying)
 
 
-def _seconds(device: torch.device, work: "functools.partial[torch.Tensor] | object") -> float:
-    assert callable(work)
+def _seconds(device: torch.device, work: Callable[[], Any]) -> float:
     work()
     torch.cuda.synchronize(device)
     begin = time.perf_counter()

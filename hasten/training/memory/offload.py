@@ -51,29 +51,26 @@ class HostMemory:
 
     def send(self, source: torch.Tensor, chunks: list[_Chunk]) -> torch.cuda.Event | None:
         """Copies the bytes (1-D uint8, on the device) into chunks, after what the main stream was given so far."""
-        if self.out is None:
-            _copy(source, chunks)
-            return None
-        self.out.wait_stream(torch.cuda.current_stream(self.device))
-        for chunk in chunks:
-            if chunk.used is not None:
-                self.out.wait_event(chunk.used)
-        with torch.cuda.stream(self.out):
-            _copy(source, chunks)
-        return _mark(self.out, chunks)
+        return self._move(self.out, source, chunks, back=False)
 
     def fetch(self, chunks: list[_Chunk], into: torch.Tensor) -> torch.cuda.Event | None:
         """Copies chunks back into `into` (1-D uint8), whose memory the main stream may have used until now."""
-        if self.back is None:
-            _copy(into, chunks, back=True)
+        return self._move(self.back, into, chunks, back=True)
+
+    def _move(
+        self, stream: torch.cuda.Stream | None, device_bytes: torch.Tensor, chunks: list[_Chunk], back: bool
+    ) -> torch.cuda.Event | None:
+        """After the main stream and after whatever last used the chunks. Returns when it is done; None: it is (on a CPU)."""
+        if stream is None:
+            _copy(device_bytes, chunks, back)
             return None
-        self.back.wait_stream(torch.cuda.current_stream(self.device))
+        stream.wait_stream(torch.cuda.current_stream(self.device))
         for chunk in chunks:
             if chunk.used is not None:
-                self.back.wait_event(chunk.used)
-        with torch.cuda.stream(self.back):
-            _copy(into, chunks, back=True)
-        return _mark(self.back, chunks)
+                stream.wait_event(chunk.used)
+        with torch.cuda.stream(stream):
+            _copy(device_bytes, chunks, back)
+        return _mark(stream, chunks)
 
     def wait(self, event: torch.cuda.Event | None) -> None:
         """What the main stream is given from here on comes after `event`."""
@@ -87,7 +84,7 @@ class HostMemory:
                 tensor.record_stream(stream)
 
 
-def _copy(device_bytes: torch.Tensor, chunks: Iterable[_Chunk], back: bool = False) -> None:
+def _copy(device_bytes: torch.Tensor, chunks: Iterable[_Chunk], back: bool) -> None:
     for part, chunk in zip(device_bytes.split(CHUNK), chunks, strict=True):
         here = chunk.bytes[: len(part)]
         into, source = (part, here) if back else (here, part)

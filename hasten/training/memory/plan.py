@@ -51,12 +51,8 @@ class LayerPlan:
         }
         counts = Counter(self.treatments)
         parts = [f"{counts[one]} of {len(self.treatments)} layers {said[one]}" for one in Treatment if counts[one]]
-        tiled = (
-            ""
-            if self.tile is None or counts[Treatment.KEEP] == len(self.treatments)
-            else f", MLPs {self.tile} rows at a time"
-        )
-        return "; ".join(parts) + tiled
+        tiled = self.tile is not None and counts[Treatment.KEEP] < len(self.treatments)
+        return "; ".join(parts) + (f", MLPs {self.tile} rows at a time" if tiled else "")
 
 
 def uniform(shape: ModelShape, batch: int, length: int, treatment: Treatment, tile: int | None = None) -> LayerPlan:
@@ -160,10 +156,8 @@ class _Step:
             room = self.host_room is None or found.host <= self.host_room
             return LayerPlan(treatments, tile, found, room and found.total <= self.budget)
 
-        low, high = (
-            0,
-            layers + 1,
-        )  # the peak grows with the count, but for dips at the ends that it costs little to miss
+        # The peak grows with the count, but for dips at the ends that it costs little to miss.
+        low, high = 0, layers + 1
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if plan(middle).fits else (low, middle)

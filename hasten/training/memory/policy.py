@@ -28,12 +28,10 @@ from hasten.training.memory.levers import Settings, advice, levers
 from hasten.training.memory.offload import HostMemory, Parcel
 from hasten.training.memory.plan import LayerPlan, plan_layers, uniform
 from hasten.training.memory.situation import Situation, coarse, compute_dtype, processes_here
-from hasten.training.memory.treatment import Treatment
+from hasten.training.memory.treatment import ALIKE, Treatment
 
 logger = logging.getLogger(__name__)
 
-ALIKE = {False: Treatment.KEEP, True: Treatment.RECOMPUTE, "offload": Treatment.OFFLOAD}
-"""Modes under which every layer is treated alike."""
 MARGIN = 0.01
 """Of a budget, what a plan leaves alone: how far predictions may be off."""
 ALLOCATOR = 0.05
@@ -230,13 +228,14 @@ class MemoryPolicy:
         """Adds to an out-of-memory error what the step was and which changes would make room, each with its GiB."""
         if self.rows is None or not self.layers or getattr(error, "__notes__", ()):
             return
-        batch, length = self.rows
-        plan, shape = self.plan(batch, length), self._shape()
+        (batch, length), shape = self.rows, self._shape()
         if shape is None:
             return
-        found = levers(shape, Settings(batch, length, with_tile(plan.treatments, self.tile), plan.tile))
-        said = f"This step had {batch} rows of {length} tokens; {written(plan.peak.total)} were predicted at its peak ({plan})."
-        error.add_note(f"{said}\n{advice(found)}")
+        # No new plan: measuring the link would ask for memory that is not there.
+        plan = self.latest or uniform(shape, batch, length, ALIKE.get(self.mode, Treatment.OFFLOAD), self.tile)
+        settings = Settings(batch, length, with_tile(plan.treatments, self.tile), plan.tile)
+        said = f"This step had {batch} rows of {length} tokens; {written(settings.peak(shape))} were predicted at its peak ({plan})."
+        error.add_note(f"{said}\n{advice(levers(shape, settings))}")
 
     def __str__(self) -> str:
         if not self.mode:

@@ -16,3 +16,7 @@ class Treatment(Enum):
     """Only the layer's input stays on the device (Chen et al. 2016, arXiv:1604.06174)."""
     OFFLOAD = "offload"
     """As RECOMPUTE, and the input waits in pinned host memory."""
+
+
+ALIKE: dict[bool | str, Treatment] = {False: Treatment.KEEP, True: Treatment.RECOMPUTE, "offload": Treatment.OFFLOAD}
+"""`use_gradient_checkpointing` -> what every layer gets; the other modes are planned."""

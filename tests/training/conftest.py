@@ -1,0 +1,12 @@
+"""What the training tests share."""
+
+import pytest
+
+from hasten.training.memory import offload
+
+
+@pytest.fixture
+def everything_travels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of any size wait in host memory, in chunks that tiny models fill."""
+    monkeypatch.setattr(offload, "SMALLEST", 1)
+    monkeypatch.setattr(offload, "CHUNK", 4096)
