@@ -64,6 +64,12 @@ class FusedScores(ModelOutput):
 
     @classmethod
     def from_tokens(cls, scores: TokenScores, label_mask: torch.Tensor, num_items_in_batch: Any) -> "FusedScores":
+        """All on the head's device, wherever the labels are."""
+        device = scores.log_prob.device
+        label_mask = label_mask.to(device)
+        if isinstance(num_items_in_batch, torch.Tensor):
+            num_items_in_batch = num_items_in_batch.to(device)
+
         def rows(score: torch.Tensor | None) -> torch.Tensor | None:
             return None if score is None else score.view(label_mask.shape)
 

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from hasten.errors import DatasetError, InputError
+from hasten.errors import DatasetError, InputError, TrainingError
 from hasten.ops import LoraHead, ScoreRule, TokenScores, linear_cross_entropy, linear_cross_entropy_loss
 from hasten.overlays.base import Overlay, names_levers
 from hasten.overlays.fused_protocol import FusedRequest, FusedScores, read_trl_request
@@ -90,6 +90,7 @@ class HeadOverlay(Overlay):
         fused_lm_head = kwargs.pop("fused_lm_head", False)
         return_dict = kwargs.pop("return_dict", None)
         loss_kwargs = {k: kwargs.pop(k) for k in ("num_items_in_batch", "ignore_index", "shift_labels") if k in kwargs}
+        self._refuse_data_parallel(loss_kwargs.get("num_items_in_batch"))
         fused_loss = not fused_lm_head and self._wants_fused_loss(labels, loss_kwargs, logits_to_keep)
         if fused_lm_head or (fused_loss and use_cache is None):
             use_cache = False  # a cache of keys and values that no decoding will ever read
@@ -168,6 +169,17 @@ class HeadOverlay(Overlay):
         with torch.autocast(hidden.device.type, enabled=False):  # it would undo the dtype that was just chosen
             return linear_cross_entropy_loss(
                 hidden.flatten(0, -2), weight, targets.flatten(), rule, num_items_in_batch, bias, lora
+            )
+
+    def _refuse_data_parallel(self, num_items_in_batch: Any) -> None:
+        """Raises TrainingError under nn.DataParallel, and under a trainer that counts on it: for quantised models, which it does not
+        spread, transformers' still takes as many rows as for all GPUs and multiplies the loss by their number."""
+        several = isinstance(num_items_in_batch, torch.Tensor) and num_items_in_batch.numel() > 1
+        if torch.is_grad_enabled() and (several or self.__dict__.get("_is_replica")):
+            raise TrainingError(
+                "this trainer counts several GPUs for its one process (nn.DataParallel), which would copy the model at every step, "
+                "or scale a quantised one's gradients. Start a process a GPU (torchrun --nproc_per_node N, accelerate launch), make "
+                "one GPU visible (CUDA_VISIBLE_DEVICES=0), or take the settings from hasten.sft_config, which train on one"
             )
 
     def _expect_labels(self, num_items_in_batch: Any) -> None:

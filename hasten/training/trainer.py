@@ -33,6 +33,7 @@ def sft_config(model: Any, **kwargs: Any) -> "SFTConfig":
     max_length: the model's `max_seq_length` (TRL would cut rows at 1024). None where nothing is cut: for a model without
     a limit, and for `padding_free` without packing, of which TRL demands it; rows that are too long then raise InputError.
     gradient_checkpointing: False, so that the trainer leaves the model as `use_gradient_checkpointing` set it.
+    One process takes one GPU; torchrun starts one for each.
     bf16, fp16: on where the model computes in that dtype. use_cpu: on where the model is on the CPU. Raises OptionError
     for a `max_length` beyond the model's limit, for packing without any length, and for an `optim` whose package is missing.
     """
@@ -61,7 +62,18 @@ def sft_config(model: Any, **kwargs: Any) -> "SFTConfig":
     problems += optimizer_problems(settings.get("optim"))
     if problems:
         raise OptionError("sft_config", problems)
-    return SFTConfig(**settings)
+    return _on_one_gpu(SFTConfig(**settings), base)
+
+
+def _on_one_gpu(config: "SFTConfig", base: Any) -> "SFTConfig":
+    """One process trains on one GPU, or on those that its model lies on: transformers would copy the model to all that are visible
+    at every step (nn.DataParallel) and take so many times the rows."""
+    if config.n_gpu > 1:
+        if len({p.device for p in base.parameters()}) == 1:
+            text = "training on %s, one of %d GPUs that are visible; torchrun --nproc_per_node N takes N of them"
+            logger.warning(text, base.device, config.n_gpu)
+        config._n_gpu = 1  # as Trainer does for a model that lies on several
+    return config
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""One of two data-parallel processes: `python ddp_job.py RANK FOLDER`. Rank 0 leaves every case's gradients in FOLDER."""
+"""One of two data-parallel processes: `python ddp_job.py RANK FOLDER [cuda]`, on CPUs or each on a GPU of its own. Rank 0 leaves every case's gradients in FOLDER."""
 
 import contextlib
 import sys
@@ -49,11 +49,11 @@ def model_in(mode: str) -> Any:
     return model
 
 
-def accumulated(mode: str, rank: int) -> dict[str, torch.Tensor]:
-    model = model_in(mode)
+def accumulated(mode: str, rank: int, device: torch.device) -> dict[str, torch.Tensor]:
+    model = model_in(mode).to(device)
     parallel = DistributedDataParallel(model)
     for micro in range(MICROBATCHES):
-        ids = rows_of(rank, micro)
+        ids = rows_of(rank, micro).to(device)
         waits = contextlib.nullcontext() if micro == MICROBATCHES - 1 else parallel.no_sync()
         with waits:
             loss = parallel(input_ids=ids, labels=ids, num_items_in_batch=labels()).loss
@@ -61,16 +61,20 @@ def accumulated(mode: str, rank: int) -> dict[str, torch.Tensor]:
     return gradients_of(model)
 
 
-def main(rank: int, folder: Path) -> None:
+def main(rank: int, folder: Path, kind: str = "cpu") -> None:
     torch.set_num_threads(1)
     let_everything_travel()
     meeting = f"file://{folder}/meeting"
-    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=RANKS)
-    found = {mode: accumulated(mode, rank) for mode in MODES}
+    device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if kind == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, init_method=meeting, rank=rank, world_size=RANKS)
+    found = {mode: accumulated(mode, rank, device) for mode in MODES}
     if rank == 0:
         torch.save(found, folder / "gradients.pt")
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(int(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])

@@ -9,10 +9,11 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from training_kit import apart, both, chats, curve, hf, lora, rows, sft, small, texts
-from transformers import DataCollatorForLanguageModeling
+from transformers import DataCollatorForLanguageModeling, TrainingArguments
 
-from hasten.errors import DatasetError, InputError, OptionError
+from hasten.errors import DatasetError, InputError, OptionError, TrainingError
 from hasten.patching import apply, plan
+from hasten.patching.plan import causal_lm_of
 from hasten.testing import tiny_model, tiny_tokenizer
 from hasten.training import check_dataset, sft_config
 
@@ -146,6 +147,30 @@ def test_sft_config_follows_the_models_dtype_and_checkpointing(tmp_path: Path) -
     assert (plain.bf16, plain.fp16, plain.gradient_checkpointing) == (False, False, False)
     assert (half.bf16, half.fp16) == (True, False)
     assert (asked.bf16, asked.gradient_checkpointing) == (True, True)
+
+
+@pytest.mark.parametrize(("split", "said"), [(False, True), (True, False)])
+def test_sft_config_takes_one_gpu_of_many(
+    split: bool, said: bool, tmp_path: Path, monkeypatch: Any, caplog: Any
+) -> None:
+    model = limited(48)
+    if split:
+        model.lm_head.to("meta")
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda config: 2))
+    assert sft_config(model, output_dir=str(tmp_path))._n_gpu == 1
+    assert ("one of 2 GPUs" in caplog.text) is said
+
+
+def test_batches_that_are_counted_for_several_gpus_are_refused() -> None:
+    model = small("llama", True, lora())
+    ids = torch.randint(6, 90, (2, 12))
+    with pytest.raises(TrainingError, match="torchrun"):
+        model(input_ids=ids, labels=ids, num_items_in_batch=torch.tensor(22).unsqueeze(0).expand(2, -1))
+    causal_lm_of(model)._is_replica = True  # as nn.DataParallel marks its copies
+    with pytest.raises(TrainingError, match="torchrun"):
+        model(input_ids=ids, labels=ids)
+    with torch.no_grad():
+        assert model(input_ids=ids, labels=ids).loss > 0
 
 
 def test_rows_beyond_the_models_length_raise_instead_of_being_cut(tmp_path: Path) -> None:
