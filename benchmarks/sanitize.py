@@ -6,7 +6,7 @@ nothing, and all that reads from there would be reported.
 """
 
 import argparse
-import json
+import datetime
 import os
 import re
 import subprocess
@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from benchmarks import results
 from benchmarks.kernel_calls import CALLS
 from benchmarks.kernels import launched_kernels
 
@@ -95,7 +96,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--calls", default=",".join(CALLS))
     args = parser.parse_args(arguments)
     rows = sanitize(args.tools.split(","), args.out.with_suffix(".txt"), args.calls.split(","))
-    args.out.write_text(json.dumps({"sanitize": rows}, indent=1))
+    found = {"date": datetime.date.today().isoformat(), "versions": results.versions(), "sanitize": rows}
+    results.write(found, args.out)
     for row in rows:
         print(line_of(row))
     return 0 if all(row["clean"] for row in rows) else 1
