@@ -11,6 +11,7 @@ from hasten.export.base import find_base
 from hasten.inference import for_inference
 from hasten.loading import load
 from hasten.loading.adapter import attach
+from hasten.loading.embedding import leave_out_of_ddp
 from hasten.options import AdapterOptions, LoadOptions, none_if_left_out
 from hasten.patching import apply, plan
 from hasten.patching.apply import overlay_class
@@ -146,6 +147,7 @@ def _wear_peft(peft_model: Any, loaded: LoadOptions | None) -> Any:
     peft_model.__class__ = overlay_class(type(peft_model), PeftSurface, None)
     wants_fp32 = loaded is None or loaded.float32_mixed_precision is not False
     peft_model.__dict__["_hasten_dtypes"] = lora.set_dtypes(peft_model, wants_fp32)
+    leave_out_of_ddp(peft_model)
     peft_model.train()
     return peft_model
 

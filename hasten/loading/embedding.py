@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from hasten.errors import InputError
@@ -63,9 +64,17 @@ def keep_embedding_on_host(model: PreTrainedModel) -> str:
     if device.type == "cpu":
         return "offload_embedding: the embedding is in host memory already, as the whole model is"
     _stay(model, embedding)
+    leave_out_of_ddp(model)
     embedding.weight.data = embedding.weight.data.to("cpu").pin_memory()
     size = embedding.weight.numel() * embedding.weight.element_size() / 2**20
     return f"offload_embedding: {size:.0f} MiB of embedding in pinned host memory, from which {device} reads rows"
+
+
+def leave_out_of_ddp(model: nn.Module) -> None:
+    """DDP refuses weights on a host beside others on a GPU; a frozen one has no gradient to share. model: what DDP will wrap."""
+    names = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, HostEmbedding)]
+    if names:
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 
 
 def _stay(model: PreTrainedModel, embedding: Any) -> None:

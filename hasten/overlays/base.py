@@ -37,17 +37,7 @@ def names_levers(forward: Callable[..., Any]) -> Callable[..., Any]:
         if policy is None:
             return forward(self, *args, **kwargs)
         given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-        policy.rows = next((tuple(t.shape[:2]) for t in given if isinstance(t, torch.Tensor)), None)
-        try:
+        with policy.advising(next((tuple(t.shape[:2]) for t in given if isinstance(t, torch.Tensor)), None)):
             return forward(self, *args, **kwargs)
-        except torch.OutOfMemoryError as error:
-            explain_shortage(self, error)
-            raise
 
     return forward_with_advice
-
-
-def explain_shortage(model: nn.Module, error: torch.OutOfMemoryError) -> None:
-    """Adds to the error what would make room, where the causal LM wears a memory policy."""
-    if (policy := model.__dict__.get(POLICY)) is not None:
-        policy.explain(error)

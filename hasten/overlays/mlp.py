@@ -4,6 +4,7 @@ Through the second way the projections stay modules, so any adapter and any stor
 at a time (`tile_rows`), so that what is as wide as the MLP does not grow with the sequence.
 """
 
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -39,10 +40,12 @@ class MLPOverlay(Overlay):
         if fused is not None:
             x, (gate, up, down) = fused
             return lora_mlp(x, (gate, up, down), self.facts.activation, residual, made_from, self.tile_rows)
-        if self.tile_rows is None or self._projections_are_hooked():
-            out = self._through_modules(x)
-        else:
-            out = in_tiles(self._through_modules, x, self.tile_rows)
+        tile = self.tile_rows
+        if tile is not None and self._projections_are_hooked():
+            if torch.is_grad_enabled():
+                warnings.warn("a hook on a projection wants whole rows: its MLP does not run in tiles", stacklevel=2)
+            tile = None
+        out = self._through_modules(x) if tile is None else in_tiles(self._through_modules, x, tile)
         return out if residual is None else residual + out
 
     def _through_modules(self, x: torch.Tensor) -> torch.Tensor:

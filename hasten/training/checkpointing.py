@@ -3,7 +3,7 @@
 from typing import Any
 
 from hasten.errors import OptionError
-from hasten.option_problems import CHECKPOINTING
+from hasten.option_problems import CHECKPOINTING, PLANNED
 from hasten.overlays.base import POLICY
 from hasten.patching.plan import causal_lm_of
 from hasten.training.memory.policy import MemoryPolicy
@@ -26,7 +26,7 @@ def enable(model: Any, mode: bool | str, budget: int | None = None) -> list[str]
     before: MemoryPolicy | None = base.__dict__.get(POLICY)
     switch_off(base)
     base.__dict__[RECORD] = mode
-    policy = MemoryPolicy(base, "auto" if mode == "unsloth" else mode, budget, asked_tile(base))
+    policy = MemoryPolicy(base, "auto" if mode == "unsloth" else mode, budget, asked_tile(base, mode in PLANNED))
     policy.others = None if before is None else before.others  # by now moments lie beside the weights
     if not mode:
         base.__dict__[POLICY] = policy  # for its advice

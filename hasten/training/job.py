@@ -6,13 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from transformers.trainer_utils import get_last_checkpoint
 
 from hasten.errors import DatasetError, MissingExtraError, OptionError, TrainingError
-from hasten.overlays.base import explain_shortage
-from hasten.patching.plan import causal_lm_of
 from hasten.training.config import Job
 from hasten.training.data import drop_long, read_rows
 from hasten.training.metrics import counting
@@ -66,11 +63,7 @@ def run(
     counts, dropped = _apply_too_long(trainer, train_rows, job.data.too_long)
     title = f"{Path(str(job.model['model_name'])).name}: training loss"
     with counting(model) as counter, TrainingMonitor(job.output, counter, console, title) as monitor:
-        try:
-            result = monitor.watch(trainer).train(resume_from_checkpoint=checkpoint)
-        except torch.OutOfMemoryError as error:  # in a backward, where no forward of ours can see it
-            explain_shortage(causal_lm_of(model), error)
-            raise
+        result = monitor.watch(trainer).train(resume_from_checkpoint=checkpoint)
     method = job.save.method or ("lora" if hasattr(model, "peft_config") else "merged_16bit")
     steps, loss = result.global_step, result.training_loss
     finished = Finished(model, tokenizer, steps, loss, counts, dropped, job.output, job.saved)

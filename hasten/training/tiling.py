@@ -18,9 +18,9 @@ def rows_of(asked: bool | int | str) -> int | None:
     return None if asked is False else DEFAULT_ROWS if isinstance(asked, bool | str) else asked
 
 
-def asked_tile(model: Any) -> int | None:
-    """The tile that the MLPs of a causal LM have, None where there is none or a plan may choose it."""
-    if causal_lm_of(model).__dict__.get(RECORD) == "auto":
+def asked_tile(model: Any, planned: bool) -> int | None:
+    """The tile that the MLPs of a causal LM have. None where there is none, or where a plan is made and may choose it."""
+    if planned and causal_lm_of(model).__dict__.get(RECORD) == "auto":
         return None
     return next((m.tile_rows for m in model.modules() if isinstance(m, MLPOverlay) and m.tile_rows), None)
 
@@ -39,7 +39,7 @@ def set_tile(model: Any, rows: int | None) -> int:
 def enable(model: Any, asked: bool | int | str) -> list[str]:
     """Sets the tiles that `unsloth_tiled_mlp` asks for and returns notes for the report.
 
-    asked: False; True = tiles of DEFAULT_ROWS; a number of rows; "auto" = as True until the memory policy decides it layer by layer.
+    asked: False; True = tiles of DEFAULT_ROWS; a number of rows; "auto" = as True, but where the memory policy plans it decides.
     """
     rows = rows_of(asked)
     causal_lm_of(model).__dict__[RECORD] = asked
@@ -48,5 +48,5 @@ def enable(model: Any, asked: bool | int | str) -> list[str]:
         return []
     if not count:
         return ["tiled MLP: nothing is tiled, no MLP of this model runs under an overlay"]
-    until = " until the memory policy chooses" if asked == "auto" else ""
-    return [f"tiled MLP: {count} MLPs run {rows} rows at a time{until}, and keep nothing but their input"]
+    unless = " where the memory policy does not choose" if asked == "auto" else ""
+    return [f"tiled MLP: {count} MLPs run {rows} rows at a time{unless}, and keep nothing but their input"]

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from torch.nn.parallel import DistributedDataParallel
 from trl import SFTTrainer
 
 from hasten import FastLanguageModel, sft_config
@@ -54,6 +55,22 @@ def test_logits_gradients_and_generation_are_the_same(folder: Path, four: bool) 
         results.append([loss.detach(), *gradients, written])
     assert len(results[0]) == len(results[1]) > 10
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(*results, strict=True))
+
+
+def test_data_parallel_processes_leave_it_where_it_is(folder: Path, tmp_path: Path) -> None:
+    found = []
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        for parallel in (False, True):
+            model, _ = load(folder, True)
+            model = FastLanguageModel.get_peft_model(model, r=4).train()
+            run = DistributedDataParallel(model, device_ids=[0]) if parallel else model
+            run(input_ids=IDS.cuda(), labels=IDS.cuda()).loss.backward()
+            assert not model.get_input_embeddings().weight.is_cuda
+            found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(found[0]) > 10 and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_a_trainer_moves_the_model_and_not_the_embedding(folder: Path, tmp_path: Path) -> None:

@@ -10,10 +10,9 @@ from memory_kit import policy_of
 from training_kit import FAMILIES, curve, gradients_apart, gradients_of, lora, rows, sft, small
 
 from hasten.errors import OptionError
-from hasten.overlays.base import explain_shortage
 from hasten.patching.plan import causal_lm_of
 from hasten.training import checkpointing, tiling
-from hasten.training.memory import offload
+from hasten.training.memory import offload, shortage
 from hasten.training.memory.costs import Peak
 from hasten.training.memory.plan import LayerPlan
 from hasten.training.memory.policy import MemoryPolicy
@@ -274,10 +273,43 @@ def test_out_of_memory_before_the_first_plan_asks_for_no_memory(monkeypatch: pyt
     assert raised.value.__context__ is None and "4 rows of 200 tokens" in raised.value.__notes__[0]
 
 
-def test_out_of_memory_of_a_model_without_a_policy_stays_what_it_is() -> None:
-    error = torch.OutOfMemoryError("short")
-    explain_shortage(causal_lm_of(small("llama", False, lora())), error)
-    assert not hasattr(error, "__notes__")
+def test_a_backward_that_runs_out_of_memory_tells_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """As torch reports a failed allocation: its own observer on a GPU; elsewhere this test makes the report."""
+
+    def fail(*_: Any) -> None:
+        if DEVICE == "cuda":
+            torch.empty(2**46, dtype=torch.uint8, device=DEVICE)
+        else:
+            shortage._say(0, 2**46, 0, 0)
+            short_of_memory()
+
+    model, other = prepared("llama", lora()), prepared("llama", lora())
+    for one in (other, model):
+        checkpointing.enable(one, False)
+    other(input_ids=batch(), labels=batch())
+    loss = model(input_ids=batch(4, 200), labels=batch(4, 200)).loss
+    with pytest.raises(torch.OutOfMemoryError):
+        fail()
+    assert "4 rows" not in caplog.text  # that was no backward
+    next(p for p in model.parameters() if p.requires_grad).register_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        loss.backward()
+    assert caplog.text.count("4 rows of 200 tokens") == 1 and "65536.00 GiB more" in caplog.text
+    assert "per_device_train_batch_size=2" in caplog.text
+
+
+def test_an_error_that_carries_the_advice_is_not_in_the_log_too(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(*_: Any) -> None:
+        shortage._say(0, 2**46, 0, 0)
+        short_of_memory()
+
+    model = prepared("llama", lora())
+    checkpointing.enable(model, True)
+    loss = model(input_ids=batch(), labels=batch()).loss
+    causal_lm_of(model).model.layers[1].self_attn.register_forward_pre_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        loss.backward()
+    assert raised.value.__notes__ and "rows of" not in caplog.text
 
 
 def test_and_where_a_layer_is_made_again() -> None:

@@ -1,6 +1,6 @@
 """Packed and padding-free training as TRL does it: every document is what it is alone, on every attention backend.
 
-"triton" is hasten's own choice, forced on the CPU, in tiles so small that every row has several (Triton's interpreter).
+"triton" is hasten's own choice, forced on a CPU (Triton's interpreter), in tiles so small that every row has several.
 """
 
 from pathlib import Path
@@ -18,6 +18,7 @@ from hasten.overlays import AttentionOverlay
 from hasten.testing import tiny_tokenizer
 from hasten.training import check_dataset, sft_config
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WINDOW = 8
 SMALL = Tiles(*[Tile(32, 32, 4, 1)] * 3)
 ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"]}
@@ -55,7 +56,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def model_on(family: str, backend: str, hasten: bool = True) -> Any:
     replaced = "eager" if family == CAPPED else "sdpa"  # hasten's choice runs in place of the default
     named = replaced if backend == "triton" else backend
-    return small(family, hasten, lora(), attention=named, **FAMILIES[family])
+    return small(family, hasten, lora(), attention=named, **FAMILIES[family]).to(DEVICE)
 
 
 def trainer_of(model: Any, data: Any, folder: Path, **settings: Any) -> SFTTrainer:
@@ -77,7 +78,8 @@ def gradients_seen(trainer: SFTTrainer) -> list[dict[str, torch.Tensor]]:
 
 def first_batch(model: Any, folder: Path, how: str) -> dict[str, Any]:
     settings = {"per_device_train_batch_size": 2 if how == "packing" else 4, **HOW[how]}
-    return dict(next(iter(trainer_of(model, rows(9, seed=3), folder, **settings).get_train_dataloader())))
+    batch = next(iter(trainer_of(model, rows(9, seed=3), folder, **settings).get_train_dataloader()))
+    return {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
 def documents(batch: dict[str, Any]) -> list[slice]:

@@ -13,6 +13,7 @@ from hasten.errors import OptionError
 from hasten.ops import rows as ops_rows
 from hasten.overlays import MLPOverlay
 from hasten.overlays import mlp as mlp_overlay
+from hasten.overlays.base import POLICY
 from hasten.patching import restore
 from hasten.patching.plan import causal_lm_of
 from hasten.testing import relative_error, save_tiny
@@ -123,7 +124,8 @@ def test_a_hooked_projection_sees_whole_rows() -> None:
     seen: list[torch.Size] = []
     projection = causal_lm_of(model).model.layers[0].mlp.up_proj
     hook = projection.register_forward_hook(lambda module, args, out: seen.append(args[0].shape))
-    model(input_ids=IDS)
+    with pytest.warns(UserWarning, match="whole rows"):
+        model(input_ids=IDS)
     assert seen == [(2, 11, 64)]
     hook.remove()
 
@@ -144,7 +146,7 @@ def test_a_trainer_trains_the_same(tmp_path: Path) -> None:
         (False, None, None),
         (True, tiling.DEFAULT_ROWS, f"{tiling.DEFAULT_ROWS} rows at a time"),
         (16, 16, "2 MLPs run 16 rows at a time"),
-        ("auto", tiling.DEFAULT_ROWS, "until the memory policy chooses"),
+        ("auto", tiling.DEFAULT_ROWS, "where the memory policy does not choose"),
     ],
 )
 def test_the_argument_sets_tiles_and_the_report_says_so(tmp_path: Path, asked: Any, rows: Any, said: Any) -> None:
@@ -157,6 +159,15 @@ def test_the_argument_sets_tiles_and_the_report_says_so(tmp_path: Path, asked: A
     assert causal_lm_of(model).__dict__[tiling.RECORD] == asked
     notes = [note for note in report(model).notes if "tiled MLP" in note]
     assert not notes if said is None else said in notes[0] and len(notes) == 1
+
+
+@pytest.mark.parametrize(("mode", "tile"), [(False, 4096), (True, 4096), ("offload", 4096), ("unsloth", None)])
+def test_auto_leaves_tiles_to_the_policy_where_that_plans(tmp_path: Path, mode: Any, tile: int | None) -> None:
+    model, _ = FastLanguageModel.from_pretrained(
+        str(save_tiny(tmp_path, "llama", num_hidden_layers=2)), max_seq_length=64, load_in_4bit=False,
+        unsloth_tiled_mlp="auto", use_gradient_checkpointing=mode, device_map="cpu",
+    )  # fmt: skip
+    assert model.__dict__[POLICY].tile == tile
 
 
 def test_a_value_that_means_nothing_raises_before_anything_is_read() -> None:

@@ -22,7 +22,7 @@ from hasten.amounts import written
 from hasten.errors import CheckpointError
 from hasten.overlays import LayerOverlay, MLPOverlay
 from hasten.overlays.layer import SEAT
-from hasten.training.memory import link
+from hasten.training.memory import link, shortage
 from hasten.training.memory.costs import ModelShape, Peak, with_tile
 from hasten.training.memory.levers import Settings, advice, levers
 from hasten.training.memory.offload import HostMemory, Parcel
@@ -60,7 +60,7 @@ class Seat:
 class MemoryPolicy:
     """mode: False (then only for its advice), True, "offload" or "auto". budget: bytes on the device that the whole process may
     take, None = what is free when a plan is made. tile: rows at a time of MLPs that the user asked to be tiled, None = the plan
-    chooses. rows: of the last batch, and their length. leaving: on each device, what the layer before sent off. before: on each,
+    chooses. rows: of the last batch, and their length. inside: how many of its own calls run now. leaving: on each device, what the layer before sent off. before: on each,
     the last parcel of the forward that runs."""
 
     model: Any
@@ -72,6 +72,7 @@ class MemoryPolicy:
     latest: LayerPlan | None = None
     others: int | None = None
     rows: tuple[int, int] | None = None
+    inside: int = 0
     host: dict[torch.device, HostMemory] = field(default_factory=dict)
     leaving: dict[torch.device, Parcel] = field(default_factory=dict)
     before: dict[torch.device, weakref.ref[Parcel]] = field(default_factory=dict)
@@ -96,6 +97,7 @@ class MemoryPolicy:
             "plans": {},
             "latest": None,
             "others": None,
+            "inside": 0,
             "host": {},
             "leaving": {},
             "before": {},
@@ -140,10 +142,8 @@ class MemoryPolicy:
         if isinstance(mlp, MLPOverlay):
             mlp.tile_rows = tile
         try:
-            return function(*args)
-        except torch.OutOfMemoryError as error:
-            self.explain(error)
-            raise
+            with self.advising(self.rows):
+                return function(*args)
         finally:
             if isinstance(mlp, MLPOverlay):
                 mlp.tile_rows = before
@@ -224,18 +224,36 @@ class MemoryPolicy:
         gradients = sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
         return max(0, torch.cuda.memory_allocated(device) - shape.weights - gradients)
 
-    def explain(self, error: torch.OutOfMemoryError) -> None:
-        """Adds to an out-of-memory error what the step was and which changes would make room, each with its GiB."""
-        if self.rows is None or not self.layers or getattr(error, "__notes__", ()):
-            return
-        (batch, length), shape = self.rows, self._shape()
-        if shape is None:
-            return
-        # No new plan: measuring the link would ask for memory that is not there.
+    # What would make room
+
+    @contextlib.contextmanager
+    def advising(self, rows: tuple[int, int] | None) -> Iterator[None]:
+        """For a forward over rows of this shape, or a part of it: an out-of-memory error says which changes would make room."""
+        self.rows = rows
+        shortage.watch(self)
+        self.inside += 1
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            if not getattr(error, "__notes__", ()) and (text := self.advice()):
+                error.add_note(text)
+            raise
+        finally:
+            self.inside -= 1
+
+    def advice(self) -> str | None:
+        """What the latest step was and which changes would make room, each with its GiB; None where nobody can tell.
+
+        Makes no new plan: measuring the link would ask for memory that is not there.
+        """
+        shape = self._shape() if self.rows is not None and self.layers else None
+        if self.rows is None or shape is None:
+            return None
+        batch, length = self.rows
         plan = self.latest or uniform(shape, batch, length, ALIKE.get(self.mode, Treatment.OFFLOAD), self.tile)
         settings = Settings(batch, length, with_tile(plan.treatments, self.tile), plan.tile)
         said = f"This step had {batch} rows of {length} tokens; {written(settings.peak(shape))} were predicted at its peak ({plan})."
-        error.add_note(f"{said}\n{advice(levers(shape, settings))}")
+        return f"{said}\n{advice(levers(shape, settings))}"
 
     def __str__(self) -> str:
         if not self.mode:
