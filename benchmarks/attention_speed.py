@@ -24,6 +24,7 @@ from hasten.ops.attention import row_spans
 from hasten.ops.attention.backward.kernel import attention_bwd
 from hasten.ops.attention.kernel import attention_fwd
 from hasten.ops.attention.tiles.kernel import Rule, Tile, Tiles, tiles_for
+from hasten.ops.backend import shared_memory
 
 COMPILERS = 12
 UNFIT = (TritonError, RuntimeError, ValueError, TypeError)
@@ -184,7 +185,7 @@ def ours(tiles: Tiles, inputs: Inputs) -> tuple[Callable[[], Any], Callable[[], 
 
 def variants(shape: Shape) -> Iterator[tuple[str, Tile, Tiles]]:
     """(kernel, its tile, the table's tiles with that one in its place)."""
-    table = tiles_for(torch.bfloat16, shape.dim)
+    table = tiles_for(torch.bfloat16, shape.dim, shared_memory(torch.device("cuda")))
     for kernel, tiles in CANDIDATES[shape.dim].items():
         for tile in dict.fromkeys([getattr(table, kernel), *tiles]):
             yield kernel, tile, replace(table, **{kernel: tile})

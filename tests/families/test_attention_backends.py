@@ -41,7 +41,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cpu":
         for module in ("hasten.overlays.attending", "hasten.ops.attention"):
             monkeypatch.setattr(f"{module}.backend_for", lambda x, wanted=None: wanted or "triton")
-        monkeypatch.setattr(kernel, "tiles_for", lambda dtype, channels: SMALL)
+        monkeypatch.setattr(kernel, "tiles_for", lambda *_: SMALL)
 
 
 def twins(name: str, **changes: Any) -> tuple[Any, Any]:

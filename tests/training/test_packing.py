@@ -49,7 +49,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == "triton":
         for module in ("hasten.overlays.attending", "hasten.ops.attention"):
             monkeypatch.setattr(f"{module}.backend_for", lambda x, wanted=None: wanted or "triton")
-        monkeypatch.setattr(kernel, "tiles_for", lambda dtype, channels: SMALL)
+        monkeypatch.setattr(kernel, "tiles_for", lambda *_: SMALL)
     return request.param
 
 
@@ -205,6 +205,8 @@ class Shapes(TorchDispatchMode):
 @pytest.mark.parametrize(("family", "backend"), [*OURS, ("llama", "sdpa")], indirect=["backend"])
 def test_no_dense_mask_is_made(family: str, backend: str, how: str, tmp_path: Path) -> None:
     """Three numbers a token, one tensor for all layers, and nothing of T x T, forward and backward; sdpa gets a dense one."""
+    if backend == "sdpa" and DEVICE == "cuda":
+        pytest.skip("hasten's choice runs in its place there")
     model = model_on(family, backend)
     batch = first_batch(model, tmp_path, how)
     tokens, masks = batch["input_ids"].shape[1], []

@@ -27,7 +27,7 @@ from hasten.ops.attention.tiles.kernel import (
     tiles_for,
     visible,
 )
-from hasten.ops.backend import on_device
+from hasten.ops.backend import on_device, shared_memory
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -136,7 +136,7 @@ class AttentionFunction(torch.autograd.Function):
     ) -> torch.Tensor:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         ctx.rule = rule
-        ctx.tiles = tiles or tiles_for(q.dtype, max(16, triton.next_power_of_2(q.shape[-1])))
+        ctx.tiles = tiles or tiles_for(q.dtype, max(16, triton.next_power_of_2(q.shape[-1])), shared_memory(q.device))
         out, lse = attention_fwd(q, k, v, spans, rule, ctx.tiles)
         ctx.save_for_backward(q, k, v, out, lse, spans)
         return out

@@ -37,16 +37,24 @@ TABLE = {
     256: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 1), Tile(64, 32, 4, 2)),
 }
 """By the padded head's channels, for 16-bit inputs: the fastest on an H200 (benchmarks/attention_speed.py)."""
+IN_96_KIB = TABLE | {256: Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2))}
+IN_64_KIB = {
+    64: Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 1), Tile(64, 64, 4, 3)),
+    128: Tiles(Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+    256: Tiles(Tile(32, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
+}
+"""What fits into the shared memory of GPUs that have less (GeForce RTX, T4). Compiled for them (tests/ops/test_compiled.py), not timed there."""
 
 FP32 = Tiles(Tile(32, 32, 8, 1), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1))
 FP32_WIDE = Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))
 
 
-def tiles_for(dtype: torch.dtype, channels: int) -> Tiles:
-    """channels: of a head, padded to a power of two."""
+def tiles_for(dtype: torch.dtype, channels: int, room: int) -> Tiles:
+    """channels: of a head, padded to a power of two. room: bytes of shared memory that a block of threads may take."""
     if dtype == torch.float32:
         return FP32 if channels <= 128 else FP32_WIDE
-    return TABLE[max(64, channels)]
+    table = TABLE if room >= 160 * 2**10 else IN_96_KIB if room >= 96 * 2**10 else IN_64_KIB
+    return table[max(64, channels)]
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,14 @@ import torch
 import triton
 import triton.language as tl
 
-from hasten.ops.backend import on_device
+from hasten.ops.backend import on_device, shared_memory
 
 MAX_RANK = 128
 MAX_RANK_BACKWARD = 32  # beyond, two products of cuBLAS are faster
 MIN_WIDTH_BACKWARD = 2048  # below, too
+TILE = {"ROWS": 64, "COLS": 256, "num_warps": 4, "num_stages": 3}
+SMALL_TILE = {"ROWS": 32, "COLS": 128, "num_warps": 4, "num_stages": 2}
+"""Where a block of threads has 64 KiB of shared memory (T4)."""
 
 
 @triton.jit
@@ -107,7 +110,7 @@ def share_bwd(
     """(dy @ b.T (N, R), dy.T @ xa (F, R)), both fp32. Columns contiguous; at least one row."""
     rows, width = dy_NF.shape
     block = rank_block(xa_NR.shape[1])
-    tile = {"ROWS": 64, "COLS": 256, "num_warps": 4, "num_stages": 3} if tile is None else tile
+    tile = (TILE if shared_memory(dy_NF.device) >= 96 * 2**10 else SMALL_TILE) if tile is None else tile
     each = triton.cdiv(triton.cdiv(rows, splits), tile["ROWS"]) * tile["ROWS"]
     splits, strips = triton.cdiv(rows, each), triton.cdiv(width, tile["COLS"])
     parts = torch.empty(strips, rows, block, device=dy_NF.device, dtype=torch.float32)

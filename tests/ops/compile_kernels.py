@@ -1,0 +1,74 @@
+"""Compiles every kernel for a GPU that is not there: `python compile_kernels.py CAPABILITY`. Nothing is launched.
+
+Each launch becomes a warm-up of Triton's own, down to machine code (ptxas comes with Triton) for the arguments at hand. Prints a line
+for each variant: the kernel's name, and the bytes of shared memory that a block of threads takes.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from benchmarks import kernel_calls
+from hasten.ops.attention import attention
+from hasten.ops.attention import kernel as attention_kernel
+from hasten.ops.lora import lora_linears
+from hasten.ops.lora.share import kernel as share_kernel
+
+ROOM = {75: 64, 80: 163, 89: 99, 90: 227, 120: 99}
+"""Compute capability -> KiB of shared memory that a block of threads may take (CUDA's programming guide)."""
+CHANNELS = (64, 128, 256)
+
+
+class AbsentGPU:
+    """What Triton asks of a driver before it launches."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_only(kernel: Any, grid: Any) -> Any:
+    def launch(*args: Any, **kwargs: Any) -> None:
+        if "UPCAST" in kwargs:
+            kwargs["UPCAST"] = False  # only the interpreter needs it
+        print(kernel.__name__, kernel.run(*args, grid=grid, warmup=True, **kwargs).metadata.shared)
+
+    return launch
+
+
+def large() -> None:
+    """Heads and ranks of real models: what takes the most shared memory."""
+    draw, adapted = kernel_calls._draw, kernel_calls._adapted
+    for channels in CHANNELS:
+        q, k, v = draw(1, 64, 4, channels), draw(1, 64, 2, channels), draw(1, 64, 2, channels)
+        kernel_calls._back([attention(q, k, v, 0.1, 16, backend="triton")])
+    for rank in (16, share_kernel.MAX_RANK_BACKWARD):
+        kernel_calls._back(lora_linears(draw(2, 64, 256), [adapted(2048, 256, rank)], backend="triton"))
+    rank = share_kernel.MAX_RANK
+    kernel_calls._back(lora_linears(draw(2, 64, 256), [adapted(256, 256, rank)], draw(2, 64, 256), backend="triton"))
+
+
+def main(capability: int) -> None:
+    driver.set_active(AbsentGPU(capability))  # pyright: ignore[reportArgumentType]
+    JITFunction.__getitem__ = compile_only  # pyright: ignore[reportAttributeAccessIssue]
+    for module in (attention_kernel, share_kernel):
+        module.shared_memory = lambda device: ROOM[capability] * 2**10
+    kernel_calls.DTYPE = torch.bfloat16 if capability >= 80 else torch.float16
+    kernel_calls.call_all()
+    large()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
