@@ -4,24 +4,29 @@ A forward, and a layer that is made again, add to an error what would make room 
 keep everything runs without Python of ours on its stack; there torch's observer of failed allocations puts it in the log.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 import weakref
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from hasten.training.memory.policy import MemoryPolicy
-
 logger = logging.getLogger(__name__)
-_last: list[weakref.ref[MemoryPolicy]] = []
+
+
+class Adviser(Protocol):
+    """A memory policy. inside: how many of its own calls run now, which explain their errors themselves."""
+
+    inside: int
+
+    def advice(self) -> str | None: ...
+
+
+_last: list[weakref.ref[Adviser]] = []
 """The policy whose model ran last, alone: whose backward comes next."""
 
 
-def watch(policy: MemoryPolicy) -> None:
+def watch(policy: Adviser) -> None:
     """A backward that runs out of memory is from now on this policy's to explain."""
     _last[:] = [weakref.ref(policy)]
     if torch.cuda.is_initialized():
