@@ -1,4 +1,6 @@
-"""Compiles every kernel for a GPU that is not there: `python compile_kernels.py CAPABILITY`. Nothing is launched.
+"""Compiles kernels for a GPU that is not there: `python compile_kernels.py CAPABILITY [all]`. Nothing is launched.
+
+Without "all", those that take the most shared memory.
 
 Each launch becomes a warm-up of Triton's own, down to machine code (ptxas comes with Triton) for the arguments at hand. Prints a line
 for each variant: the kernel's name, and the bytes of shared memory that a block of threads takes.
@@ -60,15 +62,16 @@ def large() -> None:
     kernel_calls._back(lora_linears(draw(2, 64, 256), [adapted(256, 256, rank)], draw(2, 64, 256), backend="triton"))
 
 
-def main(capability: int) -> None:
+def main(capability: int, every: bool) -> None:
     driver.set_active(AbsentGPU(capability))  # pyright: ignore[reportArgumentType]
     JITFunction.__getitem__ = compile_only  # pyright: ignore[reportAttributeAccessIssue]
     for module in (attention_kernel, share_kernel):
         module.shared_memory = lambda device: ROOM[capability] * 2**10
     kernel_calls.DTYPE = torch.bfloat16 if capability >= 80 else torch.float16
-    kernel_calls.call_all()
+    if every:
+        kernel_calls.call_all()
     large()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), sys.argv[2:] == ["all"])

@@ -1,6 +1,7 @@
-"""Every kernel compiles for GPUs from Turing to Blackwell and fits into their shared memory; no GPU is needed for that.
+"""Kernels compile for GPUs from Turing to Blackwell and fit into their shared memory; no GPU is needed for that.
 
-Triton's interpreter, in which the other tests run on a CPU, takes kernels that the compiler refuses.
+Triton's interpreter, in which the other tests run on a CPU, takes kernels that the compiler refuses. Every kernel is compiled for
+one GPU; for the others those that take the most shared memory.
 """
 
 import os
@@ -14,18 +15,20 @@ from compile_kernels import ROOM
 from benchmarks.kernels import launched_kernels
 
 HERE = Path(__file__).parent
+WHOLE = 90
+LARGEST = {"_attention_fwd", "_attention_dkdv", "_attention_dq", "_lay_share", "_share_bwd"}
 
 
 @pytest.mark.parametrize("capability", ROOM)
-def test_every_kernel_compiles_and_fits(capability: int, tmp_path: Path) -> None:
+def test_kernels_compile_and_fit(capability: int, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     paths = os.pathsep.join([str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, str(HERE / "compile_kernels.py"), str(capability)],
+        [sys.executable, str(HERE / "compile_kernels.py"), str(capability), *(["all"] if capability == WHOLE else [])],
         env={**environment, "PYTHONPATH": paths, "TRITON_CACHE_DIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     made = [line.split() for line in done.stdout.splitlines()]
-    assert set(launched_kernels()) <= {name for name, _ in made}
+    assert (set(launched_kernels()) if capability == WHOLE else LARGEST) <= {name for name, _ in made}
     assert not [one for one in made if int(one[1]) > ROOM[capability] * 2**10]
