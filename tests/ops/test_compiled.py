@@ -1,7 +1,7 @@
-"""Kernels compile for GPUs from Turing to Blackwell and fit into their shared memory; no GPU is needed for that.
+"""Kernels compile for GPUs and fit into their shared memory; no GPU is needed for that.
 
 Triton's interpreter, in which the other tests run on a CPU, takes kernels that the compiler refuses. Every kernel is compiled for
-one GPU; for the others those that take the most shared memory.
+Hopper; for GeForce cards those that take the most shared memory. Others (T4, A100, Blackwell) take minutes: compile_kernels.py by hand.
 """
 
 import os
@@ -19,7 +19,7 @@ WHOLE = 90
 LARGEST = {"_attention_fwd", "_attention_dkdv", "_attention_dq", "_lay_share", "_share_bwd"}
 
 
-@pytest.mark.parametrize("capability", ROOM)
+@pytest.mark.parametrize("capability", [89, WHOLE])
 def test_kernels_compile_and_fit(capability: int, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     paths = os.pathsep.join([str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])

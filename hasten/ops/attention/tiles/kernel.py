@@ -43,7 +43,7 @@ IN_64_KIB = {
     128: Tiles(Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
     256: Tiles(Tile(32, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
 }
-"""What fits into the shared memory of GPUs that have less (GeForce RTX, T4). Compiled for them (tests/ops/test_compiled.py), not timed there."""
+"""What fits into the shared memory of GPUs that have less (GeForce RTX, T4). Compiled for them (tests/ops/compile_kernels.py), not timed there."""
 
 FP32 = Tiles(Tile(32, 32, 8, 1), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1))
 FP32_WIDE = Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))
