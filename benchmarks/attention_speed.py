@@ -21,9 +21,9 @@ from triton.errors import TritonError
 from triton.testing import do_bench
 
 from hasten.ops.attention import row_spans
-from hasten.ops.attention.backward.kernel import attention_bwd
-from hasten.ops.attention.kernel import attention_fwd
-from hasten.ops.attention.tiles.kernel import Rule, Tile, Tiles, tiles_for
+from hasten.ops.attention.kernels.backward import attention_bwd
+from hasten.ops.attention.kernels.forward import attention_fwd
+from hasten.ops.attention.kernels.tiles import Rule, Tile, Tiles, tiles_for
 from hasten.ops.backend import shared_memory
 
 COMPILERS = 12

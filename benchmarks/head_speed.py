@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.ceilings import copy_rate, milliseconds
-from hasten.ops import LoraHead, ScoreRule, linear_cross_entropy, linear_cross_entropy_loss
+from hasten.ops import LoraHead, ScoreConfig, linear_cross_entropy, linear_cross_entropy_loss
 from hasten.ops.linear_cross_entropy import kernel
 from hasten.ops.linear_cross_entropy.function import Upstream, tokens_at_once
 
@@ -24,10 +24,10 @@ def _draw(*shape: int) -> torch.Tensor:
 def kernels(bandwidth: float) -> None:
     """One chunk of 2048 tokens: logits are read and their gradient written; a second read comes from the L2 cache or not."""
     raw, labels = _draw(2048, WORDS), torch.randint(0, WORDS, (2048,), device="cuda")
-    scores, rule = torch.empty(6, 2048, device="cuda"), ScoreRule()
+    scores, rule = torch.empty(6, 2048, device="cuda"), ScoreConfig()
     upstream = Upstream(torch.ones(2048, device="cuda"))
-    capped = ScoreRule(softcap=30.0)
-    wanted = ScoreRule(want=frozenset({"entropy", "is_top1"}))
+    capped = ScoreConfig(softcap=30.0)
+    wanted = ScoreConfig(want=frozenset({"entropy", "is_top1"}))
     print("kernel, 2048 x 128256".ljust(34), "training".rjust(16), "softcap".rjust(16), "entropy, top 1".rjust(16))
     moved = 2 * raw.numel() * 2
     for launch in kernel.LAUNCHES:
@@ -42,7 +42,7 @@ def kernels(bandwidth: float) -> None:
 
 def sums(width: int) -> None:
     """d_weight's product, and ways to add it to what earlier chunks gave."""
-    for tokens in (1024, tokens_at_once(ScoreRule(), _draw(1, width), True)):
+    for tokens in (1024, tokens_at_once(ScoreConfig(), _draw(1, width), True)):
         d_raw, hidden = _draw(tokens, WORDS), _draw(tokens, width)
         total = torch.zeros(WORDS, width, device="cuda")
         low = total.bfloat16()
@@ -68,7 +68,7 @@ def losses(name: str) -> None:
     labels = torch.randint(0, WORDS, (tokens,), device="cuda")
     hidden, weight = _draw(tokens, width).requires_grad_(), _draw(WORDS, width)
     lora = LoraHead(_draw(16, width).requires_grad_(), _draw(WORDS, 16).requires_grad_(), 1.0)
-    rule = ScoreRule()
+    rule = ScoreConfig()
     some, low = hidden.detach()[:1024], _draw(1024, WORDS)
     product = milliseconds(lambda: torch.mm(some, weight.T, out=low)) * tokens / 1024
     print(f"{name}: {tokens} tokens x {width}; one product with the head takes {product:.1f} ms")

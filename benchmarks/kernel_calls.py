@@ -12,22 +12,22 @@ import torch
 
 from hasten.ops import (
     LoraHead,
+    NormConfig,
     NormInput,
-    NormRule,
     QKNorm,
-    ScoreRule,
+    ScoreConfig,
+    add_norm,
     glu,
     linear_cross_entropy,
     norm,
-    norm_and_pass,
-    norm_onto,
+    norm_with_residual,
     qk_rope,
 )
-from hasten.ops.adamw import AdamWRule, adamw_
+from hasten.ops.adamw import AdamWConfig, adamw_
 from hasten.ops.attention import attention, row_spans
 from hasten.ops.host_rows import host_rows
-from hasten.ops.lora import Heads, LoraLinear, lora_linears, lora_mlp, lora_qkv
-from hasten.ops.lora.share.kernel import MIN_WIDTH_BACKWARD, lay_share, share_bwd
+from hasten.ops.lora import HeadsConfig, LoraLinear, lora_linears, lora_mlp, lora_qkv
+from hasten.ops.lora.kernels.lora_delta import MIN_WIDTH_BACKWARD, add_lora_delta, lora_delta_bwd
 from hasten.ops.nf4 import NF4Weight, dequantize_nf4
 from hasten.weights.plain import DenseWeight
 
@@ -54,19 +54,19 @@ def _norms() -> None:
         ("layer", 8, (3, 8)),
     ):
         for offset, fp32 in ((False, False), (True, True)):
-            rule = NormRule(1e-5, kind, offset, fp32)  # pyright: ignore[reportArgumentType]
+            rule = NormConfig(1e-5, kind, offset, fp32)  # pyright: ignore[reportArgumentType]
             x, weight = _draw(5, 3, width), _draw(*weights)
             _back([norm(x, weight, rule, "triton")])
             if len(weights) == 1:
-                _back([norm_onto(x, weight, _draw(5, 3, width), rule, "triton")])
+                _back([add_norm(x, weight, _draw(5, 3, width), rule, "triton")])
             frozen = weight.detach()
-            _back(norm_and_pass(x, frozen, rule, "triton"))
+            _back(norm_with_residual(x, frozen, rule, "triton"))
 
 
 def _rotations() -> None:
     cos, sin = (torch.randn(2, 5, 12, device=DEVICE) for _ in range(2))
-    per_head = QKNorm(_draw(5, 12), _draw(1, 12), NormRule(1e-5, "layer", False, True))
-    shared = QKNorm(_draw(12), _draw(12), NormRule(1e-5, "rms", True, False))
+    per_head = QKNorm(_draw(5, 12), _draw(1, 12), NormConfig(1e-5, "layer", False, True))
+    shared = QKNorm(_draw(12), _draw(12), NormConfig(1e-5, "rms", True, False))
     for rotation in ("half", "interleaved"):
         for qk_norm in (None, per_head, shared):
             for position in ((cos, sin), (cos[:1], sin[:1]), None):
@@ -86,8 +86,8 @@ def _heads() -> None:
     labels = torch.tensor([3, 8, -100, 500, 0, 76, 12], device=DEVICE)
     every = frozenset({"entropy", "is_top1", "log_sum_sq_probs", "mean_logits"})
     for rule, trained in (
-        (ScoreRule(chunk=3), False),
-        (ScoreRule(0.5, 4.0, 0.7, label_smoothing=0.1, want=every, chunk=4), True),
+        (ScoreConfig(chunk=3), False),
+        (ScoreConfig(0.5, 4.0, 0.7, label_smoothing=0.1, want=every, chunk=4), True),
     ):
         hidden, weight, bias = _draw(7, 24), _draw(501, 24), _draw(501)
         lora = LoraHead(_draw(3, 24), _draw(501, 3), 0.5) if trained else None
@@ -106,12 +106,12 @@ def _loras() -> None:
     _back(lora_linears(x, [_adapted(out, 24, 5) for out in (40, 16, 8)], backend="triton"))
     _back(lora_linears(x, [_adapted(24, 24, 5)], residual, backend="triton"))
     source, weight = _draw(2, 19, 24).detach(), _draw(24).detach()
-    rule = NormRule(1e-5)
-    made_from = NormInput(source, weight, rule)
+    rule = NormConfig(1e-5)
+    norm_input = NormInput(source, weight, rule)
     table = torch.randn(1, 19, 8, device=DEVICE)
-    heads = Heads(8, (table, table), qk_norm=QKNorm(_draw(8), _draw(8), rule))
+    heads = HeadsConfig(8, (table, table), qk_norm=QKNorm(_draw(8), _draw(8), rule))
     normed = norm(source, weight, rule, "triton").requires_grad_()
-    _back(lora_qkv(normed, [_adapted(out, 24, 5) for out in (40, 8, 8)], heads, made_from, "triton"))
+    _back(lora_qkv(normed, [_adapted(out, 24, 5) for out in (40, 8, 8)], heads, norm_input, "triton"))
     for ranks in ((3, 20, 4), (16, 16, 16)):
         gate, up = (_adapted(150, 24, rank) for rank in ranks[:2])
         _back([lora_mlp(x, (gate, up, _adapted(24, 150, ranks[2])), "silu", residual, backend="triton")])
@@ -122,9 +122,9 @@ def _loras() -> None:
 def _shares() -> None:
     """The launchers alone, without a product of cuBLAS's between them."""
     base, xa, b = _draw(75, 301).detach(), _draw(75, 7).detach(), _draw(7, 301).detach()
-    lay_share(base, xa, b)
-    lay_share(base[:1].expand(75, -1), xa, b)
-    share_bwd(base, xa, b, splits=3)
+    add_lora_delta(base, xa, b)
+    add_lora_delta(base[:1].expand(75, -1), xa, b)
+    lora_delta_bwd(base, xa, b, splits=3)
 
 
 def _wide_loras() -> None:
@@ -157,7 +157,7 @@ def _nf4() -> None:
 def _adamw() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         w, g, m, v = (torch.ones(1030, device=DEVICE, dtype=dtype) for _ in range(4))
-        adamw_(w, g, (m, v), AdamWRule(1e-3, 0.9, 0.999, 1e-8, 0.01, 1), 3, "triton")
+        adamw_(w, g, (m, v), AdamWConfig(1e-3, 0.9, 0.999, 1e-8, 0.01, 1), 3, "triton")
 
 
 def _host_rows() -> None:

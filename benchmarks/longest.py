@@ -137,18 +137,18 @@ def search(job: Job, cap: float, host_gib: float | None = None) -> dict[str, Any
     import psutil
 
     from hasten.estimation import ASSUMED
-    from hasten.training.memory.link import measure
+    from hasten.training.memory.bandwidth import measure
     from hasten.training.memory.plan import LayerPlan, plan_layers
-    from hasten.training.memory.policy import MARGIN, PINNED
+    from hasten.training.memory.policy import MARGIN, MAX_PINNED_FRACTION
     from hasten.training.memory.shape import ModelShape
 
     shape = ModelShape.of_config(config_of(job.shape), job.rank, "4bit", offload_embedding=job.offload_embedding)
     budget = int((cap - CONTEXT_GIB) * GIB * (1 - RESERVE) * (1 - MARGIN))
-    link = measure(torch.device(DEVICE)) or ASSUMED
-    room = int(psutil.virtual_memory().available * PINNED) if host_gib is None else int(host_gib * GIB)
+    speed = measure(torch.device(DEVICE)) or ASSUMED
+    room = int(psutil.virtual_memory().available * MAX_PINNED_FRACTION) if host_gib is None else int(host_gib * GIB)
 
     def plan(grains: int) -> LayerPlan:
-        return plan_layers(shape, 1, grains * GRAIN, budget, link, host_room=room)
+        return plan_layers(shape, 1, grains * GRAIN, budget, speed, host_room=room)
 
     low, high = 0, 1
     while plan(high).fits:

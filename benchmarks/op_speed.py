@@ -12,8 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.ceilings import milliseconds
 from benchmarks.nf4_speed import quantized
-from hasten.ops import NormRule, ScoreRule, glu, linear_cross_entropy, norm, qk_rope
-from hasten.ops.adamw import AdamWRule, adamw_
+from hasten.ops import NormConfig, ScoreConfig, glu, linear_cross_entropy, norm, qk_rope
+from hasten.ops.adamw import AdamWConfig, adamw_
 from hasten.ops.attention import attention
 from hasten.ops.lora import LoraLinear, lora_linears, lora_mlp
 from hasten.ops.nf4 import dequantize_nf4
@@ -49,7 +49,7 @@ def _trained(linears: Sequence[LoraLinear]) -> list[torch.Tensor]:
 
 
 def _norm(kind: Any, fp32: bool) -> tuple[Callable[..., Any], list[torch.Tensor]]:
-    weight, rule = draw(WIDTH), NormRule(1e-5, kind, fp32_weight=fp32)
+    weight, rule = draw(WIDTH), NormConfig(1e-5, kind, fp32_weight=fp32)
     return lambda x: norm(x, weight, rule), [draw(TOKENS, WIDTH)]
 
 
@@ -76,7 +76,7 @@ def _lora_mlp() -> tuple[Callable[..., Any], list[torch.Tensor]]:
 
 def _head(chunk: int) -> tuple[Callable[..., Any], list[torch.Tensor]]:
     weight, labels = draw(WORDS, WIDTH) * 0.02, torch.randint(0, WORDS, (TOKENS,), device="cuda")
-    rule = ScoreRule(chunk=chunk)
+    rule = ScoreConfig(chunk=chunk)
     return lambda hidden: linear_cross_entropy(hidden, weight, labels, rule).loss.sum(), [draw(TOKENS, WIDTH)]
 
 
@@ -177,7 +177,7 @@ def _nf4() -> list[dict[str, Any]]:
 
 def _optimizers() -> list[dict[str, Any]]:
     """A step of AdamW on 2^28 bf16 weights: weight and moments read and written, the gradient read."""
-    count, rule = 2**28, AdamWRule(1e-5, 0.9, 0.999, 1e-8, 0.0, 1)
+    count, rule = 2**28, AdamWConfig(1e-5, 0.9, 0.999, 1e-8, 0.0, 1)
     weight, grad, first, second = (torch.rand(count, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     plain = weight.clone().requires_grad_()
     plain.grad = grad

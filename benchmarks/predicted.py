@@ -14,9 +14,9 @@ from benchmarks.shapes import config_of
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/memory.md"
 BEGIN, END = "<!-- python -m benchmarks.predicted -->", "<!-- end -->"
-MODES = {"keep": "KEEP", "recompute": "RECOMPUTE", "offload": "OFFLOAD"}
+MODES = {"keep": "SAVE_ALL", "recompute": "RECOMPUTE", "offload": "OFFLOAD"}
 PLANNED = {"default", "budget"}
-"""Modes whose treatments depended on the memory that was free, or allowed: what was predicted then is in the row."""
+"""Modes whose actions depended on the memory that was free, or allowed: what was predicted then is in the row."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ def _as_planned(row: dict[str, Any], name: str) -> Compared:
 
 
 def _compare(row: dict[str, Any]) -> Compared:
+    from hasten.training.memory.actions import ActivationAction
     from hasten.training.memory.costs import ModelShape, peak
-    from hasten.training.memory.treatment import Treatment
 
     job, batch, length = JOBS[row["job"]], row["batch"], row["length"]
     shape = ModelShape.of_config(config_of(job.shape), 16, "4bit" if job.kind == "qlora" else None, job.kind == "full")
-    found = peak(shape, batch, length, Treatment[MODES[row["mode"]]])
+    found = peak(shape, batch, length, ActivationAction[MODES[row["mode"]]])
     return Compared(_name(row), row["peak_gib"], found.total / GIB, found.when)
 
 

@@ -59,9 +59,9 @@ def with_positions(folder: Path, positions: int) -> Path:
     target = folder.with_name(f"{folder.name}-{positions}")
     target.mkdir(exist_ok=True)
     for file in folder.iterdir():
-        link = target / file.name
-        if file.name != "config.json" and not link.exists():
-            link.symlink_to(file.resolve())
+        speed = target / file.name
+        if file.name != "config.json" and not speed.exists():
+            speed.symlink_to(file.resolve())
     (target / "config.json").write_text(json.dumps(config | {"max_position_embeddings": positions}, indent=2))
     return target
 

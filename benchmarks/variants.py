@@ -123,13 +123,13 @@ def planned(model: Any, batch: int, length: int) -> dict[str, Any]:
     its formulas say of a model that keeps everything. {} before the policy has planned anything."""
     from hasten.patching.plan import causal_lm_of
     from hasten.training.checkpointing import POLICY
+    from hasten.training.memory.actions import ActivationAction
     from hasten.training.memory.costs import ModelShape
     from hasten.training.memory.plan import uniform
-    from hasten.training.memory.treatment import Treatment
 
     policy = causal_lm_of(model).__dict__.get(POLICY)
     if policy is None or not policy.mode:
-        plan = uniform(ModelShape.of_model(model, torch.bfloat16), batch, length, Treatment.KEEP)
+        plan = uniform(ModelShape.of_model(model, torch.bfloat16), batch, length, ActivationAction.SAVE_ALL)
     else:
         plan = policy.latest
     if plan is None:

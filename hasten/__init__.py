@@ -35,7 +35,7 @@ _HOMES = {
     "check_dataset": "training.trainer",
     "check_family": "testing",
     "estimate": "estimation",
-    "install_as_unsloth": "dropin",
+    "install_as_unsloth": "unsloth_compat",
     "patched": "patching",
     "report": "patching",
     "restore": "patching",

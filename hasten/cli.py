@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from hasten.amounts import written
 from hasten.errors import HastenError
+from hasten.units import format_bytes
 
 FAILED = 2
 """Exit code of every error that hasten raises on purpose. 1 is the doctor's, for a machine with a fault."""
@@ -167,7 +167,7 @@ def merge(
     network, tokenizer = FastLanguageModel.from_pretrained(adapter, load_in_16bit=True, device_map="cpu")
     done: Any = network.save_pretrained_merged(out, tokenizer, save_method=method.value)
     divergence = "" if done.kl is None else f", KL divergence from 16 bits {done.kl:.4g} nats per token"
-    Console().print(f"{done.folder}: {done.method}, {written(done.bytes)}{divergence}", soft_wrap=True)
+    Console().print(f"{done.folder}: {done.method}, {format_bytes(done.bytes)}{divergence}", soft_wrap=True)
 
 
 @app.command()
@@ -197,7 +197,7 @@ def estimate(  # noqa: PLR0913
     """Estimate the peak memory of a training step, and plan what layers keep, from the config alone."""
     quiet()
     from hasten.estimation import estimate as estimate_of
-    from hasten.training.memory.levers import advice
+    from hasten.training.memory.advice import advice
 
     dense = full_finetuning or load is Storage.sixteen
     found = estimate_of(
@@ -215,17 +215,17 @@ def estimate(  # noqa: PLR0913
     )
     table = Table("part", "memory", title=f"{model}: one step of {batch_size} x {seq_len} tokens")
     for part, size in found.parts().items():
-        table.add_row(part, written(size))
+        table.add_row(part, format_bytes(size))
     table.add_section()
-    table.add_row("[bold]total", f"[bold]{written(found.total)}")
+    table.add_row("[bold]total", f"[bold]{format_bytes(found.total)}")
     if found.peak.host:
-        table.add_row("in host memory", written(found.peak.host))
+        table.add_row("in host memory", format_bytes(found.peak.host))
     console = Console()
     console.print(table)
     console.print(f"plan: {found.plan}", soft_wrap=True)
     if not found.fits:
         console.print(f"[yellow]more than {memory_budget or 'the GPU at hand has'}: no plan takes less[/]")
-    console.print(advice(found.levers), soft_wrap=True)
+    console.print(advice(found.savings), soft_wrap=True)
 
 
 @app.command()
@@ -247,7 +247,7 @@ def doctor() -> None:
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def run(ctx: typer.Context, script: Annotated[Path, typer.Argument(help="A Python script.")]) -> None:
     """Run a script written for unsloth, with its arguments, on hasten."""
-    from hasten.dropin import run as run_script
+    from hasten.unsloth_compat import run as run_script
 
     run_script(script, ctx.args)
 

@@ -10,31 +10,31 @@ from typing import get_args
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
-from hasten.amounts import bytes_of, written
 from hasten.errors import CheckpointError, OptionError
 from hasten.option_problems import CHECKPOINTING, PLANNED
+from hasten.training.memory.actions import UNIFORM_ACTIONS
+from hasten.training.memory.advice import Saving, Settings, savings
+from hasten.training.memory.bandwidth import DeviceSpeed, measure
 from hasten.training.memory.costs import Optimizer, Peak, moments, peak, with_tile
 from hasten.training.memory.layer_shape import Quantization
-from hasten.training.memory.levers import Lever, Settings, levers
-from hasten.training.memory.link import Link, measure
 from hasten.training.memory.plan import LayerPlan, plan_layers
 from hasten.training.memory.shape import ModelShape
-from hasten.training.memory.treatment import ALIKE
 from hasten.training.tiling import rows_of
+from hasten.units import format_bytes, parse_bytes
 
-ASSUMED = Link(bytes_per_s=25e9, flops_per_s=2e14)
+ASSUMED = DeviceSpeed(bytes_per_s=25e9, flops_per_s=2e14)
 """Of a machine that is not at hand: 16 lanes of PCIe 4 and a GPU of 200 TFLOP/s in 16 bits. Decides what hides, not the bytes."""
 
 
 @dataclass(frozen=True)
 class Estimate:
     """peak: bytes by part at the moment at which most is allocated. plan: what becomes of the layers, in words. fits: whether
-    `total` is within the budget that was given. levers: what would lower `total`, largest gain first."""
+    `total` is within the budget that was given. savings: what would lower `total`, largest gain first."""
 
     peak: Peak
     plan: str
     fits: bool = True
-    levers: tuple[Lever, ...] = ()
+    savings: tuple[Saving, ...] = ()
 
     @property
     def total(self) -> int:
@@ -51,9 +51,9 @@ class Estimate:
         }
 
     def __str__(self) -> str:
-        lines = [f"{label}: {written(size)}" for label, size in self.parts().items()]
-        host = [f"in host memory: {written(self.peak.host)}"] if self.peak.host else []
-        return "\n".join([*lines, f"total: {written(self.total)}", *host, f"plan: {self.plan}"])
+        lines = [f"{label}: {format_bytes(size)}" for label, size in self.parts().items()]
+        host = [f"in host memory: {format_bytes(self.peak.host)}"] if self.peak.host else []
+        return "\n".join([*lines, f"total: {format_bytes(self.total)}", *host, f"plan: {self.plan}"])
 
 
 def estimate(  # noqa: PLR0913
@@ -89,17 +89,17 @@ def estimate(  # noqa: PLR0913
     tile = rows_of(tiled_mlp)
     if checkpointing in PLANNED:
         assert budget is not None
-        link = measure(torch.device("cuda")) if torch.cuda.is_available() else ASSUMED
+        speed = measure(torch.device("cuda")) if torch.cuda.is_available() else ASSUMED
         # The planner counts AdamW's moments.
         room = budget + moments(shape, "adamw") - moments(shape, optimizer)
-        plan = plan_layers(shape, batch_size, seq_len, room, link, (tile,) if tile and tiled_mlp != "auto" else ())
-        treatments, tile = plan.treatments, plan.tile
+        plan = plan_layers(shape, batch_size, seq_len, room, speed, (tile,) if tile and tiled_mlp != "auto" else ())
+        actions, tile = plan.actions, plan.tile
     else:
-        treatments = with_tile([ALIKE[checkpointing]] * len(shape.layers), tile)
-    found = peak(shape, batch_size, seq_len, treatments, tile, optimizer)
-    settings = Settings(batch_size, seq_len, treatments, tile, optimizer)
-    text = str(LayerPlan(treatments, tile, found))
-    return Estimate(found, text, budget is None or found.total <= budget, tuple(levers(shape, settings)))
+        actions = with_tile([UNIFORM_ACTIONS[checkpointing]] * len(shape.layers), tile)
+    found = peak(shape, batch_size, seq_len, actions, tile, optimizer)
+    settings = Settings(batch_size, seq_len, actions, tile, optimizer)
+    text = str(LayerPlan(actions, tile, found))
+    return Estimate(found, text, budget is None or found.total <= budget, tuple(savings(shape, settings)))
 
 
 def _check(a: dict[str, object]) -> int | None:
@@ -125,7 +125,7 @@ def _check(a: dict[str, object]) -> int | None:
     budget = None
     if a["memory_budget"] is not None:
         try:
-            budget = bytes_of(a["memory_budget"])  # pyright: ignore[reportArgumentType]
+            budget = parse_bytes(a["memory_budget"])  # pyright: ignore[reportArgumentType]
         except ValueError as error:
             problems.append(f"memory_budget: {error}")
     elif mode in PLANNED and torch.cuda.is_available():

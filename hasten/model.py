@@ -5,20 +5,20 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hasten.amounts import bytes_of
 from hasten.errors import OptionError
 from hasten.export.base import find_base
 from hasten.inference import for_inference
 from hasten.loading import load
 from hasten.loading.adapter import attach
 from hasten.loading.embedding import leave_out_of_ddp
+from hasten.methods import CausalLMMethods, PeftMethods
 from hasten.options import AdapterOptions, LoadOptions, none_if_left_out
 from hasten.patching import apply, plan
 from hasten.patching.apply import overlay_class
 from hasten.patching.plan import causal_lm_of
-from hasten.surface import ModelSurface, PeftSurface
 from hasten.training import checkpointing, lora, tiling
 from hasten.training.modes import for_training
+from hasten.units import parse_bytes
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -72,7 +72,7 @@ class FastLanguageModel:
         loaded = load(options)
         model: Any = loaded.model
         planned = plan(model, max_seq_length=max_seq_length, attn_implementation=options.attn_implementation)
-        apply(model, planned, surface=ModelSurface)
+        apply(model, planned, methods=CausalLMMethods)
         model.__dict__["_hasten_notes"] = [*loaded.notes, *tiling.enable(model, unsloth_tiled_mlp)]
         model.__dict__["_hasten_options"] = options
         if loaded.adapter is not None:
@@ -144,7 +144,7 @@ class FastLanguageModel:
 
 def _wear_peft(peft_model: Any, loaded: LoadOptions | None) -> Any:
     """Gives a PeftModel hasten's methods, and trained weights the dtype that was asked for."""
-    peft_model.__class__ = overlay_class(type(peft_model), PeftSurface, None)
+    peft_model.__class__ = overlay_class(type(peft_model), PeftMethods, None)
     wants_fp32 = loaded is None or loaded.float32_mixed_precision is not False
     peft_model.__dict__["_hasten_dtypes"] = lora.set_dtypes(peft_model, wants_fp32)
     leave_out_of_ddp(peft_model)
@@ -161,7 +161,7 @@ def _note_checkpointing(model: Any, mode: bool | str, budget: int | str | None) 
     notes = [note for note in base.__dict__.get("_hasten_notes", []) if not note.startswith("checkpointing")]
     loaded: LoadOptions | None = base.__dict__.get("_hasten_options")
     asked = loaded.memory_budget if budget is None and loaded is not None else budget
-    said = checkpointing.enable(model, mode, None if asked is None else bytes_of(asked))
+    said = checkpointing.enable(model, mode, None if asked is None else parse_bytes(asked))
     base.__dict__["_hasten_notes"] = [*notes, *(f"checkpointing: {note}" for note in said)]
 
 

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from hasten.amounts import bytes_of
+from hasten.units import parse_bytes
 
 LoadOptions: TypeAlias = Any  # of hasten.options, which imports this file
 AdapterOptions: TypeAlias = Any
@@ -190,7 +190,7 @@ def _checkpointing_problems(o: Any) -> list[str]:
     if o.memory_budget is None:
         return []
     try:
-        bytes_of(o.memory_budget)
+        parse_bytes(o.memory_budget)
     except ValueError as error:
         return [f"memory_budget: {error}"]
     if mode not in PLANNED:

@@ -10,27 +10,31 @@ import hasten
 
 ROOT = Path(hasten.__file__).parent
 FLOORS = [
-    {"spec", "errors", "amounts"},
-    {"families", "ops"},
+    {"families", "errors", "units"},
+    {"ops"},
     {"weights"},
     {"overlays"},
     {"patching"},
     {"option_problems"},
     {"options"},
     {"loading", "training", "inference", "export"},
-    {"surface", "estimation"},
+    {"methods", "estimation"},
     {"model"},
-    {"testing", "doctor", "dropin", "demo"},
+    {"testing", "doctor", "unsloth_compat", "demo"},
     {"cli"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
-ONLY = {"families": {"spec", "families"}, "spec": set(), "errors": set(), "amounts": set()}
+ONLY: dict[str, set[str]] = {"families": set(), "errors": set(), "units": set()}
 FILES = sorted(ROOT.rglob("*.py"))
 MAY_PRINT = {"cli", "demo"}
 
 
 def _room(path: Path) -> str:
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def _is_kernel(path: Path) -> bool:
+    return path.name == "kernel.py" or path.parent.name == "kernels"
 
 
 def _imports(tree: ast.AST) -> Iterator[str]:
@@ -51,7 +55,7 @@ def test_imports_go_one_way(path: Path) -> None:
     for name in _imports(ast.parse(path.read_text())):
         parts = name.split(".")
         if parts[0] == "triton":
-            assert path.name == "kernel.py", f"{path} imports triton; only kernel.py files may"
+            assert _is_kernel(path), f"{path} imports triton; only kernel.py and kernels/*.py may"
         if parts[0] != "hasten" or len(parts) < 2:
             continue
         other = parts[1]
@@ -59,7 +63,7 @@ def test_imports_go_one_way(path: Path) -> None:
             continue
         assert other in FLOOR, f"{other} is a room without a floor"
         assert other == room or FLOOR[other] < FLOOR[room], f"{room} imports {other}"
-        if other == "families":
+        if other == "families" and name != "hasten.families.schema":
             assert room in {"patching", "families", "testing", "doctor", "cli"}, f"{room} imports families"
         if room in ONLY:
             assert other in ONLY[room] | {room}, f"{room} imports {other}"
@@ -103,7 +107,7 @@ def test_files_and_functions_stay_small() -> None:
     for path in FILES:
         lines = path.read_text().splitlines()
         assert len(lines) <= 320, f"{path} has {len(lines)} lines"
-        if path.name == "kernel.py":
+        if _is_kernel(path):
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):

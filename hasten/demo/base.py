@@ -32,7 +32,7 @@ class BaseSize:
     learning_rate: float = 3e-3
 
     def config(self) -> LlamaConfig:
-        """Heads of 64 channels, an MLP of 8/3 of the width, tied embeddings: the proportions of Llama."""
+        """HeadsConfig of 64 channels, an MLP of 8/3 of the width, tied embeddings: the proportions of Llama."""
         return LlamaConfig(
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from hasten.amounts import bytes_of
 from hasten.errors import ExportError
+from hasten.units import parse_bytes
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -31,7 +31,7 @@ DTYPE_NAMES = {
 def parse_size(size: int | str) -> int:
     """`amounts.bytes_of` for shards. Raises ExportError."""
     try:
-        return bytes_of(size)
+        return parse_bytes(size)
     except ValueError as error:
         raise ExportError(f"max_shard_size: {error}") from error
 

@@ -1,7 +1,7 @@
 """The families that hasten knows, one data file each."""
 
 from hasten.families import cohere, cohere2, gemma, gemma2, gemma3_text, granite, llama, mistral, qwen2, qwen3
-from hasten.spec import Family
+from hasten.families.schema import Family
 
 FAMILIES: dict[str, Family] = {
     "llama": llama.FAMILY,

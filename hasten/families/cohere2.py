@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from hasten.spec import Attention, Block, Family, Head, Norm, classes
+from hasten.families.schema import Attention, Block, Family, Head, Norm, classes
 
 FAMILY = Family(
     model_type="cohere2",

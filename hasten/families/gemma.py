@@ -1,6 +1,6 @@
 """Gemma 1 (arXiv:2403.08295): norms scale by (1 + w) in fp32, GEGLU, scaled embeddings, tied head."""
 
-from hasten.spec import Family, Norm, classes
+from hasten.families.schema import Family, Norm, classes
 
 FAMILY = Family(
     model_type="gemma",

@@ -1,6 +1,6 @@
 """Gemma 2 (arXiv:2408.00118): Gemma with four norms a layer, alternating windows and tanh softcaps."""
 
-from hasten.spec import MLP, Attention, Block, Family, Head, Norm, classes
+from hasten.families.schema import MLP, Attention, Block, Family, Head, Norm, classes
 
 FAMILY = Family(
     model_type="gemma2",

@@ -1,6 +1,6 @@
 """Gemma 3, text part (arXiv:2503.19786): Gemma 2 with norms on q and k in place of the score softcap."""
 
-from hasten.spec import MLP, Attention, Block, Family, Head, Norm, classes
+from hasten.families.schema import MLP, Attention, Block, Family, Head, Norm, classes
 
 NORM = Norm(unit_offset=True, fp32_weight=True)
 FAMILY = Family(

@@ -1,6 +1,6 @@
 """Granite 3: Llama with multipliers on embedding, branches and scores; logits are divided."""
 
-from hasten.spec import Attention, Block, Family, Head, classes
+from hasten.families.schema import Attention, Block, Family, Head, classes
 
 FAMILY = Family(
     model_type="granite",

@@ -1,6 +1,6 @@
 """Qwen3 (arXiv:2505.09388): RMSNorm over each head of q and k before RoPE; head_dim of its own; no bias."""
 
-from hasten.spec import Attention, Family, Norm, classes
+from hasten.families.schema import Attention, Family, Norm, classes
 
 FAMILY = Family(
     model_type="qwen3",

@@ -61,7 +61,7 @@ def _asked(named: dict[str, Any], name: str) -> Any:
 
 def _checked_length(model: Any, named: dict[str, Any], prompt: Prompt) -> dict[str, Any]:
     """The arguments to change so that no row outgrows the model. Raises InputError where the caller asks for more."""
-    limit = model.facts.max_seq_length if isinstance(model, HeadOverlay) else None
+    limit = model.overlay_config.max_seq_length if isinstance(model, HeadOverlay) else None
     if limit is None:
         return {}
     if prompt.longest > limit:

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from hasten.spec import Family
+from hasten.families.schema import Family
 
 KNOWN = ("default", *sorted(ROPE_INIT_FUNCTIONS))
 NEEDS_ORIGINAL = ("llama3", "longrope", "yarn")

@@ -9,29 +9,29 @@ from hasten.ops.attention import attend
 from hasten.ops.glu import glu
 from hasten.ops.linear_cross_entropy import (
     LoraHead,
-    ScoreRule,
+    ScoreConfig,
     TokenScores,
     linear_cross_entropy,
     linear_cross_entropy_loss,
     score_logits,
 )
-from hasten.ops.norm import NormInput, NormRule, norm, norm_and_pass, norm_onto
+from hasten.ops.norm import NormConfig, NormInput, add_norm, norm, norm_with_residual
 from hasten.ops.rope import QKNorm, qk_rope
 
 __all__ = [
     "LoraHead",
     "NormInput",
-    "NormRule",
+    "NormConfig",
     "QKNorm",
-    "ScoreRule",
+    "ScoreConfig",
     "TokenScores",
     "attend",
     "glu",
     "linear_cross_entropy",
     "linear_cross_entropy_loss",
     "norm",
-    "norm_and_pass",
-    "norm_onto",
+    "norm_with_residual",
+    "add_norm",
     "qk_rope",
     "score_logits",
 ]

@@ -1,32 +1,32 @@
 """Forward methods with transformers' signatures, built from ops. Put over a module's class by `hasten.patching`.
 
-An overlay holds no state of its own. Its `facts` are a frozen dataclass on a cached subclass, so two models with
-different facts never meet, and taking an overlay off is one assignment.
+An overlay holds no state of its own. Its `overlay_config` are a frozen dataclass on a cached subclass, so two models with
+different overlay_config never meet, and taking an overlay off is one assignment.
 """
 
-from hasten.overlays.attending import BackboneFacts, BackboneOverlay
-from hasten.overlays.attention import AttentionFacts, AttentionOverlay
+from hasten.overlays.attention import AttentionConfig, AttentionOverlay
+from hasten.overlays.backbone import BackboneConfig, BackboneOverlay
 from hasten.overlays.base import Overlay
-from hasten.overlays.head import HeadFacts, HeadOverlay
-from hasten.overlays.layer import LayerFacts, LayerOverlay
-from hasten.overlays.mlp import MLPFacts, MLPOverlay
+from hasten.overlays.fp32_head import Fp32Embedding, Fp32Head, Fp32WeightConfig
+from hasten.overlays.head import HeadConfig, HeadOverlay
+from hasten.overlays.layer import LayerConfig, LayerOverlay
+from hasten.overlays.mlp import MLPConfig, MLPOverlay
 from hasten.overlays.norm import NormOverlay
-from hasten.overlays.trained import StreamFacts, WideEmbedding, WideHead
 
 __all__ = [
-    "AttentionFacts",
+    "AttentionConfig",
     "AttentionOverlay",
-    "BackboneFacts",
+    "BackboneConfig",
     "BackboneOverlay",
-    "HeadFacts",
+    "HeadConfig",
     "HeadOverlay",
-    "LayerFacts",
+    "LayerConfig",
     "LayerOverlay",
-    "MLPFacts",
+    "MLPConfig",
     "MLPOverlay",
     "NormOverlay",
     "Overlay",
-    "StreamFacts",
-    "WideEmbedding",
-    "WideHead",
+    "Fp32WeightConfig",
+    "Fp32Embedding",
+    "Fp32Head",
 ]

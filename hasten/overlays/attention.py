@@ -7,15 +7,15 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hasten.ops import NormInput, NormRule, QKNorm, attend
-from hasten.ops.lora import Heads
-from hasten.overlays.attending import attend_rows, holds_spans
+from hasten.ops import NormConfig, NormInput, QKNorm, attend
+from hasten.ops.lora import HeadsConfig
+from hasten.overlays.backbone import attend_rows, holds_spans
 from hasten.overlays.base import Overlay
 from hasten.overlays.fused_linears import linear, qkv
 
 
 @dataclass(frozen=True)
-class AttentionFacts:
+class AttentionConfig:
     """`spec.Attention` of one layer, with the config's values. window: visible keys, the token itself included."""
 
     scale: float
@@ -24,13 +24,13 @@ class AttentionFacts:
     use_rope: bool = True
     window: int | None = None
     softcap: float | None = None
-    qk_norm: NormRule | None = None
+    qk_norm: NormConfig | None = None
 
 
 class AttentionOverlay(Overlay):
-    facts: ClassVar[AttentionFacts]
+    overlay_config: ClassVar[AttentionConfig]
     runs = "attention"
-    one_product = ("q_proj", "k_proj", "v_proj")
+    packed_projections = ("q_proj", "k_proj", "v_proj")
 
     def forward(
         self,
@@ -39,19 +39,19 @@ class AttentionOverlay(Overlay):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         residual: torch.Tensor | None = None,
-        made_from: NormInput | None = None,
+        norm_input: NormInput | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """hidden_states: (B, T, E); cos and sin: (B or 1, T, D). Returns (B, T, E) and the weights, if the backend has them.
 
         residual: (B, T, E), a stream to add the result to, which the last product can do for nothing.
-        made_from: what the norm of hidden_states read, to be kept in place of hidden_states.
+        norm_input: what the norm of hidden_states read, to be kept in place of hidden_states.
         """
-        facts = self.facts
-        position = position_embeddings if facts.use_rope else None
-        heads = Heads(self.head_dim, position, facts.rotation, facts.rope_fp32, self._qk_norm())
+        overlay_config = self.overlay_config
+        position = position_embeddings if overlay_config.use_rope else None
+        heads = HeadsConfig(self.head_dim, position, overlay_config.rotation, overlay_config.rope_fp32, self._qk_norm())
         q_BTHD, k_BTHD, v_BTHD = qkv(
-            hidden_states, (self.q_proj, self.k_proj, self.v_proj), self.training, heads, made_from
+            hidden_states, (self.q_proj, self.k_proj, self.v_proj), self.training, heads, norm_input
         )
         query, key = q_BTHD.transpose(1, 2), k_BTHD.transpose(1, 2)
         value = v_BTHD.transpose(1, 2)
@@ -69,19 +69,21 @@ class AttentionOverlay(Overlay):
         kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, T, H, D) and perhaps the weights: by hasten's choice where the backbone left spans, else transformers' way."""
-        facts = self.facts
+        overlay_config = self.overlay_config
         if holds_spans(attention_mask):
-            return attend_rows(qkv, attention_mask, facts.scale, facts.window, facts.softcap), None
+            return attend_rows(
+                qkv, attention_mask, overlay_config.scale, overlay_config.window, overlay_config.softcap
+            ), None
         backend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager)
-        if facts.softcap is not None:
-            kwargs["softcap"] = facts.softcap
-        if facts.window is not None:
-            kwargs["sliding_window"] = facts.window
+        if overlay_config.softcap is not None:
+            kwargs["softcap"] = overlay_config.softcap
+        if overlay_config.window is not None:
+            kwargs["sliding_window"] = overlay_config.window
         dropout = self.attention_dropout if self.training else 0.0
-        return backend(self, *qkv, attention_mask, dropout=dropout, scaling=facts.scale, **kwargs)
+        return backend(self, *qkv, attention_mask, dropout=dropout, scaling=overlay_config.scale, **kwargs)
 
     def _qk_norm(self) -> QKNorm | None:
-        rule = self.facts.qk_norm
+        rule = self.overlay_config.qk_norm
         return None if rule is None else QKNorm(self.q_norm.weight, self.k_norm.weight, rule)
 
 

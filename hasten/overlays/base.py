@@ -1,4 +1,4 @@
-"""What all overlays share: facts on the class, the stock class they came from, a name that shows them."""
+"""What all overlays share: overlay_config on the class, the stock class they came from, a name that shows them."""
 
 import functools
 from collections.abc import Callable
@@ -14,10 +14,10 @@ POLICY = "_hasten_memory"
 class Overlay(nn.Module):
     """Base of the overlays. Never instantiated: `patching` makes `type(stock.__name__, (overlay, stock), ...)`."""
 
-    facts: ClassVar[Any] = None
+    overlay_config: ClassVar[Any] = None
     stock_class: ClassVar[type[nn.Module]]
     runs: ClassVar[str] = ""
-    one_product: ClassVar[tuple[str, ...]] = ()
+    packed_projections: ClassVar[tuple[str, ...]] = ()
     """Children that read one input: on a GPU their weights are laid behind each other, so that one product reads them."""
 
     if TYPE_CHECKING:  # the stock class's attributes, which the overlay finds on the instance
@@ -28,7 +28,7 @@ class Overlay(nn.Module):
         return f"hasten:{type(self).__name__}"
 
 
-def names_levers(forward: Callable[..., Any]) -> Callable[..., Any]:
+def with_oom_advice(forward: Callable[..., Any]) -> Callable[..., Any]:
     """A causal LM's forward whose out-of-memory error says what would make room, where a memory policy knows."""
 
     @functools.wraps(forward)

@@ -10,8 +10,8 @@ import torch
 
 from hasten.ops import NormInput, qk_rope
 from hasten.ops.backend import backend_for
-from hasten.ops.lora import Heads, LoraLinear, lora_linears, lora_qkv
-from hasten.overlays.rows import compute_dtype
+from hasten.ops.lora import HeadsConfig, LoraLinear, lora_linears, lora_qkv
+from hasten.overlays.head_inputs import compute_dtype
 from hasten.weights import plain_linear
 
 
@@ -39,12 +39,16 @@ def linear(x: torch.Tensor, module: Any, training: bool, residual: torch.Tensor 
 
 
 def qkv(
-    x: torch.Tensor, modules: tuple[Any, Any, Any], training: bool, heads: Heads, made_from: NormInput | None = None
+    x: torch.Tensor,
+    modules: tuple[Any, Any, Any],
+    training: bool,
+    heads: HeadsConfig,
+    norm_input: NormInput | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, keys and values (B, T, H, D) of x (B, T, E), ready to attend. made_from: what x's norm read, to be kept in place
+    """Queries, keys and values (B, T, H, D) of x (B, T, E), ready to attend. norm_input: what x's norm read, to be kept in place
     of x."""
     fused = fused_input(x, modules, training)
     if fused is not None:
-        return lora_qkv(*fused, heads, made_from)
+        return lora_qkv(*fused, heads, norm_input)
     q, k, v = (module(x).unflatten(-1, (-1, heads.dim)) for module in modules)
     return *qk_rope(q, k, heads.position, heads.rotation, heads.fp32, heads.qk_norm), v

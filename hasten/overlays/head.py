@@ -16,10 +16,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hasten.errors import DatasetError, InputError, TrainingError
-from hasten.ops import LoraHead, ScoreRule, TokenScores, linear_cross_entropy, linear_cross_entropy_loss
-from hasten.overlays.base import Overlay, names_levers
-from hasten.overlays.fused_protocol import FusedRequest, FusedScores, read_trl_request
-from hasten.overlays.rows import (
+from hasten.ops import LoraHead, ScoreConfig, TokenScores, linear_cross_entropy, linear_cross_entropy_loss
+from hasten.overlays.base import Overlay, with_oom_advice
+from hasten.overlays.head_inputs import (
     IGNORED,
     check_length,
     compute_dtype,
@@ -28,13 +27,14 @@ from hasten.overlays.rows import (
     shifted,
     targets_of,
 )
+from hasten.overlays.trl_fused_head import FusedRequest, FusedScores, read_trl_request
 from hasten.weights import read_linear
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class HeadFacts:
+class HeadConfig:
     """`spec.Head` with the config's values. scale: multiplies the logits. softcap: after the scale. length: longest row."""
 
     scale: float = 1.0
@@ -55,7 +55,7 @@ class FusedLossOutput(CausalLMOutputWithPast):
 
 
 class HeadOverlay(Overlay):
-    facts: ClassVar[HeadFacts]
+    overlay_config: ClassVar[HeadConfig]
     runs = "fused loss"
 
     def _get_name(self) -> str:
@@ -71,7 +71,7 @@ class HeadOverlay(Overlay):
                 return
         super().__setattr__(name, value)
 
-    @names_levers
+    @with_oom_advice
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -86,7 +86,9 @@ class HeadOverlay(Overlay):
     ) -> Any:
         """As transformers' `ForCausalLM.forward`. Raises InputError for rows longer than the model was loaded for."""
         rows = input_ids if input_ids is not None else inputs_embeds
-        check_length(self.facts.max_seq_length, rows, position_ids, past_key_values, kwargs.get("max_length_q"))
+        check_length(
+            self.overlay_config.max_seq_length, rows, position_ids, past_key_values, kwargs.get("max_length_q")
+        )
         fused_lm_head = kwargs.pop("fused_lm_head", False)
         return_dict = kwargs.pop("return_dict", None)
         loss_kwargs = {k: kwargs.pop(k) for k in ("num_items_in_batch", "ignore_index", "shift_labels") if k in kwargs}
@@ -132,10 +134,10 @@ class HeadOverlay(Overlay):
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self.lm_head(hidden)
-        if self.facts.scale != 1.0:
-            logits = logits * self.facts.scale
-        if self.facts.softcap is not None:
-            logits = torch.tanh(logits / self.facts.softcap) * self.facts.softcap
+        if self.overlay_config.scale != 1.0:
+            logits = logits * self.overlay_config.scale
+        if self.overlay_config.softcap is not None:
+            logits = torch.tanh(logits / self.overlay_config.softcap) * self.overlay_config.softcap
         return logits
 
     def _wants_fused_loss(self, labels: torch.Tensor | None, loss_kwargs: dict[str, Any], keep: Any) -> bool:
@@ -157,7 +159,7 @@ class HeadOverlay(Overlay):
         """
         if num_items_in_batch is not None:
             self._expect_labels(num_items_in_batch)
-        rule = ScoreRule(self.facts.scale, self.facts.softcap, ignore_index=ignore_index)
+        rule = ScoreConfig(self.overlay_config.scale, self.overlay_config.softcap, ignore_index=ignore_index)
         operands = self._operands(hidden_BTE, compute_dtype(hidden_BTE))
         if isinstance(operands, str):
             hidden, targets = shifted(hidden_BTE, labels, shift_labels, ignore_index)
@@ -216,8 +218,12 @@ class HeadOverlay(Overlay):
     ) -> FusedScores:
         request: FusedRequest = self.__dict__.get("_hasten_fused_request", FusedRequest())
         hidden, targets = shifted(hidden_BTE, labels, shift_labels, ignore_index)
-        rule = ScoreRule(
-            self.facts.scale, self.facts.softcap, request.temperature, ignore_index, want=request.optional_scores
+        rule = ScoreConfig(
+            self.overlay_config.scale,
+            self.overlay_config.softcap,
+            request.temperature,
+            ignore_index,
+            want=request.optional_scores,
         )
         if self.training and not self.__dict__.get("_hasten_saw_labels"):
             self._look_for_labels(targets != ignore_index)
@@ -225,7 +231,7 @@ class HeadOverlay(Overlay):
         return FusedScores.from_tokens(scores, targets != ignore_index, num_items_in_batch)
 
     def _score(
-        self, hidden_NE: torch.Tensor, labels_N: torch.Tensor, rule: ScoreRule, fp32: bool = False
+        self, hidden_NE: torch.Tensor, labels_N: torch.Tensor, rule: ScoreConfig, fp32: bool = False
     ) -> TokenScores:
         """The op on whatever the head is: plain, trained, with LoRA; or through the module where only PEFT can tell."""
         operands = self._operands(hidden_NE, torch.float32 if fp32 else compute_dtype(hidden_NE))

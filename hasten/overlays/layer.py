@@ -8,9 +8,9 @@ import torch
 from hasten.ops.backend import backend_for
 from hasten.overlays.attention import AttentionOverlay
 from hasten.overlays.base import Overlay
+from hasten.overlays.head_inputs import compute_dtype
 from hasten.overlays.mlp import MLPOverlay
 from hasten.overlays.norm import NormOverlay
-from hasten.overlays.rows import compute_dtype
 from hasten.weights import is_watched
 
 NORMS = {
@@ -29,7 +29,7 @@ SEAT = "_hasten_seat"
 
 
 @dataclass(frozen=True)
-class LayerFacts:
+class LayerConfig:
     """`spec.Block` with the multiplier's value (1.0 = none)."""
 
     residual: Literal["serial", "parallel", "sandwich"]
@@ -37,7 +37,7 @@ class LayerFacts:
 
 
 class LayerOverlay(Overlay):
-    facts: ClassVar[LayerFacts]
+    overlay_config: ClassVar[LayerConfig]
     runs = "decoder layer"
 
     @property
@@ -59,9 +59,9 @@ class LayerOverlay(Overlay):
             return self._fused(hidden_states, kwargs)
         normed = self.input_layernorm(hidden_states)
         attended, _ = self.self_attn(hidden_states=normed, **kwargs)
-        if self.facts.residual == "parallel":
+        if self.overlay_config.residual == "parallel":
             return hidden_states + self._branch(attended) + self._branch(self.mlp(normed))
-        if self.facts.residual == "sandwich":
+        if self.overlay_config.residual == "sandwich":
             hidden_states = hidden_states + self._branch(self.post_attention_layernorm(attended))
             fed = self.mlp(self.pre_feedforward_layernorm(hidden_states))
             return hidden_states + self._branch(self.post_feedforward_layernorm(fed))
@@ -74,28 +74,32 @@ class LayerOverlay(Overlay):
             return False
         if compute_dtype(hidden_states) != hidden_states.dtype:
             return False  # a stream wider than autocast's products must not be rounded by them
-        if self.facts.multiplier != 1.0 and self.facts.residual != "serial":
+        if self.overlay_config.multiplier != 1.0 and self.overlay_config.residual != "serial":
             return False
-        norms = [getattr(self, name) for name in NORMS[self.facts.residual]]
+        norms = [getattr(self, name) for name in NORMS[self.overlay_config.residual]]
         known = ((self.self_attn, AttentionOverlay), (self.mlp, MLPOverlay), *((norm, NormOverlay) for norm in norms))
         return all(isinstance(module, kind) and not is_watched(module) for module, kind in known)
 
     def _fused(self, stream: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """The stream's gradients meet in the norms. A branch joins the stream in its last product where nothing is between
         them, else in its own norm's pass, or scaled in one pass."""
-        scale, after = self.facts.multiplier, self.facts.residual == "sandwich"
+        scale, after = self.overlay_config.multiplier, self.overlay_config.residual == "sandwich"
         adds = scale == 1.0 and not after  # whether a branch's last product adds to the stream
-        normed, stream, source = self.input_layernorm.and_pass(stream)
-        branch, _ = self.self_attn(hidden_states=normed, residual=stream if adds else None, made_from=source, **kwargs)
+        normed, stream, source = self.input_layernorm.with_residual(stream)
+        branch, _ = self.self_attn(hidden_states=normed, residual=stream if adds else None, norm_input=source, **kwargs)
         stream = branch if adds else self._joined(stream, branch, self.post_attention_layernorm if after else None)
-        if self.facts.residual != "parallel":
+        if self.overlay_config.residual != "parallel":
             before = self.pre_feedforward_layernorm if after else self.post_attention_layernorm
-            normed, stream, source = before.and_pass(stream)
-        branch = self.mlp(normed, residual=stream if adds else None, made_from=source)
+            normed, stream, source = before.with_residual(stream)
+        branch = self.mlp(normed, residual=stream if adds else None, norm_input=source)
         return branch if adds else self._joined(stream, branch, self.post_feedforward_layernorm if after else None)
 
     def _joined(self, stream: torch.Tensor, branch: torch.Tensor, norm: Any) -> torch.Tensor:
-        return torch.add(stream, branch, alpha=self.facts.multiplier) if norm is None else norm.onto(branch, stream)
+        return (
+            torch.add(stream, branch, alpha=self.overlay_config.multiplier)
+            if norm is None
+            else norm.add_to(branch, stream)
+        )
 
     def _branch(self, branch: torch.Tensor) -> torch.Tensor:
-        return branch if self.facts.multiplier == 1.0 else branch * self.facts.multiplier
+        return branch if self.overlay_config.multiplier == 1.0 else branch * self.overlay_config.multiplier

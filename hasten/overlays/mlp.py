@@ -18,28 +18,28 @@ from hasten.overlays.fused_linears import fused_input
 
 
 @dataclass(frozen=True)
-class MLPFacts:
+class MLPConfig:
     """activation: transformers' name of the gate's activation."""
 
     activation: str
 
 
 class MLPOverlay(Overlay):
-    facts: ClassVar[MLPFacts]
+    overlay_config: ClassVar[MLPConfig]
     runs = "gated MLP"
-    one_product = ("gate_proj", "up_proj")
+    packed_projections = ("gate_proj", "up_proj")
     tile_rows: int | None = None
     """Rows of a tile; None = all rows at once. `training.tiling` sets it on instances."""
 
     def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None, made_from: NormInput | None = None
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, norm_input: NormInput | None = None
     ) -> torch.Tensor:
-        """x: (..., E). residual: a stream to add the result to, which the last product can do for nothing. made_from: what x's norm
+        """x: (..., E). residual: a stream to add the result to, which the last product can do for nothing. norm_input: what x's norm
         read, to be kept in place of x."""
         fused = fused_input(x, (self.gate_proj, self.up_proj, self.down_proj), self.training)
         if fused is not None:
             x, (gate, up, down) = fused
-            return lora_mlp(x, (gate, up, down), self.facts.activation, residual, made_from, self.tile_rows)
+            return lora_mlp(x, (gate, up, down), self.overlay_config.activation, residual, norm_input, self.tile_rows)
         tile = self.tile_rows
         if tile is not None and self._projections_are_hooked():
             if torch.is_grad_enabled():
@@ -49,7 +49,7 @@ class MLPOverlay(Overlay):
         return out if residual is None else residual + out
 
     def _through_modules(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(glu(self.gate_proj(x), self.up_proj(x), self.facts.activation))
+        return self.down_proj(glu(self.gate_proj(x), self.up_proj(x), self.overlay_config.activation))
 
     def _projections_are_hooked(self) -> bool:
         """Whether somebody looks at, or adds to, what goes into a projection: that has to be whole rows (PEFT hands each row's

@@ -4,22 +4,22 @@ from typing import ClassVar
 
 import torch
 
-from hasten.ops import NormInput, NormRule, norm, norm_and_pass, norm_onto
+from hasten.ops import NormConfig, NormInput, add_norm, norm, norm_with_residual
 from hasten.overlays.base import Overlay
 
 
 class NormOverlay(Overlay):
-    facts: ClassVar[NormRule]
+    overlay_config: ClassVar[NormConfig]
     runs = "norm"
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return norm(hidden_states, self.weight, self.facts)
+        return norm(hidden_states, self.weight, self.overlay_config)
 
-    def and_pass(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, NormInput]:
+    def with_residual(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, NormInput]:
         """(normed, hidden_states, what normed is made from): for a stream that also goes on past the branch that the norm feeds."""
-        normed, stream = norm_and_pass(hidden_states, self.weight, self.facts)
-        return normed, stream, NormInput(hidden_states.detach(), self.weight.detach(), self.facts)
+        normed, stream = norm_with_residual(hidden_states, self.weight, self.overlay_config)
+        return normed, stream, NormInput(hidden_states.detach(), self.weight.detach(), self.overlay_config)
 
-    def onto(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    def add_to(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """residual + normed: for a branch that is normed before it joins the stream."""
-        return norm_onto(hidden_states, self.weight, residual, self.facts)
+        return add_norm(hidden_states, self.weight, residual, self.overlay_config)

@@ -8,33 +8,33 @@ from typing import Any
 from torch import nn
 
 from hasten.errors import ContractError, PatchError
+from hasten.families.schema import Family
 from hasten.ops.backend import backend_for
 from hasten.overlays import HeadOverlay, Overlay
-from hasten.overlays.fused_protocol import FusedRequest
+from hasten.overlays.trl_fused_head import FusedRequest
 from hasten.patching.contract import stock_class
 from hasten.patching.plan import Plan, causal_lm_of, plan
-from hasten.spec import Family
-from hasten.weights import lay_side_by_side
+from hasten.weights import pack_weights
 
 
 @functools.cache
-def overlay_class(stock: type, overlay: type[Overlay], facts: Any, surface: type | None = None) -> type:
-    """The subclass that carries `facts`. It keeps the stock class's name and module, which transformers writes to disk."""
-    bases = (surface, overlay, stock) if surface is not None else (overlay, stock)
+def overlay_class(stock: type, overlay: type[Overlay], overlay_config: Any, methods: type | None = None) -> type:
+    """The subclass that carries `overlay_config`. It keeps the stock class's name and module, which transformers writes to disk."""
+    bases = (methods, overlay, stock) if methods is not None else (overlay, stock)
     names = {
         "__module__": stock.__module__,
         "__qualname__": stock.__qualname__,
         "__doc__": stock.__doc__,
-        "facts": facts,
+        "overlay_config": overlay_config,
         "stock_class": stock,
     }
     return type(stock.__name__, bases, names)
 
 
-def apply(model: nn.Module, planned: Plan | None = None, surface: type | None = None) -> Plan:
+def apply(model: nn.Module, planned: Plan | None = None, methods: type | None = None) -> Plan:
     """Puts the planned overlays on (None = `plan(model)`) and returns the plan.
 
-    surface: a mixin with user-facing methods for the causal LM. Raises ContractError or PatchError before anything is
+    methods: a mixin with user-facing methods for the causal LM. Raises ContractError or PatchError before anything is
     changed. A module that already wears an overlay gets the planned one in its place.
     """
     planned = plan(model) if planned is None else planned
@@ -44,9 +44,9 @@ def apply(model: nn.Module, planned: Plan | None = None, surface: type | None = 
     base = causal_lm_of(model)
     for action in planned.actions:
         module = base.get_submodule(action.name)
-        extra = surface if action.overlay is HeadOverlay else None
-        _retype(module, overlay_class(stock_class(module), action.overlay, action.facts, extra))
-        _lay_out(module, action.overlay.one_product)
+        extra = methods if action.overlay is HeadOverlay else None
+        _retype(module, overlay_class(stock_class(module), action.overlay, action.overlay_config, extra))
+        _lay_out(module, action.overlay.packed_projections)
     base.__dict__["_hasten_plan"] = planned
     return planned
 
@@ -55,7 +55,7 @@ def _lay_out(module: nn.Module, names: tuple[str, ...]) -> None:
     """Weights that one product reads, behind each other, where the ops that profit run. Values and parameters stay."""
     readers = [module.get_submodule(name) for name in names]
     if readers and all(backend_for(weight) == "triton" for reader in readers for weight in reader.parameters()):
-        lay_side_by_side(readers)
+        pack_weights(readers)
 
 
 def restore(model: nn.Module) -> nn.Module:

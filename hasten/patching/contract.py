@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from hasten.ops import NormRule
-from hasten.overlays import AttentionFacts, LayerFacts, MLPFacts, Overlay
-from hasten.spec import Classes, Family
+from hasten.families.schema import Classes, Family
+from hasten.ops import NormConfig
+from hasten.overlays import AttentionConfig, LayerConfig, MLPConfig, Overlay
 
 BRANCH_NORMS = {
     "serial": {"input_layernorm", "post_attention_layernorm"},
@@ -49,32 +49,36 @@ def forward_in_the_way(module: nn.Module) -> str | None:
     return f"its forward was replaced on the instance by {owner}; put overlays on before whatever did that"
 
 
-def check_norm(module: nn.Module, rule: NormRule) -> list[str]:
+def check_norm(module: nn.Module, rule: NormConfig) -> list[str]:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     found = [] if eps == rule.eps else [f"epsilon is {eps}, the config's is {rule.eps}"]
     return found + _missing(module, {"weight"})
 
 
-def check_mlp(module: nn.Module, facts: MLPFacts, known: Any) -> list[str]:
+def check_mlp(module: nn.Module, overlay_config: MLPConfig, known: Any) -> list[str]:
     found = _missing(module, {"gate_proj", "up_proj", "down_proj", "act_fn"})
     return (
         found
-        if facts.activation in known
-        else [*found, f"activation {facts.activation!r} is not one of {sorted(known)}"]
+        if overlay_config.activation in known
+        else [*found, f"activation {overlay_config.activation!r} is not one of {sorted(known)}"]
     )
 
 
-def check_layer(module: nn.Module, facts: LayerFacts) -> list[str]:
+def check_layer(module: nn.Module, overlay_config: LayerConfig) -> list[str]:
     norms = {name for name, _ in module.named_children() if name.endswith("layernorm")}
-    expected = BRANCH_NORMS[facts.residual]
-    found = [] if norms == expected else [f"norms {sorted(norms)}, a {facts.residual} layer has {sorted(expected)}"]
+    expected = BRANCH_NORMS[overlay_config.residual]
+    found = (
+        []
+        if norms == expected
+        else [f"norms {sorted(norms)}, a {overlay_config.residual} layer has {sorted(expected)}"]
+    )
     multiplier = getattr(module, "residual_multiplier", 1.0)
-    if multiplier != facts.multiplier:
-        found.append(f"residual_multiplier is {multiplier}, recorded is {facts.multiplier}")
+    if multiplier != overlay_config.multiplier:
+        found.append(f"residual_multiplier is {multiplier}, recorded is {overlay_config.multiplier}")
     return found + _missing(module, {"self_attn", "mlp"})
 
 
-def check_attention(module: nn.Module, facts: AttentionFacts, family: Family) -> list[str]:
+def check_attention(module: nn.Module, overlay_config: AttentionConfig, family: Family) -> list[str]:
     found = _missing(module, {"q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "layer_idx", "scaling", "config"})
     if found:
         return found
@@ -86,13 +90,13 @@ def check_attention(module: nn.Module, facts: AttentionFacts, family: Family) ->
     if family.attention.qk_norm is not None and family.attention.softcap is None:
         softcap = None  # Gemma 3 stores Gemma 2's field and does not apply it
     compared = {
-        "scaling": (module.scaling, facts.scale),
-        "sliding window": (window, facts.window),
-        "score softcap": (softcap, facts.softcap),
-        "norm on q and k": (hasattr(module, "q_norm"), facts.qk_norm is not None),
+        "scaling": (module.scaling, overlay_config.scale),
+        "sliding window": (window, overlay_config.window),
+        "score softcap": (softcap, overlay_config.softcap),
+        "norm on q and k": (hasattr(module, "q_norm"), overlay_config.qk_norm is not None),
     }
     problems = [f"{name} is {is_}, recorded is {ours}" for name, (is_, ours) in compared.items() if is_ != ours]
-    if facts.softcap is not None and config._attn_implementation == "sdpa":
+    if overlay_config.softcap is not None and config._attn_implementation == "sdpa":
         problems.append("sdpa drops the softcap on scores; load with attn_implementation='eager'")
     return problems
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from hasten.families import FAMILIES
+from hasten.families.schema import Family
 from hasten.ops.glu import ACTIVATIONS
 from hasten.overlays import (
     AttentionOverlay,
@@ -21,17 +22,16 @@ from hasten.overlays import (
     NormOverlay,
     Overlay,
 )
-from hasten.patching import contract, facts, probe
-from hasten.spec import Family
+from hasten.patching import configs, contract, probe
 
 
 @dataclass(frozen=True)
 class Action:
-    """Put `overlay` with `facts` over the module called `name` (its path below the causal LM; "" = itself)."""
+    """Put `overlay` with `overlay_config` over the module called `name` (its path below the causal LM; "" = itself)."""
 
     name: str
     overlay: type[Overlay]
-    facts: Any
+    overlay_config: Any
     why: str
 
 
@@ -93,7 +93,7 @@ def plan(
             Action(
                 "model",
                 BackboneOverlay,
-                facts.backbone_facts(chosen, base.config, attn_implementation),
+                configs.backbone_config(chosen, base.config, attn_implementation),
                 f"{chosen.model_type} family",
             )
         )
@@ -107,19 +107,19 @@ def plan(
 def _plan_family(base: Any, family: Family, found: Plan, max_seq_length: int | None) -> None:
     config = base.config
     roles: dict[str, tuple[type[Overlay], Callable[[Any], Any], Callable[[Any, Any], list[str]]]] = {
-        "causal_lm": (HeadOverlay, lambda m: facts.head_facts(family, config, max_seq_length), lambda m, f: []),
-        "layer": (LayerOverlay, lambda m: facts.layer_facts(family, config), contract.check_layer),
+        "causal_lm": (HeadOverlay, lambda m: configs.head_config(family, config, max_seq_length), lambda m, f: []),
+        "layer": (LayerOverlay, lambda m: configs.layer_config(family, config), contract.check_layer),
         "attention": (
             AttentionOverlay,
-            lambda m: facts.attention_facts(family, config, m.layer_idx),
+            lambda m: configs.attention_config(family, config, m.layer_idx),
             lambda m, f: contract.check_attention(m, f, family),
         ),
         "mlp": (
             MLPOverlay,
-            lambda m: facts.mlp_facts(family, config),
+            lambda m: configs.mlp_config(family, config),
             lambda m, f: contract.check_mlp(m, f, ACTIVATIONS),
         ),
-        "norm": (NormOverlay, lambda m: facts.norm_rule(family.norm, config), contract.check_norm),
+        "norm": (NormOverlay, lambda m: configs.norm_config(family.norm, config), contract.check_norm),
     }
     seen = set()
     for name, module in base.named_modules():

@@ -1,6 +1,6 @@
 """Which overlay provably applies to a module of a model type without a data file.
 
-A proof is a comparison of outputs: the module's own forward against the op with candidate facts, on random input of the
+A proof is a comparison of outputs: the module's own forward against the op with candidate overlay_config, on random input of the
 module's dtype, bit for bit in fp32 arithmetic or within two roundings otherwise. What is not proved stays stock.
 """
 
@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hasten.ops import NormRule, glu, norm
+from hasten.ops import NormConfig, glu, norm
 from hasten.ops.glu import ACTIVATIONS
-from hasten.overlays import HeadFacts, HeadOverlay, MLPFacts, MLPOverlay, NormOverlay, Overlay
+from hasten.overlays import HeadConfig, HeadOverlay, MLPConfig, MLPOverlay, NormOverlay, Overlay
 from hasten.patching.contract import stock_class
 
 ROWS = 3
@@ -42,7 +42,7 @@ def signature(module: nn.Module) -> tuple[Any, ...]:
 
 
 def prove(kind: str, module: nn.Module, max_seq_length: int | None) -> tuple[type[Overlay], Any] | str:
-    """(overlay, facts) that reproduce the module's outputs, or the reason why none does."""
+    """(overlay, overlay_config) that reproduce the module's outputs, or the reason why none does."""
     with torch.no_grad():
         if kind == "norm":
             return _prove_norm(module)
@@ -81,8 +81,8 @@ def _prove_norm(module: nn.Module) -> tuple[type[Overlay], Any] | str:
         theirs = module(x)
     finally:
         module.weight = kept
-    for facts in product(("rms", "layer"), (False, True), (False, True)):
-        rule = NormRule(eps, *facts)
+    for overlay_config in product(("rms", "layer"), (False, True), (False, True)):
+        rule = NormConfig(eps, *overlay_config)
         if _same(norm(x, trial, rule), theirs):
             return NormOverlay, rule
     return "its outputs are those of no norm that hasten has"
@@ -95,7 +95,7 @@ def _prove_mlp(module: nn.Module) -> tuple[type[Overlay], Any] | str:
     for name in ACTIVATIONS:
         ours = module.down_proj(glu(module.gate_proj(x), module.up_proj(x), name))  # pyright: ignore[reportCallIssue]
         if _same(ours, theirs):
-            return MLPOverlay, MLPFacts(name)
+            return MLPOverlay, MLPConfig(name)
     return "its outputs are those of no gated MLP that hasten has"
 
 
@@ -111,5 +111,5 @@ def _prove_head(model: Any, max_seq_length: int | None) -> tuple[type[Overlay], 
     finally:
         model.train(was_training)
     if _same(model.lm_head(hidden), theirs):
-        return HeadOverlay, HeadFacts(1.0, None, max_seq_length)
+        return HeadOverlay, HeadConfig(1.0, None, max_seq_length)
     return "its logits are more than the head's product with the last hidden state"

@@ -26,7 +26,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """rows: what runs where. notes: facts about the whole model. `str(report)` is a table of plain text."""
+    """rows: what runs where. notes: overlay_config about the whole model. `str(report)` is a table of plain text."""
 
     title: str
     rows: tuple[Row, ...]
@@ -80,11 +80,11 @@ def _attention(base: Any) -> tuple[str, str]:
     if not isinstance(backbone, BackboneOverlay):
         return str(name), "no overlay chooses"
     if not backbone.chooses(base.get_output_embeddings().weight, {}):
-        reason = backbone.facts.reason or "hasten chooses for whole rows on a GPU, without attention dropout"
+        reason = backbone.overlay_config.reason or "hasten chooses for whole rows on a GPU, without attention dropout"
         return str(name), f"through transformers: {reason}"
-    layers = [m.facts for m in base.modules() if isinstance(m, AttentionOverlay)]
-    capped = [facts for facts in layers if facts.softcap is not None]
-    windows = [facts for facts in layers if facts.window is not None]
+    layers = [m.overlay_config for m in base.modules() if isinstance(m, AttentionOverlay)]
+    capped = [overlay_config for overlay_config in layers if overlay_config.softcap is not None]
+    windows = [overlay_config for overlay_config in layers if overlay_config.window is not None]
     needs = ["packed and padded rows, other lengths"]
     if windows:
         needs.insert(0, f"windows of {windows[0].window} in {len(windows)} of {len(layers)} layers")
@@ -112,8 +112,8 @@ def _shared_products(base: nn.Module) -> dict[str, tuple[str, str, str]]:
             members = {name: getattr(module, name) for name in group}
             reasons = {name: plain_linear(member, training=True)[1] for name, member in members.items()}
             blocked = next(((name, reason) for name, reason in reasons.items() if reason is not None), None)
-            one_product: tuple[str, ...] = module.one_product  # pyright: ignore[reportAssignmentType]
-            apart = one_product if lie_apart([getattr(module, name) for name in one_product]) else ()
+            packed_projections: tuple[str, ...] = module.packed_projections  # pyright: ignore[reportAssignmentType]
+            apart = packed_projections if lie_apart([getattr(module, name) for name in packed_projections]) else ()
             for name, member in members.items():
                 label = f"{name} ({_storage(member)})"
                 if blocked is None:

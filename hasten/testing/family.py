@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from hasten.families.schema import Family
 from hasten.patching import apply, plan
 from hasten.patching.contract import role_of
-from hasten.spec import Family
 from hasten.testing.accuracy import Comparison
 from hasten.testing.tiny import VOCABULARY, tiny_model
 

@@ -35,7 +35,7 @@ def enable(model: Any, mode: bool | str, budget: int | None = None) -> list[str]
     name = "activation_checkpointing_enable"
     switch = getattr(base, name if hasattr(base, name) else "gradient_checkpointing_enable")
     switch({"use_reentrant": False})
-    if not policy.take_seats():
+    if not policy.install():
         return [
             "each layer is recomputed in the backward (no layer runs under an overlay, so nothing else can be chosen)"
         ]
@@ -63,7 +63,7 @@ def switch_off(base: Any) -> None:
     base.disable_input_require_grads()
     policy: MemoryPolicy | None = base.__dict__.pop(POLICY, None)
     if policy is not None:
-        policy.leave_seats()
+        policy.uninstall()
 
 
 def is_on(base: Any) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 
 from hasten.errors import OptionError
 from hasten.options import AdapterOptions
-from hasten.overlays import Overlay, StreamFacts, WideEmbedding, WideHead
+from hasten.overlays import Fp32Embedding, Fp32Head, Fp32WeightConfig, Overlay
 from hasten.patching.apply import overlay_class
 from hasten.patching.contract import stock_class
 from hasten.training import loftq
@@ -83,14 +83,14 @@ def set_dtypes(peft_model: Any, fp32: bool) -> dict[str, torch.dtype]:
         if parameter.requires_grad and "lora_" in name:
             parameter.data = parameter.data.to(wide)
     if wide != stream:
-        _widen(base.get_input_embeddings(), WideEmbedding, stream)
-        _widen(base.get_output_embeddings(), WideHead, stream)
+        _widen(base.get_input_embeddings(), Fp32Embedding, stream)
+        _widen(base.get_output_embeddings(), Fp32Head, stream)
     return {name: p.dtype for name, p in peft_model.named_parameters() if p.requires_grad}
 
 
 def _widen(module: Any, overlay: type[Overlay], stream: torch.dtype) -> None:
     for copy in getattr(module, "modules_to_save", {}).values():
-        copy.__class__ = overlay_class(stock_class(copy), overlay, StreamFacts(stream))
+        copy.__class__ = overlay_class(stock_class(copy), overlay, Fp32WeightConfig(stream))
         copy.weight.data = copy.weight.data.float()
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hasten.ops.adamw import AdamWRule, adamw_, key_of
+from hasten.ops.adamw import AdamWConfig, adamw_, key_of
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -113,7 +113,7 @@ class StochasticAdamW(torch.optim.Optimizer):
         state["step"] += 1
         step = int(state["step"])
         beta1, beta2 = group["betas"]
-        rule = AdamWRule(float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], step)
+        rule = AdamWConfig(float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], step)
         key = key_of(group["seed"], step, number)
         adamw_(parameter, grad, (state["exp_avg"], state["exp_avg_sq"]), rule, key)
 

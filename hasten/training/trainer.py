@@ -24,7 +24,7 @@ MASKS = ("completion_mask", "assistant_masks")
 def longest_row(model: Any) -> int | None:
     """`max_seq_length` that the model was loaded with, or None where it has no such limit."""
     base = causal_lm_of(model)
-    return base.facts.max_seq_length if isinstance(base, HeadOverlay) else None
+    return base.overlay_config.max_seq_length if isinstance(base, HeadOverlay) else None
 
 
 def sft_config(model: Any, **kwargs: Any) -> "SFTConfig":

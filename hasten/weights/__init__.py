@@ -2,7 +2,7 @@
 
 from hasten.weights.linear import dequantize, holds, storage_of
 from hasten.weights.lora import LoraPair, active_adapters, base_layer_of, read_linear, read_lora, unwrap
-from hasten.weights.plain import is_watched, lay_side_by_side, lie_apart, plain_linear
+from hasten.weights.plain import is_watched, lie_apart, pack_weights, plain_linear
 
 __all__ = [
     "LoraPair",
@@ -11,7 +11,7 @@ __all__ = [
     "dequantize",
     "holds",
     "is_watched",
-    "lay_side_by_side",
+    "pack_weights",
     "lie_apart",
     "plain_linear",
     "read_linear",

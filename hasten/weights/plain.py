@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hasten.ops.lora import DenseWeight, LoraLinear
-from hasten.ops.lora.joint import as_one
+from hasten.ops.lora.stacked import stacked_view
 from hasten.ops.nf4 import NF4Weight, dequantize_nf4
 from hasten.weights.lora import base_layer_of, read_lora
 
@@ -88,7 +88,7 @@ def _read_nf4(weight: Any) -> tuple[PackedWeight | None, str | None]:
     return PackedWeight(nested), None
 
 
-def lay_side_by_side(modules: Sequence[Any]) -> bool:
+def pack_weights(modules: Sequence[Any]) -> bool:
     """Moves the weights of plain Linears that read one input behind each other in one buffer, so that one product can read
     them all. Values, Parameter objects and names stay; False where they cannot share a buffer (storage, dtype, device)."""
     bases = [base_layer_of(module) for module in modules]
@@ -107,4 +107,4 @@ def lay_side_by_side(modules: Sequence[Any]) -> bool:
 def lie_apart(modules: Sequence[Any]) -> bool:
     """Whether one product over these Linears must first copy weights that are stored as they are into one buffer."""
     held = [base.weight if type(base) is nn.Linear else None for base in map(base_layer_of, modules)]
-    return any(weight is not None for weight in held) and as_one(held) is None  # pyright: ignore[reportArgumentType]
+    return any(weight is not None for weight in held) and stacked_view(held) is None  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""The estimate's parts against counts taken from real (tiny) models, how they answer to each argument, and the levers."""
+"""The estimate's parts against counts taken from real (tiny) models, how they answer to each argument, and the savings."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from hasten.amounts import bytes_of, written
 from hasten.errors import CheckpointError, OptionError
 from hasten.estimation import Estimate, estimate
 from hasten.testing.tiny import save_tiny, tiny_config, tiny_model
+from hasten.training.memory.actions import ActivationAction
+from hasten.training.memory.advice import Settings, advice, savings
 from hasten.training.memory.costs import ModelShape, peak, with_tile
-from hasten.training.memory.levers import Settings, advice, levers
-from hasten.training.memory.treatment import Treatment
+from hasten.units import format_bytes, parse_bytes
 
 LARGE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "vocab_size": 32000}
-"""A config whose levers give more than a MiB each; of it nothing is allocated."""
+"""A config whose savings give more than a MiB each; of it nothing is allocated."""
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "cohere"])
@@ -72,7 +72,7 @@ def test_each_part_answers_to_its_argument() -> None:
 def test_the_parts_are_the_total_and_the_text_has_them_and_the_plan() -> None:
     found: Estimate = estimate(tiny_config("llama"), checkpointing="unsloth", memory_budget="1GiB")
     assert found.total == sum(found.parts().values()) and found.fits
-    assert all(f"{label}: {written(size)}" in str(found) for label, size in found.parts().items())
+    assert all(f"{label}: {format_bytes(size)}" in str(found) for label, size in found.parts().items())
     assert "4 of 4 layers keep what is dear" in found.plan and found.plan in str(found)
 
 
@@ -118,11 +118,11 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
 
 
 def test_amounts() -> None:
-    assert bytes_of("24GiB") == bytes_of(" 24 gib") == bytes_of(24 * 2**30) == 24 * 2**30
-    assert bytes_of("1.5GB") == 1_500_000_000 and bytes_of("12") == 12
+    assert parse_bytes("24GiB") == parse_bytes(" 24 gib") == parse_bytes(24 * 2**30) == 24 * 2**30
+    assert parse_bytes("1.5GB") == 1_500_000_000 and parse_bytes("12") == 12
     for wrong in ("", "GiB", "-1GB", "1 furlong", 0, "0.2"):
         with pytest.raises(ValueError, match="is no size"):
-            bytes_of(wrong)
+            parse_bytes(wrong)
 
 
 def shape_of(**changes: Any) -> ModelShape:
@@ -130,9 +130,9 @@ def shape_of(**changes: Any) -> ModelShape:
 
 
 def test_every_lever_gives_what_the_changed_run_takes_less() -> None:
-    now = Settings(8, 2048, (Treatment.KEEP,) * 8)
+    now = Settings(8, 2048, (ActivationAction.SAVE_ALL,) * 8)
     total = now.peak(shape_of())
-    found = levers(shape_of(), now)
+    found = savings(shape_of(), now)
     gains = {one.text.split("=")[0]: one.gain for one in found if "True" not in one.text.split("=")[1]}
     gains |= {one.text: one.gain for one in found}
     changed = {
@@ -140,25 +140,25 @@ def test_every_lever_gives_what_the_changed_run_takes_less() -> None:
         "offload_embedding=True": now.peak(shape_of(offload_embedding=True)),
         "r=16": now.peak(shape_of(rank=16)),
         "max_seq_length=1024": replace(now, length=1024).peak(shape_of()),
-        "use_gradient_checkpointing=True": peak(shape_of(), 8, 2048, Treatment.RECOMPUTE).total,
-        'use_gradient_checkpointing="offload"': peak(shape_of(), 8, 2048, Treatment.OFFLOAD).total,
-        "unsloth_tiled_mlp=True": peak(shape_of(), 8, 2048, with_tile(now.treatments, 4096), 4096).total,
-        'optim="adamw_8bit"': peak(shape_of(), 8, 2048, Treatment.KEEP, optimizer="adamw_8bit").total,
+        "use_gradient_checkpointing=True": peak(shape_of(), 8, 2048, ActivationAction.RECOMPUTE).total,
+        'use_gradient_checkpointing="offload"': peak(shape_of(), 8, 2048, ActivationAction.OFFLOAD).total,
+        "unsloth_tiled_mlp=True": peak(shape_of(), 8, 2048, with_tile(now.actions, 4096), 4096).total,
+        'optim="adamw_8bit"': peak(shape_of(), 8, 2048, ActivationAction.SAVE_ALL, optimizer="adamw_8bit").total,
     }
     for text, less in changed.items():
         assert gains[text] == pytest.approx(total - less, rel=1e-3), text
     assert "per_device_train_batch_size" in gains
     assert [one.gain for one in found] == sorted((one.gain for one in found), reverse=True)
     text = advice(found)
-    assert all(f"{one.text}: {written(one.gain)} less" in text for one in found)
+    assert all(f"{one.text}: {format_bytes(one.gain)} less" in text for one in found)
 
 
 def test_levers_that_are_pulled_or_cannot_be_are_not_offered() -> None:
-    lean = Settings(1, 256, (Treatment.OFFLOAD,) * 8, 1024, "paged")
-    offered = " ".join(one.text for one in levers(shape_of(quantization="4bit", offload_embedding=True), lean))
+    lean = Settings(1, 256, (ActivationAction.OFFLOAD,) * 8, 1024, "paged")
+    offered = " ".join(one.text for one in savings(shape_of(quantization="4bit", offload_embedding=True), lean))
     for pulled in ("4bit", "offload", "tiled", "optim", "batch"):
         assert pulled not in offered
-    full = levers(shape_of(full_finetuning=True), Settings(8, 2048, (Treatment.KEEP,) * 8))
+    full = savings(shape_of(full_finetuning=True), Settings(8, 2048, (ActivationAction.SAVE_ALL,) * 8))
     assert not any("4bit" in one.text or one.text.startswith("r=") for one in full)
     assert "smaller model" in advice([])
 

@@ -12,15 +12,15 @@ from hasten.export import save_merged
 from hasten.overlays import Overlay
 from hasten.patching import apply
 from hasten.testing import tiny_model, tiny_tokenizer
-from hasten.weights import lay_side_by_side
+from hasten.weights import pack_weights
 
 
 def laid_out(tied: bool = False) -> Any:
     model = tiny_model("llama", num_hidden_layers=2, tie_word_embeddings=tied)
     apply(model)
     for module in model.modules():
-        if isinstance(module, Overlay) and module.one_product:
-            assert lay_side_by_side([module.get_submodule(name) for name in module.one_product])
+        if isinstance(module, Overlay) and module.packed_projections:
+            assert pack_weights([module.get_submodule(name) for name in module.packed_projections])
     attention = model.model.layers[0].self_attn
     assert attention.q_proj.weight.untyped_storage().data_ptr() == attention.k_proj.weight.untyped_storage().data_ptr()
     return model

@@ -13,8 +13,8 @@ import torch
 from transformers import StaticCache
 
 from hasten.errors import InputError
-from hasten.ops.attention import kernel
-from hasten.ops.attention.tiles.kernel import Tile, Tiles
+from hasten.ops.attention.kernels import forward as kernel
+from hasten.ops.attention.kernels.tiles import Tile, Tiles
 from hasten.overlays import AttentionOverlay, BackboneOverlay
 from hasten.patching import apply, plan, report, restore
 from hasten.patching.apply import overlay_class
@@ -39,7 +39,7 @@ SLIDING_AND_FULL = {
 def chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """hasten's choice of attention for every tensor, as on a GPU."""
     if DEVICE == "cpu":
-        for module in ("hasten.overlays.attending", "hasten.ops.attention"):
+        for module in ("hasten.overlays.backbone", "hasten.ops.attention"):
             monkeypatch.setattr(f"{module}.backend_for", lambda x, wanted=None: wanted or "triton")
         monkeypatch.setattr(kernel, "tiles_for", lambda *_: SMALL)
 
@@ -118,9 +118,9 @@ def test_windows_agree_with_eager_to_the_token(name: str, chosen: None) -> None:
         assert relative_error(ours(IDS).logits, expected) < 2e-5
         for wrong in (7, 9):
             for module in ours.modules():
-                if isinstance(module, AttentionOverlay) and module.facts.window is not None:
-                    facts = replace(module.facts, window=wrong)
-                    module.__class__ = overlay_class(module.stock_class, AttentionOverlay, facts)
+                if isinstance(module, AttentionOverlay) and module.overlay_config.window is not None:
+                    overlay_config = replace(module.overlay_config, window=wrong)
+                    module.__class__ = overlay_class(module.stock_class, AttentionOverlay, overlay_config)
             assert relative_error(ours(IDS).logits, expected) > 1e-3
 
 

@@ -70,7 +70,7 @@ def test_every_tiny_model_has_every_fact_away_from_neutral() -> None:
     assert FAMILY_CONFIGS.keys() == FAMILIES.keys()
     for name in FAMILIES:
         model = tiny_model(name)
-        actions = {action.overlay.runs: action.facts for action in plan(model).actions}
+        actions = {action.overlay.runs: action.overlay_config for action in plan(model).actions}
         window = getattr(tiny_config(name), "sliding_window", None)
         assert window is None or window < 40
         assert float(model(input_ids=_ids()).logits.std()) > 0.05

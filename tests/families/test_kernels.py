@@ -12,7 +12,7 @@ from kernels_kit import DEVICE, lora
 from peft import LoraConfig, get_peft_model
 
 from hasten.families import FAMILIES
-from hasten.ops.lora.mlp import kernel as mlp_kernel
+from hasten.ops.lora.kernels import mlp as mlp_kernel
 from hasten.overlays import fused_linears
 from hasten.patching import apply, report
 from hasten.testing import Comparison, relative_error, tiny_model

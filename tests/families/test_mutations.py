@@ -7,7 +7,7 @@ import pytest
 
 from hasten.errors import AccuracyError, ContractError
 from hasten.families import FAMILIES
-from hasten.spec import Attention, Classes, Family, Norm
+from hasten.families.schema import Attention, Classes, Family, Norm
 from hasten.testing import check_family, tiny_model
 
 FLIPS: dict[tuple[str, str], Any] = {
@@ -88,5 +88,5 @@ def test_every_fact_has_a_flip() -> None:
     """A new fact in spec.py needs its flip here, or nothing shows that it matters."""
     holders = {"norm": Norm, "attention": Attention}
     for part in ("norm", "attention", "mlp", "block", "head"):
-        facts = {field.name for field in fields(holders.get(part, type(getattr(FAMILIES["llama"], part))))}
-        assert facts - {"qk_norm_if"} == {fact for flipped, fact in FLIPS if flipped == part}
+        overlay_config = {field.name for field in fields(holders.get(part, type(getattr(FAMILIES["llama"], part))))}
+        assert overlay_config - {"qk_norm_if"} == {fact for flipped, fact in FLIPS if flipped == part}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from kernels_kit import DEVICE, lora
 
-from hasten.ops.lora.mlp import tiled
+from hasten.ops.lora.kernels import tiled_mlp as tiled
 from hasten.patching import apply
 from hasten.testing import relative_error, tiny_model
 from hasten.testing.quantize import quantize_linears

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
+from hasten.methods import CausalLMMethods
 from hasten.patching import apply, plan
-from hasten.surface import ModelSurface
 from hasten.testing import tiny_model
 
 BOS, EOS, PAD = 1, 2, 0
@@ -19,7 +19,7 @@ def twins(model_type: str, max_seq_length: int | None = None, **changes: Any) ->
     """
     changes = {"tie_word_embeddings": False, **changes}
     ours, stock = tiny_model(model_type, **changes), tiny_model(model_type, **changes)
-    apply(ours, plan(ours, max_seq_length=max_seq_length), surface=ModelSurface)
+    apply(ours, plan(ours, max_seq_length=max_seq_length), methods=CausalLMMethods)
     return ours, stock
 
 

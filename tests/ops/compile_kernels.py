@@ -16,9 +16,9 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks import kernel_calls
 from hasten.ops.attention import attention
-from hasten.ops.attention import kernel as attention_kernel
+from hasten.ops.attention.kernels import forward as attention_kernel
 from hasten.ops.lora import lora_linears
-from hasten.ops.lora.share import kernel as share_kernel
+from hasten.ops.lora.kernels import lora_delta as delta_kernel
 
 ROOM = {75: 64, 80: 163, 89: 99, 90: 227, 120: 99}
 """Compute capability -> KiB of shared memory that a block of threads may take (CUDA's programming guide)."""
@@ -51,21 +51,21 @@ def compile_only(kernel: Any, grid: Any) -> Any:
 
 
 def large() -> None:
-    """Heads and ranks of real models: what takes the most shared memory."""
+    """HeadsConfig and ranks of real models: what takes the most shared memory."""
     draw, adapted = kernel_calls._draw, kernel_calls._adapted
     for channels in CHANNELS:
         q, k, v = draw(1, 64, 4, channels), draw(1, 64, 2, channels), draw(1, 64, 2, channels)
         kernel_calls._back([attention(q, k, v, 0.1, 16, backend="triton")])
-    for rank in (16, share_kernel.MAX_RANK_BACKWARD):
+    for rank in (16, delta_kernel.MAX_RANK_BACKWARD):
         kernel_calls._back(lora_linears(draw(2, 64, 256), [adapted(2048, 256, rank)], backend="triton"))
-    rank = share_kernel.MAX_RANK
+    rank = delta_kernel.MAX_RANK
     kernel_calls._back(lora_linears(draw(2, 64, 256), [adapted(256, 256, rank)], draw(2, 64, 256), backend="triton"))
 
 
 def main(capability: int, every: bool) -> None:
     driver.set_active(AbsentGPU(capability))  # pyright: ignore[reportArgumentType]
     JITFunction.__getitem__ = compile_only  # pyright: ignore[reportAttributeAccessIssue]
-    for module in (attention_kernel, share_kernel):
+    for module in (attention_kernel, delta_kernel):
         module.shared_memory = lambda device: ROOM[capability] * 2**10
     kernel_calls.DTYPE = torch.bfloat16 if capability >= 80 else torch.float16
     if every:

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from hasten.ops import NormRule
+from hasten.ops import NormConfig
 from hasten.testing import relative_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NORM = NormRule(1e-5)
+NORM = NormConfig(1e-5)
 """As Llama's."""
 both = pytest.mark.parametrize("backend", ["reference", "triton"])
 

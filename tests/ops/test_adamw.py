@@ -6,9 +6,9 @@ import pytest
 import torch
 from ops_kit import DEVICE, both
 
-from hasten.ops.adamw import AdamWRule, adamw_, key_of, reference
+from hasten.ops.adamw import AdamWConfig, adamw_, key_of, reference
 
-RULE = AdamWRule(lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, step=1)
+RULE = AdamWConfig(lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, step=1)
 
 
 def drawn(count: int, *dtypes: torch.dtype) -> list[torch.Tensor]:
@@ -28,7 +28,7 @@ def test_in_fp32_it_is_torchs(backend: str) -> None:
     for step in range(1, 6):
         theirs.grad = grad * math.cos(step)
         optimizer.step()
-        rule = AdamWRule(RULE.lr, 0.9, 0.999, 1e-8, RULE.weight_decay, step)
+        rule = AdamWConfig(RULE.lr, 0.9, 0.999, 1e-8, RULE.weight_decay, step)
         adamw_(weight, theirs.grad, moments, rule, key=step, backend=backend)  # pyright: ignore[reportArgumentType]
     torch.testing.assert_close(weight, theirs.detach(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(moments[0], optimizer.state[theirs]["exp_avg"], rtol=1e-6, atol=1e-6)

@@ -8,8 +8,8 @@ import torch
 from ops_kit import DEVICE, DTYPES, assert_as_good_as_torch, both, poisoned_memory
 
 from hasten.ops.attention import attention, attention_backend, row_spans, visible_keys
-from hasten.ops.attention.kernel import attention as flash
-from hasten.ops.attention.tiles.kernel import Tile, Tiles
+from hasten.ops.attention.kernels.forward import attention as flash
+from hasten.ops.attention.kernels.tiles import Tile, Tiles
 from hasten.testing import relative_error
 
 SMALL = Tiles(Tile(16, 32, 4, 1), Tile(32, 16, 4, 1), Tile(32, 16, 4, 1))
@@ -324,8 +324,8 @@ def test_gradcheck_of_the_reference() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 def test_no_length_compiles_anything_anew() -> None:
-    from hasten.ops.attention.backward import kernel as backward
-    from hasten.ops.attention.kernel import _attention_fwd
+    from hasten.ops.attention.kernels import backward
+    from hasten.ops.attention.kernels.forward import _attention_fwd
 
     kernels = (_attention_fwd, backward._attention_dkdv, backward._attention_dq, backward._delta)
 

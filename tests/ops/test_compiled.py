@@ -16,7 +16,7 @@ from benchmarks.kernels import launched_kernels
 
 HERE = Path(__file__).parent
 WHOLE = 90
-LARGEST = {"_attention_fwd", "_attention_dkdv", "_attention_dq", "_lay_share", "_share_bwd"}
+LARGEST = {"_attention_fwd", "_attention_dkdv", "_attention_dq", "_add_lora_delta", "_lora_delta_bwd"}
 
 
 @pytest.mark.parametrize("capability", [89, WHOLE])

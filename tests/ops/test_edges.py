@@ -9,18 +9,18 @@ import torch
 from ops_kit import DEVICE, NORM, both
 
 from hasten.ops import (
-    NormRule,
+    NormConfig,
     QKNorm,
-    ScoreRule,
+    ScoreConfig,
+    add_norm,
     glu,
     linear_cross_entropy,
     linear_cross_entropy_loss,
     norm,
-    norm_and_pass,
-    norm_onto,
+    norm_with_residual,
     qk_rope,
 )
-from hasten.ops.lora.share.kernel import lay_share, share_bwd
+from hasten.ops.lora.kernels.lora_delta import add_lora_delta, lora_delta_bwd
 from hasten.ops.nf4 import NF4Weight, dequantize_nf4
 from hasten.testing import relative_error
 
@@ -58,11 +58,11 @@ def calls(rows: int, device: Any, backend: Any) -> dict[str, tuple[Callable[...,
             [draw(rows, 40, device=device), draw(40, device=device)],
         ),
         "layer norm": (
-            lambda x, w: norm_and_pass(x, w, NormRule(1e-5, "layer"), backend),
+            lambda x, w: norm_with_residual(x, w, NormConfig(1e-5, "layer"), backend),
             [draw(rows, 40, device=device), draw(40, device=device)],
         ),
         "norm onto": (
-            lambda x, w, r: norm_onto(x, w, r, NORM, backend),
+            lambda x, w, r: add_norm(x, w, r, NORM, backend),
             [draw(rows, 40, device=device), draw(40, device=device), draw(rows, 40, device=device)],
         ),
         "qk_rope": (rope, [heads, heads[:, :, :2] * 2, q_weight]),
@@ -71,11 +71,11 @@ def calls(rows: int, device: Any, backend: Any) -> dict[str, tuple[Callable[...,
             [draw(rows, 33, device=device), draw(rows, 33, device=device)],
         ),
         "scores": (
-            lambda h, w: linear_cross_entropy(h, w, labels, ScoreRule(), backend=backend).log_prob,
+            lambda h, w: linear_cross_entropy(h, w, labels, ScoreConfig(), backend=backend).log_prob,
             [draw(rows, 16, device=device), draw(11, 16, device=device)],
         ),
         "loss": (
-            lambda h, w: linear_cross_entropy_loss(h, w, labels, ScoreRule(), 7.0, backend=backend)[None],
+            lambda h, w: linear_cross_entropy_loss(h, w, labels, ScoreConfig(), 7.0, backend=backend)[None],
             [draw(rows, 16, device=device), draw(11, 16, device=device)],
         ),
     }
@@ -186,7 +186,7 @@ def test_huge_norm_weight_gradient(room: None) -> None:
     x, weight = draw(530_000, 4096, dtype=torch.bfloat16), draw(4096).requires_grad_()
     upstream = torch.zeros_like(x)
     upstream[-3:] = 1.0
-    rule = NormRule(1e-5, fp32_weight=True)
+    rule = NormConfig(1e-5, fp32_weight=True)
     (found,) = torch.autograd.grad(norm(x, weight, rule), weight, upstream)
     last = norm(x[-3:], weight, rule, backend="reference")
     (expected,) = torch.autograd.grad(last, weight, upstream[-3:])
@@ -245,7 +245,7 @@ def test_huge_chunk_of_logits(room: None) -> None:
     found = []
     for backend, chunk in (("triton", tokens), ("reference", 1024)):
         leaves = [hidden.detach().requires_grad_(), weight.detach().requires_grad_()]
-        loss = linear_cross_entropy_loss(*leaves, labels, ScoreRule(chunk=chunk), backend=backend)  # pyright: ignore[reportArgumentType]
+        loss = linear_cross_entropy_loss(*leaves, labels, ScoreConfig(chunk=chunk), backend=backend)  # pyright: ignore[reportArgumentType]
         found.append([loss, *torch.autograd.grad(loss, leaves)])
     for mine, theirs in zip(*found, strict=True):
         assert relative_error(mine, theirs) < 1e-2
@@ -257,8 +257,8 @@ def test_huge_share_of_lora(room: None) -> None:
     rows, width, rank = 1_100_000, 2048, 16
     assert rows * width > LIMIT and rows / 16 > 65_535
     base, xa, b = (draw(*shape, dtype=torch.bfloat16) for shape in ((rows, width), (rows, rank), (rank, width)))
-    out = lay_share(base, xa, b)
-    d_xa, d_b = share_bwd(base, xa, b)
+    out = add_lora_delta(base, xa, b)
+    d_xa, d_b = lora_delta_bwd(base, xa, b)
     for part in thirds(rows):
         near(out[part], base[part].float() + xa[part].float() @ b.float())
         near(d_xa[part], base[part].float() @ b.float().T)

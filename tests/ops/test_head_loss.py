@@ -11,17 +11,17 @@ from test_linear_cross_entropy import RULES, TOKENS, WIDTH, WORDS, inputs, make_
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hasten.ops import LoraHead, ScoreRule, linear_cross_entropy, linear_cross_entropy_loss
+from hasten.ops import LoraHead, ScoreConfig, linear_cross_entropy, linear_cross_entropy_loss
 from hasten.ops.linear_cross_entropy import OPTIONAL_SCORES, kernel, reference
 from hasten.ops.linear_cross_entropy.function import SCORES, Upstream, tokens_at_once
 from hasten.testing import relative_error
 
 
 def loss_of(
-    t: dict[str, torch.Tensor], backend: Any, rule: ScoreRule | None = None, denominator: Any = None
+    t: dict[str, torch.Tensor], backend: Any, rule: ScoreConfig | None = None, denominator: Any = None
 ) -> torch.Tensor:
     lora = LoraHead(t["a"], t["b"], 0.5) if "a" in t else None
-    rule = ScoreRule(chunk=8) if rule is None else rule
+    rule = ScoreConfig(chunk=8) if rule is None else rule
     labels = make_labels()
     if rule.ignore_index != -100:
         labels = labels.where(labels != -100, rule.ignore_index)
@@ -29,9 +29,9 @@ def loss_of(
 
 
 def formula(
-    t: dict[str, torch.Tensor], rule: ScoreRule | None = None, denominator: float | None = None
+    t: dict[str, torch.Tensor], rule: ScoreConfig | None = None, denominator: float | None = None
 ) -> torch.Tensor:
-    rule = ScoreRule() if rule is None else rule
+    rule = ScoreConfig() if rule is None else rule
     labels = make_labels()
     if rule.ignore_index != -100:
         labels = labels.where(labels != -100, rule.ignore_index)
@@ -75,7 +75,7 @@ def test_as_good_as_torch(dtype: torch.dtype, lora: bool, bias: bool, denominato
 @both
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule(name: str, backend: Any) -> None:
-    rule = ScoreRule(**RULES[name], chunk=8)
+    rule = ScoreConfig(**RULES[name], chunk=8)
     mine, exact = inputs(torch.float32, True, True), inputs(torch.float64, True, True)
     loss, expected = loss_of(mine, backend, rule), formula(exact, rule)
     assert relative_error(loss, expected) < 3e-6
@@ -104,8 +104,8 @@ def test_scaled_repeated_and_shared(backend: Any) -> None:
     assert_near(once, tuple(-3.5 * g for g in wanted))
     assert_near(gradients(loss, t, retain_graph=True), wanted)
     assert_near(gradients(loss, t), wanted)
-    both_losses = loss_of(t, backend) * 2 + loss_of(t, backend, ScoreRule(logit_scale=0.5), 30)
-    expected = formula(exact) * 2 + formula(exact, ScoreRule(logit_scale=0.5), 30)
+    both_losses = loss_of(t, backend) * 2 + loss_of(t, backend, ScoreConfig(logit_scale=0.5), 30)
+    expected = formula(exact) * 2 + formula(exact, ScoreConfig(logit_scale=0.5), 30)
     assert_near(gradients(both_losses, t), gradients(expected, exact))
     for _ in range(2):
         loss_of(t, backend).backward()
@@ -128,7 +128,7 @@ def test_micro_batches_add_up(backend: Any) -> None:
     count = int((labels != -100).sum())
     for part in (slice(0, 20), slice(20, TOKENS)):
         loss = linear_cross_entropy_loss(
-            t["hidden"][part], t["weight"], labels[part], ScoreRule(chunk=8), count, backend=backend
+            t["hidden"][part], t["weight"], labels[part], ScoreConfig(chunk=8), count, backend=backend
         )
         loss.backward()
     assert_near((t["hidden"].grad, t["weight"].grad), gradients(formula(t), t))  # pyright: ignore[reportArgumentType]
@@ -142,7 +142,7 @@ def test_what_is_not_counted_gets_exactly_nothing(backend: Any) -> None:
     assert bool((d_hidden[ignored] == 0).all()) and bool((d_hidden[~ignored] != 0).any(1).all())
     none = torch.full((TOKENS,), -100, device=DEVICE)
     for denominator, expected in ((7, 0.0), (None, float("nan"))):
-        loss = linear_cross_entropy_loss(t["hidden"], t["weight"], none, ScoreRule(), denominator, backend=backend)
+        loss = linear_cross_entropy_loss(t["hidden"], t["weight"], none, ScoreConfig(), denominator, backend=backend)
         stock = F.cross_entropy(t["hidden"] @ t["weight"].T, none) if denominator is None else loss * 0
         torch.testing.assert_close(loss, torch.tensor(expected, device=DEVICE), equal_nan=True)
         for mine, theirs in zip(gradients(loss, t, retain_graph=True), gradients(stock, t), strict=True):
@@ -195,7 +195,7 @@ def test_no_logit_is_computed_twice(trained: tuple[str, ...], products: int) -> 
     t = {name: x.detach().requires_grad_(name in trained) for name, x in inputs(torch.float32, False, False).items()}
     labels = make_labels().clamp(min=0)
     with Products() as counted:
-        loss = linear_cross_entropy_loss(t["hidden"], t["weight"], labels, ScoreRule(chunk=8), backend="triton")
+        loss = linear_cross_entropy_loss(t["hidden"], t["weight"], labels, ScoreConfig(chunk=8), backend="triton")
         if trained:
             loss.backward()
     assert counted.count == pytest.approx(products)
@@ -208,15 +208,15 @@ def test_no_gradient_is_made_without_grad_mode(per_token: bool) -> None:
     for frozen in (False, True):
         t["weight"].requires_grad_(not frozen)
         with torch.no_grad(), Products() as counted:
-            out: Any = op(t["hidden"], t["weight"], labels, ScoreRule(chunk=8), backend="triton")
+            out: Any = op(t["hidden"], t["weight"], labels, ScoreConfig(chunk=8), backend="triton")
         assert counted.count == pytest.approx(1)
         assert not (out.loss if per_token else out).requires_grad
 
 
 def test_weight_trains_in_chunks_as_large_as_its_gradient() -> None:
     hidden = torch.empty(1, 2048, dtype=torch.bfloat16, device="meta")
-    assert tokens_at_once(ScoreRule(), hidden, False) == ScoreRule().chunk == 1024
-    assert tokens_at_once(ScoreRule(), hidden, True) * hidden.element_size() == 4 * hidden.shape[1]
+    assert tokens_at_once(ScoreConfig(), hidden, False) == ScoreConfig().chunk == 1024
+    assert tokens_at_once(ScoreConfig(), hidden, True) * hidden.element_size() == 4 * hidden.shape[1]
 
 
 @both
@@ -224,7 +224,7 @@ def test_nothing_is_left_unwritten(backend: Any) -> None:
     """With weights that train, one chunk after the other into the same room; the vocabulary fills no aligned row."""
     t = inputs(torch.float32, True, True)
     with poisoned_memory():
-        for rule in (ScoreRule(chunk=8), ScoreRule(chunk=8, want=OPTIONAL_SCORES)):
+        for rule in (ScoreConfig(chunk=8), ScoreConfig(chunk=8, want=OPTIONAL_SCORES)):
             loss = loss_of(t, backend, rule)
             assert bool(torch.stack([g.isfinite().all() for g in (loss, *gradients(loss, t))]).all())
         lora = LoraHead(t["a"], t["b"], 0.5)
@@ -241,7 +241,7 @@ def test_rows_of_many_blocks(words: int, softcap: float | None, columns: int) ->
     raw = (torch.randn(5, words, device=DEVICE) * 3).round()
     raw[3] = -30000.0
     labels = torch.tensor([0, words - 1, words // 2, 3, int(raw[4].argmax())], device=DEVICE)
-    rule = ScoreRule(-0.5 if softcap is None else 0.5, softcap, 0.7, label_smoothing=0.1, want=OPTIONAL_SCORES)
+    rule = ScoreConfig(-0.5 if softcap is None else 0.5, softcap, 0.7, label_smoothing=0.1, want=OPTIONAL_SCORES)
     upstream = Upstream(*torch.randn(3, 5, device=DEVICE))
     found = []
     for score_rows in (reference.score_rows, kernel.score_rows):
@@ -260,7 +260,7 @@ def test_rows_of_many_blocks(words: int, softcap: float | None, columns: int) ->
 def test_labels_outside_of_the_vocabulary(backend: Any) -> None:
     t = inputs(torch.float32, False, False)
     beyond = torch.full((TOKENS,), WORDS, device=DEVICE)
-    call = lambda: linear_cross_entropy_loss(t["hidden"], t["weight"], beyond, ScoreRule(), backend=backend)  # noqa: E731
+    call = lambda: linear_cross_entropy_loss(t["hidden"], t["weight"], beyond, ScoreConfig(), backend=backend)  # noqa: E731
     if backend == "triton":
         assert bool(call().isnan())
     else:
@@ -280,7 +280,7 @@ def test_nothing_waits_for_the_device(denominator: Any) -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         linear_cross_entropy_loss(
-            t["hidden"], t["weight"], labels, ScoreRule(), denominator, t["bias"], lora
+            t["hidden"], t["weight"], labels, ScoreConfig(), denominator, t["bias"], lora
         ).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")

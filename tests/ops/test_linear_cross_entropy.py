@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hasten.ops import LoraHead, ScoreRule, linear_cross_entropy, score_logits
+from hasten.ops import LoraHead, ScoreConfig, linear_cross_entropy, score_logits
 from hasten.ops.linear_cross_entropy import OPTIONAL_SCORES
 from hasten.testing import relative_error
 
@@ -25,7 +25,7 @@ RULES = {
 }
 
 
-def full_scores(raw: torch.Tensor, labels: torch.Tensor, rule: ScoreRule) -> dict[str, torch.Tensor]:
+def full_scores(raw: torch.Tensor, labels: torch.Tensor, rule: ScoreConfig) -> dict[str, torch.Tensor]:
     """The contract written out, on logits that are all there."""
     z = raw * rule.logit_scale
     z = z if rule.softcap is None else rule.softcap * torch.tanh(z / rule.softcap)
@@ -62,7 +62,7 @@ def raw_logits(t: dict[str, torch.Tensor]) -> torch.Tensor:
     return raw + 0.5 * (t["hidden"] @ t["a"].T) @ t["b"].T if "a" in t else raw
 
 
-def fused(t: dict[str, torch.Tensor], labels: torch.Tensor, rule: ScoreRule, backend: Any = None) -> Any:
+def fused(t: dict[str, torch.Tensor], labels: torch.Tensor, rule: ScoreConfig, backend: Any = None) -> Any:
     lora = LoraHead(t["a"], t["b"], 0.5) if "a" in t else None
     return linear_cross_entropy(t["hidden"], t["weight"], labels, rule, t.get("bias"), lora, backend)
 
@@ -78,7 +78,7 @@ def make_labels() -> torch.Tensor:
 @pytest.mark.parametrize(("lora", "bias"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("chunk", [8, 1024])
 def test_scores_and_gradients(name: str, lora: bool, bias: bool, chunk: int, backend: Any) -> None:
-    rule = ScoreRule(**RULES[name], want=OPTIONAL_SCORES, chunk=chunk)
+    rule = ScoreConfig(**RULES[name], want=OPTIONAL_SCORES, chunk=chunk)
     labels = make_labels()
     if rule.ignore_index != -100:
         labels = labels.where(labels != -100, rule.ignore_index)
@@ -97,7 +97,7 @@ def test_scores_and_gradients(name: str, lora: bool, bias: bool, chunk: int, bac
 
 
 def test_scores_from_logits_are_the_same() -> None:
-    rule = ScoreRule(logit_scale=0.5, softcap=3.0, want=OPTIONAL_SCORES)
+    rule = ScoreConfig(logit_scale=0.5, softcap=3.0, want=OPTIONAL_SCORES)
     t, labels = inputs(torch.float64, False, False), make_labels()
     ours, reference = score_logits(raw_logits(t), labels, rule), full_scores(raw_logits(t), labels, rule)
     for name, expected in reference.items():
@@ -108,14 +108,14 @@ def test_scores_from_logits_are_the_same() -> None:
 @pytest.mark.parametrize("trained", ["hidden", "weight", "a", "b", "bias"])
 def test_only_what_trains_gets_a_gradient(trained: str, backend: Any) -> None:
     t = {name: x.detach().requires_grad_(name == trained) for name, x in inputs(torch.float32, True, True).items()}
-    fused(t, make_labels(), ScoreRule(), backend).loss.sum().backward()
+    fused(t, make_labels(), ScoreConfig(), backend).loss.sum().backward()
     assert {name for name, x in t.items() if x.grad is not None} == {trained}
     assert float(t[trained].grad.norm()) > 0  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def test_gradcheck() -> None:
     t = inputs(torch.float64, True, True)
-    rule = ScoreRule(
+    rule = ScoreConfig(
         logit_scale=0.5, softcap=3.0, temperature=0.8, label_smoothing=0.1, want=frozenset({"entropy"}), chunk=8
     )
 
@@ -133,7 +133,7 @@ def test_bf16_weight_gradient_is_summed_in_fp32(backend: Any) -> None:
     hidden = torch.randn(512, WIDTH, generator=generator).to(DEVICE, torch.bfloat16)
     weight = torch.randn(WORDS, WIDTH, generator=generator).to(DEVICE, torch.bfloat16).requires_grad_()
     labels = torch.randint(0, WORDS, (512,), generator=generator).to(DEVICE)
-    linear_cross_entropy(hidden, weight, labels, ScoreRule(chunk=16), backend=backend).loss.sum().backward()
+    linear_cross_entropy(hidden, weight, labels, ScoreConfig(chunk=16), backend=backend).loss.sum().backward()
     exact = weight.detach().double().requires_grad_()
     F.cross_entropy(hidden.double() @ exact.T, labels, reduction="sum").backward()
     assert weight.grad is not None and exact.grad is not None
@@ -143,7 +143,7 @@ def test_bf16_weight_gradient_is_summed_in_fp32(backend: Any) -> None:
 @both
 def test_all_ignored_gives_zero_and_zero_gradients(backend: Any) -> None:
     t = inputs(torch.float32, False, False)
-    scores = fused(t, torch.full((TOKENS,), -100, device=DEVICE), ScoreRule(want=OPTIONAL_SCORES), backend)
+    scores = fused(t, torch.full((TOKENS,), -100, device=DEVICE), ScoreConfig(want=OPTIONAL_SCORES), backend)
     assert float(scores.loss.abs().sum()) == 0.0
     scores.loss.sum().backward()
     assert t["hidden"].grad is not None and float(t["hidden"].grad.abs().sum()) == 0.0
@@ -153,14 +153,14 @@ def test_all_ignored_gives_zero_and_zero_gradients(backend: Any) -> None:
 def test_what_is_refused(backend: Any) -> None:
     t = inputs(torch.float32, False, False)
     with pytest.raises(ValueError, match="no such token score"):
-        fused(t, make_labels(), ScoreRule(want=frozenset({"perplexity"})), backend)
+        fused(t, make_labels(), ScoreConfig(want=frozenset({"perplexity"})), backend)
     beyond = torch.full((TOKENS,), WORDS, device=DEVICE)
     if backend == "triton":
-        assert bool(fused(t, beyond, ScoreRule(), backend).loss.isnan().all())
+        assert bool(fused(t, beyond, ScoreConfig(), backend).loss.isnan().all())
     else:
         with pytest.raises(IndexError, match="labels run from"):
-            fused(t, beyond, ScoreRule(), backend)
-    loss = fused(t, make_labels(), ScoreRule(), backend).loss.square().sum()
+            fused(t, beyond, ScoreConfig(), backend)
+    loss = fused(t, make_labels(), ScoreConfig(), backend).loss.square().sum()
     (first,) = torch.autograd.grad(loss, t["hidden"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
@@ -185,5 +185,5 @@ class _LargestLogits(TorchDispatchMode):
 def test_no_tensor_of_all_tokens_by_vocabulary_ever_lives(backend: Any) -> None:
     t = inputs(torch.float32, True, False)
     with _LargestLogits() as watched:
-        fused(t, make_labels(), ScoreRule(chunk=16, want=OPTIONAL_SCORES), backend).loss.sum().backward()
+        fused(t, make_labels(), ScoreConfig(chunk=16, want=OPTIONAL_SCORES), backend).loss.sum().backward()
     assert watched.rows == 16  # b.T is (3, WORDS), a chunk's logits (16, WORDS)

@@ -9,11 +9,11 @@ from lora_kit import DEVICE, WIDTH, everything, formula, linear, trained
 from ops_kit import NORM, both
 from torch.nn import functional as F
 
-from hasten.ops import NormInput, NormRule, QKNorm, norm, qk_rope
-from hasten.ops.lora import Heads, LoraLinear, joint, lora_linears, lora_mlp, lora_qkv
-from hasten.ops.lora.share.kernel import MIN_WIDTH_BACKWARD, lay_share, share_bwd
+from hasten.ops import NormConfig, NormInput, QKNorm, norm, qk_rope
+from hasten.ops.lora import HeadsConfig, LoraLinear, lora_linears, lora_mlp, lora_qkv, stacked
+from hasten.ops.lora.kernels.lora_delta import MIN_WIDTH_BACKWARD, add_lora_delta, lora_delta_bwd
 from hasten.testing import relative_error
-from hasten.weights import lay_side_by_side
+from hasten.weights import pack_weights
 from hasten.weights.plain import DenseWeight
 
 
@@ -108,7 +108,7 @@ def test_a_weight_that_changes_before_the_backward_is_refused(op: str, which: st
         if op == "linear":
             return lora_linears(x, mlp[:1], backend="triton")[0]
         if op == "qkv":
-            return lora_qkv(x[None], (mlp[0], mlp[0], mlp[1]), Heads(8), backend="triton")[0]
+            return lora_qkv(x[None], (mlp[0], mlp[0], mlp[1]), HeadsConfig(8), backend="triton")[0]
         return lora_mlp(x, mlp, "silu", tile=tile, backend="triton")
 
     out, one = run(), mlp[0]
@@ -187,21 +187,21 @@ HEADS = {
 @pytest.mark.parametrize("case", HEADS)
 @pytest.mark.parametrize("lora", [True, False])
 def test_qkv(backend: Any, case: str, lora: bool) -> None:
-    facts = dict(HEADS[case])
-    kind, shape = facts.pop("qk_norm", (None, ()))
+    overlay_config = dict(HEADS[case])
+    kind, shape = overlay_config.pop("qk_norm", (None, ()))
     table = torch.randn(1, 5, 4, device=DEVICE)
-    table = table.repeat_interleave(2, -1) if "rotation" in facts else table.repeat(1, 1, 2)
-    position = facts.pop("position", (table.cos(), table.sin()))
+    table = table.repeat_interleave(2, -1) if "rotation" in overlay_config else table.repeat(1, 1, 2)
+    position = overlay_config.pop("position", (table.cos(), table.sin()))
     qk_norm = None
     if kind is not None:
         weights = [torch.randn(shape, device=DEVICE, requires_grad=True) for _ in range(2)]
-        qk_norm = QKNorm(*weights, NormRule(1e-5, kind, False, kind == "layer"))  # pyright: ignore[reportArgumentType]
+        qk_norm = QKNorm(*weights, NormConfig(1e-5, kind, False, kind == "layer"))  # pyright: ignore[reportArgumentType]
     linears = [linear(32, WIDTH, lora, True, torch.float32) for _ in range(2)]
     linears.append(linear(16, WIDTH, lora, False, torch.float32))
     x = torch.randn(2, 5, WIDTH, device=DEVICE, requires_grad=True)
-    ours = lora_qkv(x, linears, Heads(8, position, qk_norm=qk_norm, **facts), backend=backend)
+    ours = lora_qkv(x, linears, HeadsConfig(8, position, qk_norm=qk_norm, **overlay_config), backend=backend)
     q, k, v = (formula(x, one).unflatten(-1, (-1, 8)) for one in linears)
-    theirs = (*qk_rope(q, k, position, **facts, qk_norm=qk_norm, backend="reference"), v)
+    theirs = (*qk_rope(q, k, position, **overlay_config, qk_norm=qk_norm, backend="reference"), v)
     upstream = [torch.randn_like(out) for out in theirs]
     wanted = [x, *everything(linears), *([] if qk_norm is None else [qk_norm.q_weight, qk_norm.k_weight])]
     mine, expected = (torch.autograd.grad(outs, wanted, upstream) for outs in (ours, theirs))
@@ -221,17 +221,17 @@ def test_a_norm_s_output_is_made_again_and_not_kept() -> None:
     mlp = (*mlp, linear(WIDTH, 40, True, False, torch.float32))
     position = tuple(torch.randn(1, 7, 8, device=DEVICE) for _ in range(2))
     for run in (
-        lambda x, m: lora_linears(x, mlp[:2], made_from=m, backend="triton"),
-        lambda x, m: lora_qkv(x, (*mlp[:2], mlp[0]), Heads(8, position), m, backend="triton"),  # pyright: ignore[reportArgumentType]
-        lambda x, m: (lora_mlp(x, mlp, "silu", made_from=m, backend="triton"),),
+        lambda x, m: lora_linears(x, mlp[:2], norm_input=m, backend="triton"),
+        lambda x, m: lora_qkv(x, (*mlp[:2], mlp[0]), HeadsConfig(8, position), m, backend="triton"),  # pyright: ignore[reportArgumentType]
+        lambda x, m: (lora_mlp(x, mlp, "silu", norm_input=m, backend="triton"),),
     ):
         results = []
-        for made_from in (None, source):
+        for norm_input in (None, source):
             normed = norm(stream, weight, NORM, "triton").requires_grad_()
             kept: list[torch.Tensor] = []
             with torch.autograd.graph.saved_tensors_hooks(partial(remember, kept), lambda t: t):
-                outs = run(normed, made_from)
-            assert (normed.data_ptr() in {t.data_ptr() for t in kept}) == (made_from is None)
+                outs = run(normed, norm_input)
+            assert (normed.data_ptr() in {t.data_ptr() for t in kept}) == (norm_input is None)
             total = sum((out * torch.arange(out.numel(), device=DEVICE).view(out.shape).cos()).sum() for out in outs)
             wanted = [normed, mlp[0].a, mlp[0].b, mlp[1].a]
             results.append(torch.autograd.grad(total, [t for t in wanted if t is not None]))
@@ -243,10 +243,10 @@ def test_a_norm_with_a_wider_weight_is_made_again_in_the_products_dtype() -> Non
     stream, weight = torch.randn(6, WIDTH, device=DEVICE).half(), torch.randn(WIDTH, device=DEVICE)
     one = linear(40, WIDTH, True, False, torch.float16)
     found = []
-    for made_from in (None, NormInput(stream, weight, NORM)):
+    for norm_input in (None, NormInput(stream, weight, NORM)):
         normed = norm(stream, weight, NORM, "triton")
         assert normed.dtype == torch.float32
-        (out,) = lora_linears(normed.half().requires_grad_(), [one], made_from=made_from, backend="triton")
+        (out,) = lora_linears(normed.half().requires_grad_(), [one], norm_input=norm_input, backend="triton")
         found.append(torch.autograd.grad(out.float().cos().sum(), [one.a, one.b]))  # pyright: ignore[reportArgumentType]
     for kept, again in zip(*found, strict=True):
         torch.testing.assert_close(kept, again)
@@ -257,14 +257,14 @@ def test_weights_behind_each_other_are_read_as_one_without_a_copy() -> None:
     before = [m.weight.detach().clone() for m in modules]
     parameters = [m.weight for m in modules]
     linears = [LoraLinear(DenseWeight(m.weight)) for m in modules]
-    assert joint.weight_of(linears, torch.float32).data_ptr() not in {w.data_ptr() for w in before + parameters}
-    assert lay_side_by_side(modules)
+    assert stacked.weight_of(linears, torch.float32).data_ptr() not in {w.data_ptr() for w in before + parameters}
+    assert pack_weights(modules)
     assert all(m.weight is p and torch.equal(m.weight, w) for m, p, w in zip(modules, parameters, before, strict=True))
-    whole = joint.weight_of(linears, torch.float32)
+    whole = stacked.weight_of(linears, torch.float32)
     assert whole.data_ptr() == modules[0].weight.data_ptr() and torch.equal(whole, torch.cat(before))
-    assert joint.weight_of(linears[::-1], torch.float32).data_ptr() not in {p.data_ptr() for p in parameters}
-    torch.testing.assert_close(joint.weight_of(linears[::-1], torch.float32), torch.cat(before[::-1]))
-    assert not lay_side_by_side([*modules, torch.nn.Linear(WIDTH + 1, 4, device=DEVICE)])
+    assert stacked.weight_of(linears[::-1], torch.float32).data_ptr() not in {p.data_ptr() for p in parameters}
+    torch.testing.assert_close(stacked.weight_of(linears[::-1], torch.float32), torch.cat(before[::-1]))
+    assert not pack_weights([*modules, torch.nn.Linear(WIDTH + 1, 4, device=DEVICE)])
 
 
 @pytest.mark.parametrize(("rows", "rank"), [(1, 1), (70, 5), (130, 32)])
@@ -289,7 +289,7 @@ def test_share_launchers_write_all_and_only_their_outputs(dtype: torch.dtype) ->
     )
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     for start in (base, base[:1].expand(75, -1)):
-        assert relative_error(lay_share(start, xa, b), start.double() + xa.double() @ b.double()) < tolerance
-    d_xa, d_b = share_bwd(base, xa, b, splits=3)
+        assert relative_error(add_lora_delta(start, xa, b), start.double() + xa.double() @ b.double()) < tolerance
+    d_xa, d_b = lora_delta_bwd(base, xa, b, splits=3)
     assert relative_error(d_xa, base.double() @ b.double().T) < tolerance
     assert relative_error(d_b, base.double().T @ xa.double()) < tolerance

@@ -7,7 +7,7 @@ import torch
 from ops_kit import DEVICE, DTYPES, NORM, assert_as_good_as_torch, both, poisoned_memory
 from torch.nn import functional as F
 
-from hasten.ops import NormRule, QKNorm, attend, glu, norm, norm_and_pass, norm_onto, qk_rope
+from hasten.ops import NormConfig, QKNorm, add_norm, attend, glu, norm, norm_with_residual, qk_rope
 from hasten.ops.glu import ACTIVATIONS
 
 
@@ -21,7 +21,7 @@ def rms_formula(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("fp32_weight", [False, True])
 def test_rms_norm(dtype: torch.dtype, shape: tuple[int, ...], fp32_weight: bool, backend: Any) -> None:
     inputs = [torch.randn(shape) * 3, torch.randn(shape[-1])]
-    plain, shifted = (NormRule(1e-5, unit_offset=offset, fp32_weight=fp32_weight) for offset in (False, True))
+    plain, shifted = (NormConfig(1e-5, unit_offset=offset, fp32_weight=fp32_weight) for offset in (False, True))
     assert_as_good_as_torch(lambda x, w: norm(x, w, plain, backend), rms_formula, inputs, dtype)
     offset = [inputs[0], inputs[1] - 1]
     assert_as_good_as_torch(
@@ -36,7 +36,7 @@ def test_layer_norm_with_one_and_two_dimensional_weights(
     dtype: torch.dtype, weight_shape: tuple[int, ...], backend: Any
 ) -> None:
     inputs = [torch.randn(2, 5, 4, 24) * 3 + 1, torch.randn(weight_shape)]
-    rule = NormRule(1e-5, "layer", fp32_weight=True)
+    rule = NormConfig(1e-5, "layer", fp32_weight=True)
     formula = lambda x, w: F.layer_norm(x, x.shape[-1:], eps=1e-5) * w  # noqa: E731
     assert_as_good_as_torch(lambda x, w: norm(x, w, rule, backend), formula, inputs, dtype)
 
@@ -73,7 +73,7 @@ def test_qk_rope(dtype: torch.dtype, rotation: str, fp32: bool, backend: Any) ->
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 def test_norm_and_pass_adds_both_gradients(dtype: torch.dtype, kind: Any, backend: Any) -> None:
     def ours(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        normed, passed = norm_and_pass(x, w, NormRule(1e-5, kind), backend)
+        normed, passed = norm_with_residual(x, w, NormConfig(1e-5, kind), backend)
         assert torch.equal(passed, x)
         return torch.stack((normed, passed))
 
@@ -90,7 +90,7 @@ def test_norm_and_pass_adds_both_gradients(dtype: torch.dtype, kind: Any, backen
 @pytest.mark.parametrize("fp32_weight", [False, True])
 def test_norm_onto_a_residual(dtype: torch.dtype, kind: Any, fp32_weight: bool, backend: Any) -> None:
     def ours(x: torch.Tensor, w: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return norm_onto(x, w, residual, NormRule(1e-5, kind, fp32_weight=fp32_weight), backend)
+        return add_norm(x, w, residual, NormConfig(1e-5, kind, fp32_weight=fp32_weight), backend)
 
     def formula(x: torch.Tensor, w: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         normalise = F.rms_norm if kind == "rms" else F.layer_norm
@@ -104,7 +104,7 @@ def test_qk_rope_without_positions_returns_its_inputs_and_norms_first() -> None:
     q, k = torch.randn(1, 3, 4, 8), torch.randn(1, 3, 2, 8)
     same_q, same_k = qk_rope(q, k, None)
     assert same_q is q and same_k is k
-    weights = QKNorm(torch.randn(8), torch.randn(8), NormRule(1e-6))
+    weights = QKNorm(torch.randn(8), torch.randn(8), NormConfig(1e-6))
     normed_q, normed_k = qk_rope(q, k, None, qk_norm=weights)
     torch.testing.assert_close(normed_q, rms_formula(q, weights.q_weight), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(normed_k, rms_formula(k, weights.k_weight), atol=1e-4, rtol=1e-4)
@@ -168,7 +168,7 @@ def test_qk_rope_with_norms(dtype: torch.dtype, kind: Any, heads: bool, backend:
     def ours(q: torch.Tensor, k: torch.Tensor, w_q: torch.Tensor, w_k: torch.Tensor) -> torch.Tensor:
         doubled = torch.cat((angles, angles), -1)
         tables = (doubled.cos().to(q), doubled.sin().to(q))
-        fused = qk_rope(q, k, tables, qk_norm=QKNorm(w_q, w_k, NormRule(1e-5, kind, True, True)), backend=backend)
+        fused = qk_rope(q, k, tables, qk_norm=QKNorm(w_q, w_k, NormConfig(1e-5, kind, True, True)), backend=backend)
         return torch.cat(fused, dim=2)
 
     def formula(q: torch.Tensor, k: torch.Tensor, w_q: torch.Tensor, w_k: torch.Tensor) -> torch.Tensor:
@@ -186,13 +186,13 @@ def test_nothing_is_left_unwritten(backend: Any) -> None:
     q = torch.randn(2, 3, 5, 6, device=DEVICE, requires_grad=True)
     head_weight = torch.randn(5, 6, device=DEVICE, requires_grad=True)
     table = torch.randn(1, 3, 3, device=DEVICE).repeat(1, 1, 2)
-    weights = QKNorm(head_weight, head_weight, NormRule(1e-5, "layer", True, True))
+    weights = QKNorm(head_weight, head_weight, NormConfig(1e-5, "layer", True, True))
     inputs = [x, w, q, head_weight]
     with poisoned_memory():
-        outputs = [norm(x, w, NormRule(1e-5, kind), backend) for kind in ("rms", "layer")]
+        outputs = [norm(x, w, NormConfig(1e-5, kind), backend) for kind in ("rms", "layer")]
         outputs += [
-            *norm_and_pass(x, w, NORM, backend),
-            norm_onto(x, w, x, NORM, backend),
+            *norm_with_residual(x, w, NORM, backend),
+            add_norm(x, w, x, NORM, backend),
             glu(x, x * 2, "silu", backend),
         ]
         outputs += qk_rope(q, q * 2, (table, table), backend=backend)
@@ -230,7 +230,7 @@ def test_ops_leave_their_inputs_alone() -> None:
     x, w = torch.randn(2, 3, 4, 8), torch.randn(8)
     tables = (torch.randn(1, 3, 8), torch.randn(1, 3, 8))
     kept = [t.clone() for t in (x, w, *tables)]
-    norm(x, w, NormRule(1e-5, unit_offset=True))
+    norm(x, w, NormConfig(1e-5, unit_offset=True))
     qk_rope(x, x, tables, qk_norm=QKNorm(w, w, NORM))
     glu(x, x, "silu")
     for now, before in zip((x, w, *tables), kept, strict=True):
@@ -243,7 +243,7 @@ def test_gradcheck() -> None:
         torch.randn(5, dtype=torch.double, requires_grad=True),
     )
     for kind in ("rms", "layer"):
-        rule = NormRule(1e-5, kind, True, True)
+        rule = NormConfig(1e-5, kind, True, True)
         assert torch.autograd.gradcheck(lambda x, w: norm(x, w, rule), (x, w))  # noqa: B023
     q = torch.randn(1, 2, 2, 4, dtype=torch.double, requires_grad=True)
     tables = (torch.randn(1, 2, 4, dtype=torch.double), torch.randn(1, 2, 4, dtype=torch.double))

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from hasten.ops import NormInput, NormRule, norm
+from hasten.ops import NormConfig, NormInput, norm
 from hasten.ops.lora import LoraLinear, lora_mlp
-from hasten.ops.lora.mlp import kernel, tiled
+from hasten.ops.lora.kernels import mlp as kernel
+from hasten.ops.lora.kernels import tiled_mlp as tiled
 from hasten.ops.nf4 import NF4Weight
 from hasten.testing import relative_error
 from hasten.weights.plain import DenseWeight, PackedWeight
@@ -66,8 +67,8 @@ def source_of(norm_kind: str | None, dtype: torch.dtype) -> tuple[torch.Tensor, 
         return stream.requires_grad_(), None
     rules = {
         "rms, Llama's casts": NormInput(stream, weight, NORM),
-        "rms, Gemma's casts": NormInput(stream, weight, NormRule(1e-5, "rms", True, True)),
-        "layer": NormInput(stream, weight, NormRule(1e-5, "layer", False, True)),
+        "rms, Gemma's casts": NormInput(stream, weight, NormConfig(1e-5, "rms", True, True)),
+        "layer": NormInput(stream, weight, NormConfig(1e-5, "layer", False, True)),
     }
     return rules[norm_kind].again().requires_grad_(), rules[norm_kind]
 
@@ -83,14 +84,14 @@ def results(
 
 
 def assert_as_good(
-    mlp: MLP, x: torch.Tensor, residual: torch.Tensor | None, made_from: NormInput | None, tile: int, backend: Any
+    mlp: MLP, x: torch.Tensor, residual: torch.Tensor | None, norm_input: NormInput | None, tile: int, backend: Any
 ) -> None:
     """err(tiled, fp64) <= 2 x err(torch at the same dtype, fp64) + a rounding, for the output and every gradient."""
     wide = [None if t is None else t.detach().double().requires_grad_() for t in (x, residual)]
     exact = results(lambda x, r: gated(x, mlp, r), wide[0], wide[1], mlp)  # pyright: ignore[reportArgumentType]
     low = results(lambda x, r: lora_mlp(x, mlp, "silu", r, backend="reference"), x, residual, mlp)
     with poisoned_memory():
-        mine = results(lambda x, r: lora_mlp(x, mlp, "silu", r, made_from, tile, backend), x, residual, mlp)
+        mine = results(lambda x, r: lora_mlp(x, mlp, "silu", r, norm_input, tile, backend), x, residual, mlp)
     for index, (right, torchs, ours) in enumerate(zip(exact, low, mine, strict=True)):
         assert ours.shape == torchs.shape and ours.dtype == torchs.dtype
         limit = 2 * relative_error(torchs, right) + 2 * torch.finfo(x.dtype).eps
@@ -110,10 +111,10 @@ def test_every_way_of_holding_weights(backend: Any, kind: str, tile: int) -> Non
 
 @both
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("made_from", [None, "rms, Llama's casts", "rms, Gemma's casts", "layer"])
+@pytest.mark.parametrize("norm_input", [None, "rms, Llama's casts", "rms, Gemma's casts", "layer"])
 @pytest.mark.parametrize("onto", [True, False], ids=["onto a residual", "alone"])
-def test_norms_and_dtypes(backend: Any, dtype: torch.dtype, made_from: str | None, onto: bool) -> None:
-    x, source = source_of(made_from, dtype)
+def test_norms_and_dtypes(backend: Any, dtype: torch.dtype, norm_input: str | None, onto: bool) -> None:
+    x, source = source_of(norm_input, dtype)
     residual = torch.randn_like(x).requires_grad_() if onto else None
     assert_as_good(mlp_of("lora", dtype), x, residual, source, 4, backend)
 
@@ -163,9 +164,9 @@ def test_the_backward_can_run_twice() -> None:
         assert torch.equal(once, again)
 
 
-@pytest.mark.parametrize("made_from", [None, "layer"])
-def test_only_the_input_is_kept(made_from: str | None) -> None:
-    x, source = source_of(made_from, torch.float32)
+@pytest.mark.parametrize("norm_input", [None, "layer"])
+def test_only_the_input_is_kept(norm_input: str | None) -> None:
+    x, source = source_of(norm_input, torch.float32)
     residual = torch.randn_like(x).requires_grad_()
     mlp = mlp_of("lora", torch.float32)
     kept: list[torch.Tensor] = []

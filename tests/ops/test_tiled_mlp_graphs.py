@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hasten.ops import NormInput, norm
 from hasten.ops.lora import lora_mlp
-from hasten.ops.lora.mlp import tiled
+from hasten.ops.lora.kernels import tiled_mlp as tiled
 from hasten.testing import relative_error
 
 TILE = 4

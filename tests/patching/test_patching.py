@@ -260,4 +260,4 @@ def test_overlays_hold_no_state() -> None:
     for module in model.modules():
         added = set(module.__dict__) - before[id(module)]
         assert added <= ({"_hasten_plan"} if isinstance(module, HeadOverlay) else set())
-    assert all(isinstance(type(m).facts, object) for m in model.modules() if isinstance(m, Overlay))
+    assert all(isinstance(type(m).overlay_config, object) for m in model.modules() if isinstance(m, Overlay))

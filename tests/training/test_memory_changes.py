@@ -13,10 +13,10 @@ from training_kit import gradients_apart, gradients_of, lora
 from hasten.patching.plan import causal_lm_of
 from hasten.training import checkpointing
 from hasten.training.memory import offload, policy
+from hasten.training.memory.actions import ActivationAction
 from hasten.training.memory.costs import ModelShape, peak
-from hasten.training.memory.offload import HostMemory, Parcel
-from hasten.training.memory.situation import coarse, processes_here
-from hasten.training.memory.treatment import Treatment
+from hasten.training.memory.offload import HostMemory, OffloadedLayer
+from hasten.training.memory.plan_key import coarse, processes_here
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("everything_travels")
@@ -44,9 +44,9 @@ def test_many_shapes_need_few_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     object.__setattr__(policy_of(model), "_new_plan", lambda rows, length: made.append((rows, length)) or plan)
     for length in range(4097, 8193):
         assert policy_of(model).plan(2, length) is plan
-    assert made[: policy.EXACT - 1] == [(2, length) for length in range(4097, 4096 + policy.EXACT)]
-    assert len(made) <= policy.EXACT + 16
-    monkeypatch.setattr(policy, "MOST", 40)
+    assert made[: policy.MAX_EXACT_PLANS - 1] == [(2, length) for length in range(4097, 4096 + policy.MAX_EXACT_PLANS)]
+    assert len(made) <= policy.MAX_EXACT_PLANS + 16
+    monkeypatch.setattr(policy, "PLAN_CACHE_SIZE", 40)
     for rows in range(3, 100):
         policy_of(model).plan(rows, 64)
     assert len(policy_of(model).plans) == 40
@@ -75,16 +75,16 @@ def test_gradients_of_a_step_before_take_part_in_the_plan(monkeypatch: pytest.Mo
     """All weights train; the budget is enough for a first batch that keeps everything and not for a second one."""
     model = prepared("llama", None, num_hidden_layers=4, vocab_size=2000).requires_grad_(True)
     shape = ModelShape.of_model(model)
-    first, second = (peak(shape, 1, 128, Treatment.KEEP, accumulates=there).total for there in (False, True))
+    first, second = (peak(shape, 1, 128, ActivationAction.SAVE_ALL, accumulates=there).total for there in (False, True))
     checkpointing.enable(model, "auto", (first + second) // 2)
     monkeypatch.setattr(policy, "MARGIN", 0)
     policy_of(model).others = 0
-    assert set(policy_of(model).plan(1, 128).treatments) == {Treatment.KEEP}
+    assert set(policy_of(model).plan(1, 128).actions) == {ActivationAction.SAVE_ALL}
     step(model, batch())
     accumulating = policy_of(model).plan(1, 128)
-    assert set(accumulating.treatments) != {Treatment.KEEP} and accumulating.fits
+    assert set(accumulating.actions) != {ActivationAction.SAVE_ALL} and accumulating.fits
     model.zero_grad()
-    assert set(policy_of(model).plan(1, 128).treatments) == {Treatment.KEEP}
+    assert set(policy_of(model).plan(1, 128).actions) == {ActivationAction.SAVE_ALL}
 
 
 def test_layers_on_several_devices_are_treated_as_leanly_as_can_be() -> None:
@@ -92,7 +92,7 @@ def test_layers_on_several_devices_are_treated_as_leanly_as_can_be() -> None:
     causal_lm_of(model).model.layers[1].to("meta")
     (note,) = checkpointing.enable(model, "auto")
     assert "layers lie on 2" in note
-    assert set(policy_of(model).plan(2, 24).treatments) == {Treatment.OFFLOAD}
+    assert set(policy_of(model).plan(2, 24).actions) == {ActivationAction.OFFLOAD}
 
 
 class Other(torch.nn.Module):
@@ -107,9 +107,10 @@ class Other(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("mode", "treatment"), [(True, Treatment.RECOMPUTE), ("offload", Treatment.OFFLOAD), ("auto", Treatment.OFFLOAD)]
+    ("mode", "action"),
+    [(True, ActivationAction.RECOMPUTE), ("offload", ActivationAction.OFFLOAD), ("auto", ActivationAction.OFFLOAD)],
 )
-def test_a_model_whose_memory_nobody_can_tell_trains(mode: Any, treatment: Treatment, caplog: Any) -> None:
+def test_a_model_whose_memory_nobody_can_tell_trains(mode: Any, action: ActivationAction, caplog: Any) -> None:
     found = []
     for asked in (False, mode):
         model = prepared("llama", None)
@@ -119,7 +120,7 @@ def test_a_model_whose_memory_nobody_can_tell_trains(mode: Any, treatment: Treat
         with caplog.at_level(logging.WARNING):
             found.append(step(model, batch()))
     latest = policy_of(model).latest
-    assert latest is not None and set(latest.treatments) == {treatment} and "GiB" not in str(policy_of(model))
+    assert latest is not None and set(latest.actions) == {action} and "GiB" not in str(policy_of(model))
     assert torch.equal(found[0][0], found[1][0]) and gradients_apart(found[1][1], found[0][1]) < 1e-5
     assert ("no plan can be made" in caplog.text) == (mode == "auto")
 
@@ -137,13 +138,13 @@ def test_an_out_of_memory_error_of_such_a_model_stays_what_it_is() -> None:
         model(input_ids=batch(), labels=batch())
 
 
-def treatments() -> Iterator[list[Treatment]]:
-    yield from ([one] for one in Treatment)
-    yield [Treatment.OFFLOAD, Treatment.HOST]
+def actions() -> Iterator[list[ActivationAction]]:
+    yield from ([one] for one in ActivationAction)
+    yield [ActivationAction.OFFLOAD, ActivationAction.RECOMPUTE_MLP_OFFLOAD_REST]
 
 
-@pytest.mark.parametrize("how", treatments(), ids=str)
-def test_switching_while_a_backward_is_to_come(how: list[Treatment]) -> None:
+@pytest.mark.parametrize("how", actions(), ids=str)
+def test_switching_while_a_backward_is_to_come(how: list[ActivationAction]) -> None:
     found = {}
     for switch in (False, True):
         model = planned()
@@ -156,8 +157,8 @@ def test_switching_while_a_backward_is_to_come(how: list[Treatment]) -> None:
     assert gradients_apart(found[True], found[False]) == 0
 
 
-@pytest.mark.parametrize("how", treatments(), ids=str)
-def test_a_forward_that_fails_leaves_a_model_that_works(how: list[Treatment]) -> None:
+@pytest.mark.parametrize("how", actions(), ids=str)
+def test_a_forward_that_fails_leaves_a_model_that_works(how: list[ActivationAction]) -> None:
     model = planned()
     fix_plan(model, how, 16)
     right = step(model, batch())
@@ -179,19 +180,19 @@ def _refuse(*_: Any, **__: Any) -> None:
 def test_weights_stay_where_they_are() -> None:
     """Rows whose number is the model's width give a weight the look of what a layer keeps."""
     model = planned()
-    fix_plan(model, [Treatment.HOST])
+    fix_plan(model, [ActivationAction.RECOMPUTE_MLP_OFFLOAD_REST])
     width = causal_lm_of(model).config.hidden_size
     packed: list[int] = []
-    inner = Parcel._pack
+    inner = OffloadedLayer._pack
 
-    def pack(self: Parcel, tensor: torch.Tensor) -> Any:
+    def pack(self: OffloadedLayer, tensor: torch.Tensor) -> Any:
         held = inner(self, tensor)
         if not isinstance(held, torch.Tensor):
             packed.append(tensor.untyped_storage().data_ptr())
         return held
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Parcel, "_pack", pack)
+        patch.setattr(OffloadedLayer, "_pack", pack)
         ids = batch(1, width)
         model(input_ids=ids, labels=ids).loss.backward()
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -204,11 +205,11 @@ def test_views_of_one_storage_travel_together_and_come_back_as_they_were() -> No
     views = made[:, :40], made[:, 60:], made
     by_heads = made[:, 40:60].view(24, 2, 10).transpose(0, 1)
     memory = HostMemory(made.device)
-    parcel = Parcel(memory, (24, 1), frozenset())
+    parcel = OffloadedLayer(memory, (24, 1), frozenset())
     slips = [parcel._pack(view) for view in views]
     assert parcel._pack(by_heads) is by_heads, "its first dimension is no row a token"
     assert memory.taken - len(memory.free) * offload.CHUNK == 2 * offload.CHUNK, "7680 bytes, once"
-    parcel.leave()
+    parcel.release()
     for slip, view in zip(slips, views, strict=True):
         back = parcel._unpack(slip)
         assert torch.equal(back, view) and back.stride() == view.stride() and back.data_ptr() != view.data_ptr()
@@ -216,15 +217,15 @@ def test_views_of_one_storage_travel_together_and_come_back_as_they_were() -> No
 
 def test_tiles_are_those_of_the_plan_whenever_a_layer_runs() -> None:
     model = planned(num_hidden_layers=5)
-    fix_plan(model, list(Treatment), 16)
+    fix_plan(model, list(ActivationAction), 16)
     seen: dict[int, list[int | None]] = {index: [] for index in range(5)}
     for index, one in enumerate(policy_of(model).layers):
         one.mlp.register_forward_pre_hook(lambda mlp, _, index=index: seen[index].append(mlp.tile_rows))
     step(model, batch())
-    again = {Treatment.RECOMPUTE, Treatment.OFFLOAD}
-    for index, treatment in enumerate(Treatment):
-        tile = None if treatment is Treatment.KEEP else 16
-        assert seen[index] == [tile] * (2 if treatment in again else 1), treatment
+    again = {ActivationAction.RECOMPUTE, ActivationAction.OFFLOAD}
+    for index, action in enumerate(ActivationAction):
+        tile = None if action is ActivationAction.SAVE_ALL else 16
+        assert seen[index] == [tile] * (2 if action in again else 1), action
 
 
 def test_host_memory_that_cannot_be_had_loses_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,9 +253,9 @@ CYCLES = 200_000_000
 """Some tenth of a second."""
 
 
-def parcel_of(tensor: torch.Tensor) -> tuple[HostMemory, Parcel]:
+def parcel_of(tensor: torch.Tensor) -> tuple[HostMemory, OffloadedLayer]:
     memory = HostMemory(tensor.device)
-    return memory, Parcel(memory, (tensor.shape[0], 1), frozenset())
+    return memory, OffloadedLayer(memory, (tensor.shape[0], 1), frozenset())
 
 
 @on_gpu
@@ -287,7 +288,7 @@ def test_a_parcel_that_dies_in_another_stream_does_not_free_what_a_copy_uses(ret
     chunks = next(iter(parcel.contents.values())).chunks
     del tensor
     if returns:
-        parcel.leave()
+        parcel.release()
         with torch.cuda.stream(side):
             torch.cuda._sleep(CYCLES)
         parcel.fetch()

@@ -15,8 +15,8 @@ from hasten.patching.plan import causal_lm_of
 from hasten.testing import tiny_config, tiny_model
 from hasten.testing.quantize import quantize_linears
 from hasten.training import checkpointing, tiling
-from hasten.training.memory.costs import WORKSPACE, ModelShape, kept, moments, peak, remake_flops, with_tile
-from hasten.training.memory.treatment import Treatment
+from hasten.training.memory.actions import ActivationAction
+from hasten.training.memory.costs import WORKSPACE, ModelShape, moments, peak, recompute_flops, saved_bytes, with_tile
 
 
 def test_every_measured_peak_is_predicted() -> None:
@@ -57,8 +57,8 @@ def test_a_step_of_the_fused_path_holds_what_is_predicted(
     checkpointing.enable(model, mode)
     shape = ModelShape.of_model(model)
     assert all(layer.fused for layer in shape.layers)
-    treatments = with_tile([Treatment.RECOMPUTE if mode else Treatment.KEEP] * 2, tile)
-    found = peak(shape, 1, length, treatments, tile)
+    actions = with_tile([ActivationAction.RECOMPUTE if mode else ActivationAction.SAVE_ALL] * 2, tile)
+    found = peak(shape, 1, length, actions, tile)
     predicted = found.total - found.weights - found.optimizer - WORKSPACE
     assert predicted == pytest.approx(measured_step(model, length), rel=0.1), found
 
@@ -72,7 +72,7 @@ def test_plain_torch_keeps_no_more_than_is_predicted(family: str, dtype: torch.d
         model = wide_model(family, rank, dtype)
         layer = ModelShape.of_model(model).layers[0]
         assert not layer.fused
-        predicted = kept(layer, Treatment.KEEP, length, length, dtype.itemsize).device
+        predicted = saved_bytes(layer, ActivationAction.SAVE_ALL, length, length, dtype.itemsize).device
         assert (three - one) / 2 <= predicted < 3 * (three - one) / 2
 
 
@@ -97,8 +97,8 @@ def test_a_config_tells_what_the_live_model_tells(quantization: Any, kernels: No
     for name in ("gradients", "moment_numbers", "itemsize", "tied", "vocabulary"):
         assert getattr(live, name) == getattr(read, name), name
     assert [one.dense for one in live.layers[0].linears] == [one.dense for one in read.layers[0].linears]
-    for treatment in Treatment:
-        ours, theirs = (peak(shape, 2, 256, treatment, 64).total for shape in (live, read))
+    for action in ActivationAction:
+        ours, theirs = (peak(shape, 2, 256, action, 64).total for shape in (live, read))
         assert ours == pytest.approx(theirs, rel=2e-3)
 
 
@@ -115,45 +115,51 @@ def test_work_made_again_is_what_torch_counts() -> None:
     down = 2 * length * 64 * 128
     attention = 2 * 2 * length * length * 64
     lora = sum(2 * length * (one.rows + one.columns) for one in (*shape.qkv, *shape.o, *shape.gate_up))
-    assert remake_flops(shape, Treatment.RECOMPUTE, length, length) == pytest.approx(
+    assert recompute_flops(shape, ActivationAction.RECOMPUTE, length, length) == pytest.approx(
         counted.get_total_flops() - down - attention / 2 + lora
     )
-    mlp = remake_flops(shape, Treatment.REMAKE_MLP, length, length)
-    assert 0 == remake_flops(shape, Treatment.KEEP, length, length) < mlp
-    assert remake_flops(shape, Treatment.OFFLOAD, length, length) == remake_flops(
-        shape, Treatment.RECOMPUTE, length, length
+    mlp = recompute_flops(shape, ActivationAction.RECOMPUTE_MLP, length, length)
+    assert 0 == recompute_flops(shape, ActivationAction.SAVE_ALL, length, length) < mlp
+    assert recompute_flops(shape, ActivationAction.OFFLOAD, length, length) == recompute_flops(
+        shape, ActivationAction.RECOMPUTE, length, length
     )
 
 
 def test_treatments_trade_device_memory_as_they_say() -> None:
     shape = ModelShape.of_config(config_of("llama-8b"), 16, "4bit")
     layer, tokens = shape.layers[0], 8192
-    sizes = {one: kept(layer, one, tokens, tokens, 2) for one in Treatment}
-    device = [sizes[one].device for one in (Treatment.KEEP, Treatment.REMAKE_MLP, Treatment.RECOMPUTE)]
-    assert device == sorted(device, reverse=True) and sizes[Treatment.OFFLOAD].device == 0
-    assert sizes[Treatment.OFFLOAD].host == sizes[Treatment.RECOMPUTE].device == tokens * 4096 * 2
-    hosted = sizes[Treatment.HOST]
-    assert hosted.device + hosted.host == sizes[Treatment.REMAKE_MLP].device and hosted.device < 0.02 * hosted.host
+    sizes = {one: saved_bytes(layer, one, tokens, tokens, 2) for one in ActivationAction}
+    device = [
+        sizes[one].device
+        for one in (ActivationAction.SAVE_ALL, ActivationAction.RECOMPUTE_MLP, ActivationAction.RECOMPUTE)
+    ]
+    assert device == sorted(device, reverse=True) and sizes[ActivationAction.OFFLOAD].device == 0
+    assert sizes[ActivationAction.OFFLOAD].host == sizes[ActivationAction.RECOMPUTE].device == tokens * 4096 * 2
+    hosted = sizes[ActivationAction.RECOMPUTE_MLP_OFFLOAD_REST]
+    assert (
+        hosted.device + hosted.host == sizes[ActivationAction.RECOMPUTE_MLP].device
+        and hosted.device < 0.02 * hosted.host
+    )
     # docs/training.md: 94,208 bytes a token at the least.
-    assert 94208 <= sizes[Treatment.KEEP].device / tokens < 1.01 * 94208
+    assert 94208 <= sizes[ActivationAction.SAVE_ALL].device / tokens < 1.01 * 94208
 
 
 def test_with_host_and_tiles_the_peak_grows_with_the_stream_alone() -> None:
     shape = ModelShape.of_config(config_of("llama-8b"), 16, "4bit")
-    at = [peak(shape, 1, length, Treatment.OFFLOAD, 1024).total for length in (65536, 131072, 196608)]
+    at = [peak(shape, 1, length, ActivationAction.OFFLOAD, 1024).total for length in (65536, 131072, 196608)]
     assert abs((at[2] - at[1]) / (at[1] - at[0]) - 1) < 0.01
-    wide = peak(shape, 1, 131072, Treatment.OFFLOAD).total
+    wide = peak(shape, 1, 131072, ActivationAction.OFFLOAD).total
     assert wide - at[1] > 131072 * 14336 * 2  # at least one buffer of the MLP's width is gone
 
 
 def test_what_a_step_needs_besides() -> None:
     shape = ModelShape.of_config(config_of("llama-1b"), full_finetuning=True, quantization=None)
-    once, often = (peak(shape, 1, 512, Treatment.KEEP, accumulates=given) for given in (False, True))
+    once, often = (peak(shape, 1, 512, ActivationAction.SAVE_ALL, accumulates=given) for given in (False, True))
     assert often.total > once.total and often.gradients == shape.gradients
     paged, eight, plain = (moments(shape, name) for name in ("paged", "adamw_8bit", "adamw"))
     assert 0 == paged < eight < plain == 2 * shape.gradients
-    with pytest.raises(ValueError, match="3 treatments"):
-        peak(shape, 1, 512, [Treatment.KEEP] * 3)
+    with pytest.raises(ValueError, match="3 actions"):
+        peak(shape, 1, 512, [ActivationAction.SAVE_ALL] * 3)
 
 
 def test_other_architectures_are_refused() -> None:

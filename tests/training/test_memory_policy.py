@@ -12,11 +12,11 @@ from training_kit import FAMILIES, curve, gradients_apart, gradients_of, lora, r
 from hasten.errors import OptionError
 from hasten.patching.plan import causal_lm_of
 from hasten.training import checkpointing, tiling
-from hasten.training.memory import offload, shortage
+from hasten.training.memory import offload, oom
+from hasten.training.memory.actions import ActivationAction
 from hasten.training.memory.costs import Peak
 from hasten.training.memory.plan import LayerPlan
 from hasten.training.memory.policy import MemoryPolicy
-from hasten.training.memory.treatment import Treatment
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TILE = 16
@@ -25,10 +25,10 @@ NOWHERE = Peak("never", 0, 0, 0, 0, 0)
 pytestmark = pytest.mark.usefixtures("everything_travels")
 
 
-def fix_plan(model: Any, treatments: list[Treatment], tile: int | None = None) -> None:
-    """Gives the layers these treatments, whatever would fit."""
+def fix_plan(model: Any, actions: list[ActivationAction], tile: int | None = None) -> None:
+    """Gives the layers these actions, whatever would fit."""
     policy = policy_of(model)
-    plan = LayerPlan(tuple(treatments[i % len(treatments)] for i in range(len(policy.layers))), tile, NOWHERE)
+    plan = LayerPlan(tuple(actions[i % len(actions)] for i in range(len(policy.layers))), tile, NOWHERE)
     object.__setattr__(policy, "_new_plan", lambda batch, length: plan)
 
 
@@ -66,24 +66,27 @@ def test_every_mode_gives_the_same_loss_and_gradients(kind: str, family: str) ->
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_treatment_gives_the_same_too(family: str, autocast: bool) -> None:
     reference = step(prepared(family, lora(), num_hidden_layers=4), batch(), autocast)
-    for treatments in [[one] for one in Treatment] + [[Treatment.OFFLOAD, Treatment.HOST], list(Treatment)]:
+    for actions in [[one] for one in ActivationAction] + [
+        [ActivationAction.OFFLOAD, ActivationAction.RECOMPUTE_MLP_OFFLOAD_REST],
+        list(ActivationAction),
+    ]:
         for tile in (None, TILE):
             model = prepared(family, lora(), num_hidden_layers=4)
             checkpointing.enable(model, "auto")
-            fix_plan(model, treatments, tile)
+            fix_plan(model, actions, tile)
             for _ in range(2):  # the second step runs over host memory that was used before
                 model.zero_grad()
                 loss, gradients = step(model, batch(), autocast)
             assert abs(float(loss - reference[0])) <= (2e-2 if autocast else 1e-5)
-            assert gradients_apart(gradients, reference[1]) < (5e-2 if autocast else 1e-5), (treatments, tile)
+            assert gradients_apart(gradients, reference[1]) < (5e-2 if autocast else 1e-5), (actions, tile)
 
 
-@pytest.mark.parametrize("treatment", [Treatment.RECOMPUTE, Treatment.OFFLOAD])
-def test_dropout_is_the_same_when_a_layer_runs_again(treatment: Treatment) -> None:
+@pytest.mark.parametrize("action", [ActivationAction.RECOMPUTE, ActivationAction.OFFLOAD])
+def test_dropout_is_the_same_when_a_layer_runs_again(action: ActivationAction) -> None:
     reference = step(prepared("llama", lora(lora_dropout=0.3)), batch())
     model = prepared("llama", lora(lora_dropout=0.3))
     checkpointing.enable(model, "auto")
-    fix_plan(model, [treatment])
+    fix_plan(model, [action])
     loss, gradients = step(model, batch())
     assert torch.equal(loss, reference[0]) and gradients_apart(gradients, reference[1]) == 0
 
@@ -93,7 +96,7 @@ def test_dropout_keeps_a_plan_from_tiles() -> None:
     checkpointing.enable(model, "auto", 1)  # nothing fits
     plan = policy_of(model).plan(2, 24)
     assert plan.tile is None and not plan.fits
-    assert not {Treatment.HOST, Treatment.REMAKE_MLP} & set(plan.treatments)
+    assert not {ActivationAction.RECOMPUTE_MLP_OFFLOAD_REST, ActivationAction.RECOMPUTE_MLP} & set(plan.actions)
 
 
 def test_several_forwards_before_one_backward() -> None:
@@ -111,7 +114,7 @@ def test_several_forwards_before_one_backward() -> None:
 def test_a_second_backward_over_one_forward() -> None:
     model = prepared("llama", lora())
     checkpointing.enable(model, "auto")
-    fix_plan(model, [Treatment.HOST], TILE)
+    fix_plan(model, [ActivationAction.RECOMPUTE_MLP_OFFLOAD_REST], TILE)
     if DEVICE == "cpu":  # on a GPU the MLP refuses one, since it writes over what it kept
         loss = model(input_ids=batch(), labels=batch()).loss
         loss.backward(retain_graph=True)
@@ -124,7 +127,7 @@ def test_a_second_backward_over_one_forward() -> None:
 def test_memory_goes_round_and_does_not_grow() -> None:
     model = prepared("llama", lora())
     checkpointing.enable(model, "auto")
-    fix_plan(model, [Treatment.HOST, Treatment.OFFLOAD], TILE)
+    fix_plan(model, [ActivationAction.RECOMPUTE_MLP_OFFLOAD_REST, ActivationAction.OFFLOAD], TILE)
     taken, allocated = [], []
     for count in range(500):
         step(model, batch(1, 8 + count % 17))
@@ -178,10 +181,10 @@ def test_auto_keeps_all_where_there_is_room_and_least_where_there_is_none() -> N
     model = prepared("llama", lora())
     checkpointing.enable(model, "auto")
     step(model, batch())
-    assert set(policy_of(model).plan(2, 24).treatments) == {Treatment.KEEP}
+    assert set(policy_of(model).plan(2, 24).actions) == {ActivationAction.SAVE_ALL}
     checkpointing.enable(model, "auto", 1)
     plan = policy_of(model).plan(2, 24)
-    assert Treatment.KEEP not in plan.treatments and not plan.fits
+    assert ActivationAction.SAVE_ALL not in plan.actions and not plan.fits
 
 
 def test_a_tile_that_was_asked_for_leaves_no_layer_that_keeps_all() -> None:
@@ -189,7 +192,7 @@ def test_a_tile_that_was_asked_for_leaves_no_layer_that_keeps_all() -> None:
     tiling.enable(model, TILE)
     checkpointing.enable(model, "auto")
     plan = policy_of(model).plan(2, 24)
-    assert set(plan.treatments) == {Treatment.REMAKE_MLP} and plan.tile == TILE
+    assert set(plan.actions) == {ActivationAction.RECOMPUTE_MLP} and plan.tile == TILE
     reference = step(prepared("llama", lora()), batch())
     assert gradients_apart(step(model, batch())[1], reference[1]) < 1e-5
 
@@ -199,8 +202,8 @@ def test_a_plan_is_made_anew_when_shapes_grow() -> None:
     checkpointing.enable(model, "auto")
     room = policy_of(model).plan(1, 8).peak.total + (policy_of(model).others or 0)
     checkpointing.enable(model, "auto", int(room * 1.1))
-    assert set(policy_of(model).plan(1, 8).treatments) == {Treatment.KEEP}
-    assert set(policy_of(model).plan(64, 200).treatments) != {Treatment.KEEP}
+    assert set(policy_of(model).plan(1, 8).actions) == {ActivationAction.SAVE_ALL}
+    assert set(policy_of(model).plan(64, 200).actions) != {ActivationAction.SAVE_ALL}
 
 
 def test_evaluation_and_no_grad_run_plainly() -> None:
@@ -280,7 +283,7 @@ def test_a_backward_that_runs_out_of_memory_tells_the_log(caplog: pytest.LogCapt
         if DEVICE == "cuda":
             torch.empty(2**46, dtype=torch.uint8, device=DEVICE)
         else:
-            shortage._say(0, 2**46, 0, 0)
+            oom._say(0, 2**46, 0, 0)
             short_of_memory()
 
     model, other = prepared("llama", lora()), prepared("llama", lora())
@@ -300,7 +303,7 @@ def test_a_backward_that_runs_out_of_memory_tells_the_log(caplog: pytest.LogCapt
 
 def test_an_error_that_carries_the_advice_is_not_in_the_log_too(caplog: pytest.LogCaptureFixture) -> None:
     def fail(*_: Any) -> None:
-        shortage._say(0, 2**46, 0, 0)
+        oom._say(0, 2**46, 0, 0)
         short_of_memory()
 
     model = prepared("llama", lora())

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_kit import Recorder, apart, gradients_apart, gradients_of, logged, lora, on_cpu, rows, small
 from trl import SFTTrainer
 
-from hasten.ops.attention import kernel
-from hasten.ops.attention.tiles.kernel import Tile, Tiles
+from hasten.ops.attention.kernels import forward as kernel
+from hasten.ops.attention.kernels.tiles import Tile, Tiles
 from hasten.overlays import AttentionOverlay
 from hasten.testing import tiny_tokenizer
 from hasten.training import check_dataset, sft_config
@@ -47,7 +47,7 @@ CASES = [(*case, how) for case in STOCKS for how in HOW] + [(*case, "packing") f
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of an attention backend, which `model_on` then runs."""
     if request.param == "triton":
-        for module in ("hasten.overlays.attending", "hasten.ops.attention"):
+        for module in ("hasten.overlays.backbone", "hasten.ops.attention"):
             monkeypatch.setattr(f"{module}.backend_for", lambda x, wanted=None: wanted or "triton")
         monkeypatch.setattr(kernel, "tiles_for", lambda *_: SMALL)
     return request.param

@@ -25,7 +25,7 @@ from training_kit import (
 )
 from trl.trainer.utils import add_fused_lm_head
 
-from hasten.ops.linear_cross_entropy import ScoreRule
+from hasten.ops.linear_cross_entropy import ScoreConfig
 from hasten.patching.plan import causal_lm_of
 
 ALLOWED = 1e-5
@@ -188,7 +188,7 @@ class LargestLogits(TorchDispatchMode):
 def test_full_logits_never_exist_in_a_step(case: str, fused_protocol: bool) -> None:
     """More tokens than a chunk has: nothing of vocabulary width may have more rows than one chunk, gradients included."""
     adapter, changes = ADAPTERS[case]
-    chunk = ScoreRule().chunk
+    chunk = ScoreConfig().chunk
     ids = torch.randint(6, 262, (2, chunk + 8))
     changes = {**changes, "max_position_embeddings": chunk + 8, "num_hidden_layers": 1}
     weights = {(64, VOCABULARY), (4, VOCABULARY)}  # a head's weight or LoRA B, transposed

@@ -18,7 +18,7 @@ from trl import SFTTrainer
 from hasten import FastLanguageModel, sft_config
 from hasten.errors import TrainingError
 from hasten.testing import save_tiny
-from hasten.training.memory.treatment import Treatment
+from hasten.training.memory.actions import ActivationAction
 
 pytestmark = [
     pytest.mark.gpu,
@@ -75,7 +75,7 @@ def test_a_model_split_over_both_is_the_model_on_one(folder: Path, four: bool, m
         assert gradients_apart(gradients, wanted) < 1e-5
     if mode == "unsloth":
         latest = policy_of(model).latest
-        assert latest is not None and set(latest.treatments) == {Treatment.OFFLOAD}
+        assert latest is not None and set(latest.actions) == {ActivationAction.OFFLOAD}
 
 
 def test_a_model_on_the_second_while_the_first_is_current(folder: Path) -> None:

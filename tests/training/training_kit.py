@@ -14,9 +14,9 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTr
 from trl.kernels import chunked_logprob
 from trl.trainer.utils import FusedCausalLMOutput
 
+from hasten.methods import CausalLMMethods
 from hasten.patching import apply, is_patched
 from hasten.patching.plan import causal_lm_of
-from hasten.surface import ModelSurface
 from hasten.testing import tiny_model, tiny_tokenizer
 from hasten.testing.quantize import quantize_linears
 
@@ -43,7 +43,7 @@ def small(
     if nf4:
         quantize_linears(model)
     if hasten:
-        apply(model, surface=ModelSurface)
+        apply(model, methods=CausalLMMethods)
     if adapter is not None:
         torch.manual_seed(1)
         model = get_peft_model(model, adapter)

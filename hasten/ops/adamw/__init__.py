@@ -13,7 +13,7 @@ import torch
 from hasten.ops.adamw import reference
 from hasten.ops.backend import Backend, backend_for
 
-__all__ = ["AdamWRule", "adamw_", "key_of"]
+__all__ = ["AdamWConfig", "adamw_", "key_of"]
 
 LARGEST = 2**30
 """Elements that share one key."""
@@ -22,7 +22,7 @@ OF_MOMENTS = 0x5BD1E995
 
 
 @dataclass(frozen=True)
-class AdamWRule:
+class AdamWConfig:
     """Hyper-parameters as torch.optim.AdamW's, and the step that is taken, counted from 1."""
 
     lr: float
@@ -43,7 +43,7 @@ def adamw_(
     weight: torch.Tensor,
     grad: torch.Tensor,
     moments: tuple[torch.Tensor, torch.Tensor],
-    rule: AdamWRule,
+    rule: AdamWConfig,
     key: int,
     backend: Backend | None = None,
 ) -> None:

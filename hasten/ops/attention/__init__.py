@@ -96,7 +96,7 @@ def attention(  # noqa: PLR0913
             raise ValueError("torch's attention without a dense mask knows no window, softcap or spans; use 'triton'")
         return _sdpa(q_BTHD, k_BTKD, v_BTKD, scale)
     if backend == "triton":
-        from hasten.ops.attention import kernel
+        from hasten.ops.attention.kernels import forward as kernel
 
         return kernel.attention(q_BTHD, k_BTKD, v_BTKD, scale, window, softcap, spans_BT3)
     return reference.attention(q_BTHD, k_BTKD, v_BTKD, scale, window, softcap, spans_BT3)

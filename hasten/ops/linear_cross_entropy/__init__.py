@@ -23,7 +23,7 @@ from hasten.ops.linear_cross_entropy.function import LossFunction, ScoreRows, Sc
 
 
 @dataclass(frozen=True)
-class ScoreRule:
+class ScoreConfig:
     """How raw logits become scores. `softcap` None = none. `want`: the optional scores to compute.
 
     chunk: tokens whose logits are held at once; more where the weight trains, see `function.tokens_at_once`.
@@ -66,7 +66,7 @@ def linear_cross_entropy(
     hidden_NE: torch.Tensor,
     weight_VE: torch.Tensor,
     labels_N: torch.Tensor,
-    rule: ScoreRule,
+    rule: ScoreConfig,
     bias_V: torch.Tensor | None = None,
     lora: LoraHead | None = None,
     backend: Backend | None = None,
@@ -77,7 +77,7 @@ def linear_cross_entropy(
     All on one device. Weight, bias and LoRA are multiplied in hidden's dtype; their gradients, summed over chunks in
     fp32, come in their own. Gradients: hidden, weight, bias, lora.a, lora.b; differentiable once. Where anything but
     hidden trains the backward computes every logit a second time; `linear_cross_entropy_loss` does not.
-    Peak extra memory: the logits of a chunk (`ScoreRule.chunk`) in hidden's dtype, in plain torch several fp32 copies of
+    Peak extra memory: the logits of a chunk (`ScoreConfig.chunk`) in hidden's dtype, in plain torch several fp32 copies of
     them; where the weight trains its gradient in fp32, (V, E), and logits of that size.
     Raises ValueError for a score name that does not exist, IndexError for a label outside of
     the vocabulary (on a GPU, where looking would wait for the device, that token's scores are NaN instead).
@@ -98,7 +98,7 @@ def linear_cross_entropy_loss(
     hidden_NE: torch.Tensor,
     weight_VE: torch.Tensor,
     labels_N: torch.Tensor,
-    rule: ScoreRule,
+    rule: ScoreConfig,
     denominator: float | torch.Tensor | None = None,
     bias_V: torch.Tensor | None = None,
     lora: LoraHead | None = None,
@@ -123,7 +123,7 @@ def linear_cross_entropy_loss(
 
 
 def _backend(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, rule: ScoreRule, backend: Backend | None
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, rule: ScoreConfig, backend: Backend | None
 ) -> tuple[ScoreRows, torch.Tensor | None]:
     """(what scores a chunk, the indices of the labels that count: in plain torch only those tokens are multiplied)."""
     if backend_for(hidden, backend) == "triton":
@@ -148,7 +148,7 @@ def _arguments(
     return hidden, weight, bias, a, b, scale, labels.contiguous()
 
 
-def score_logits(raw_NV: torch.Tensor, labels_N: torch.Tensor, rule: ScoreRule) -> TokenScores:
+def score_logits(raw_NV: torch.Tensor, labels_N: torch.Tensor, rule: ScoreConfig) -> TokenScores:
     """The same scores from raw logits that are already there (N, V), through plain autograd.
 
     For heads that only their own module can compute. The caller bounds the memory by giving few rows at a time.

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from hasten.ops.precision import add_product, at_least_fp32
 
 if TYPE_CHECKING:
-    from hasten.ops.linear_cross_entropy import ScoreRule
+    from hasten.ops.linear_cross_entropy import ScoreConfig
 
 SCORES = ("loss", "log_prob", "entropy", "is_top1", "log_sum_sq_probs", "mean_logits")
 Gradients = list[torch.Tensor | None]
@@ -48,7 +48,7 @@ class ScoreRows(Protocol):
         self,
         raw_NV: torch.Tensor,
         labels_N: torch.Tensor,
-        rule: ScoreRule,
+        rule: ScoreConfig,
         scores: torch.Tensor | None,
         upstream: Upstream | None,
     ) -> torch.Tensor | None:
@@ -56,7 +56,7 @@ class ScoreRows(Protocol):
         ...
 
 
-def tokens_at_once(rule: ScoreRule, hidden_NE: torch.Tensor, weight_trains: bool) -> int:
+def tokens_at_once(rule: ScoreConfig, hidden_NE: torch.Tensor, weight_trains: bool) -> int:
     """`rule.chunk`; where the weight trains, at least as many as fill the room of its fp32 gradient with logits.
 
     Every chunk reads and writes that gradient once, so few and large chunks are wanted. At this size that takes a tenth
@@ -68,7 +68,7 @@ def tokens_at_once(rule: ScoreRule, hidden_NE: torch.Tensor, weight_trains: bool
 def score_chunks(
     head: Operands,
     labels: torch.Tensor,
-    rule: ScoreRule,
+    rule: ScoreConfig,
     score_rows: ScoreRows,
     scores: torch.Tensor | None,
     upstream: Upstream | None,

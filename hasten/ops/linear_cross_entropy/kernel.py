@@ -18,7 +18,7 @@ from hasten.ops.backend import on_device
 from hasten.ops.linear_cross_entropy.function import Upstream
 
 if TYPE_CHECKING:
-    from hasten.ops.linear_cross_entropy import ScoreRule
+    from hasten.ops.linear_cross_entropy import ScoreConfig
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def _score_rows(
 def score_rows(
     raw_NV: torch.Tensor,
     labels_N: torch.Tensor,
-    rule: ScoreRule,
+    rule: ScoreConfig,
     scores: torch.Tensor | None,
     upstream: Upstream | None,
     launch: Launch = LAUNCHES[0],

@@ -10,10 +10,10 @@ from hasten.ops.linear_cross_entropy.function import SCORES, Upstream
 from hasten.ops.precision import at_least_fp32
 
 if TYPE_CHECKING:
-    from hasten.ops.linear_cross_entropy import ScoreRule
+    from hasten.ops.linear_cross_entropy import ScoreConfig
 
 
-def labelled(labels_N: torch.Tensor, rule: ScoreRule, words: int) -> torch.Tensor:
+def labelled(labels_N: torch.Tensor, rule: ScoreConfig, words: int) -> torch.Tensor:
     """Indices of the tokens whose labels count. Raises IndexError for a label outside of the vocabulary."""
     kept = (labels_N != rule.ignore_index).nonzero().squeeze(1)
     labels = labels_N[kept]
@@ -25,7 +25,7 @@ def labelled(labels_N: torch.Tensor, rule: ScoreRule, words: int) -> torch.Tenso
 def score_rows(
     raw_NV: torch.Tensor,
     labels_N: torch.Tensor,
-    rule: ScoreRule,
+    rule: ScoreConfig,
     scores: torch.Tensor | None,
     upstream: Upstream | None,
 ) -> torch.Tensor | None:
@@ -43,14 +43,14 @@ def score_rows(
     return d_raw.to(raw_NV.dtype)
 
 
-def score_logits(raw_NV: torch.Tensor, labels_N: torch.Tensor, rule: ScoreRule) -> tuple[torch.Tensor | None, ...]:
+def score_logits(raw_NV: torch.Tensor, labels_N: torch.Tensor, rule: ScoreConfig) -> tuple[torch.Tensor | None, ...]:
     kept = labels_N != rule.ignore_index
     z, _ = _logits(raw_NV, rule)
     scores = _scores(z, z.log_softmax(-1), labels_N.where(kept, 0), rule)
     return tuple(scores[name].where(kept, 0.0) if name in scores else None for name in SCORES)
 
 
-def _logits(raw: torch.Tensor, rule: ScoreRule) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _logits(raw: torch.Tensor, rule: ScoreConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
     """z, and tanh(...) where there is a softcap, for its derivative."""
     scaled = at_least_fp32(raw) * rule.logit_scale
     if rule.softcap is None:
@@ -59,7 +59,7 @@ def _logits(raw: torch.Tensor, rule: ScoreRule) -> tuple[torch.Tensor, torch.Ten
     return squashed * (rule.softcap / rule.temperature), squashed
 
 
-def _scores(z: torch.Tensor, log_p: torch.Tensor, labels: torch.Tensor, rule: ScoreRule) -> dict[str, torch.Tensor]:
+def _scores(z: torch.Tensor, log_p: torch.Tensor, labels: torch.Tensor, rule: ScoreConfig) -> dict[str, torch.Tensor]:
     log_prob = log_p.gather(-1, labels[:, None]).squeeze(-1)
     loss = -log_prob
     if rule.label_smoothing:
@@ -76,7 +76,7 @@ def _scores(z: torch.Tensor, log_p: torch.Tensor, labels: torch.Tensor, rule: Sc
     return scores
 
 
-def _logit_gradient(log_p: torch.Tensor, labels: torch.Tensor, upstream: Upstream, rule: ScoreRule) -> torch.Tensor:
+def _logit_gradient(log_p: torch.Tensor, labels: torch.Tensor, upstream: Upstream, rule: ScoreConfig) -> torch.Tensor:
     """dLoss/dz of one chunk: d log_prob = onehot - p;  d entropy = -p (log p + entropy);  d loss from both terms."""
     d_loss, d_log_prob, d_entropy = upstream
     p = log_p.exp()

@@ -1,4 +1,4 @@
-"""Linears with LoRA (Hu et al. 2021, arXiv:2106.09685) over weights of any storage, and what is made of them.
+"""Linears with LoRA (Hu et al. 2021, arXiv:2106.09685) over weights of any storage, and what is acts of them.
 
 y_i == x @ W_i.T + bias_i + scale_i * (x @ A_i.T) @ B_i.T            lora_linears(x, linears)
 q, k == rope(norm(q)), rope(norm(k)) of the first two of them       lora_qkv(x, (q, k, v), heads)
@@ -84,24 +84,24 @@ def lora_linears(
     x: torch.Tensor,
     linears: Sequence[LoraLinear],
     residual: torch.Tensor | None = None,
-    made_from: NormInput | None = None,
+    norm_input: NormInput | None = None,
     backend: Backend | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Every linear's output for one input that they share, on top of `residual` (..., out) where given (one linear then).
 
-    x: (..., in), of the dtype to multiply in. made_from: the norm's input that x was made from; given, that is kept for the
+    x: (..., in), of the dtype to multiply in. norm_input: the norm's input that x was acts from; given, that is kept for the
     backward in place of x. Returns one (..., out_i) of x's dtype each; they may share one buffer, rows apart. Gradients: x,
     residual, every a and b, weights and biases that train (each in its own dtype, summed in fp32).
     """
     if backend_for(x, backend) == "triton":
-        from hasten.ops.lora import kernel
+        from hasten.ops.lora.kernels import linear as kernel
 
-        return kernel.lora_linears(x, linears, residual, made_from)
+        return kernel.lora_linears(x, linears, residual, norm_input)
     return reference.lora_linears(x, linears, residual)
 
 
 @dataclass(frozen=True)
-class Heads:
+class HeadsConfig:
     """How projections become heads: channels of a head, cos and sin (B or 1, T, D) or None, and the rest as in `qk_rope`."""
 
     dim: int
@@ -114,8 +114,8 @@ class Heads:
 def lora_qkv(
     x: torch.Tensor,
     linears: Sequence[LoraLinear],
-    heads: Heads,
-    made_from: NormInput | None = None,
+    heads: HeadsConfig,
+    norm_input: NormInput | None = None,
     backend: Backend | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries, keys and values (B, T, H_i, D) of x (B, T, E): projected, q and k normed and rotated.
@@ -124,9 +124,9 @@ def lora_qkv(
     `lora_linears`, and the q/k norm's weights.
     """
     if backend_for(x, backend) == "triton":
-        from hasten.ops.lora.qkv import kernel
+        from hasten.ops.lora.kernels import qkv as kernel
 
-        return kernel.lora_qkv(x, linears, heads, made_from)
+        return kernel.lora_qkv(x, linears, heads, norm_input)
     return reference.lora_qkv(x, linears, heads)
 
 
@@ -135,20 +135,21 @@ def lora_mlp(
     linears: tuple[LoraLinear, LoraLinear, LoraLinear],
     activation: str,
     residual: torch.Tensor | None = None,
-    made_from: NormInput | None = None,
+    norm_input: NormInput | None = None,
     tile: int | None = None,
     backend: Backend | None = None,
 ) -> torch.Tensor:
     """The gated MLP, on top of `residual` (..., E) where given; linears: gate, up, down. x: (..., E). Keeps the products of gate
     and up for the backward, which writes over them, and makes the activation again.
 
-    tile: so many rows at a time, forward and backward; then only the input is kept, gate and up are made again too, and what is
-    as wide as the MLP is never longer than a tile. None = all rows at once. Gradients and `made_from` as in `lora_linears`.
+    tile: so many rows at a time, forward and backward; then only the input is kept, gate and up are acts again too, and what is
+    as wide as the MLP is never longer than a tile. None = all rows at once. Gradients and `norm_input` as in `lora_linears`.
     """
     if backend_for(x, backend) == "triton":
-        from hasten.ops.lora.mlp import kernel, tiled
+        from hasten.ops.lora.kernels import mlp as kernel
+        from hasten.ops.lora.kernels import tiled_mlp as tiled
 
         if tile is not None:
-            return tiled.lora_mlp(x, linears, activation, residual, made_from, tile)
-        return kernel.lora_mlp(x, linears, activation, residual, made_from)
+            return tiled.lora_mlp(x, linears, activation, residual, norm_input, tile)
+        return kernel.lora_mlp(x, linears, activation, residual, norm_input)
     return reference.lora_mlp(x, linears, activation, residual, tile)

@@ -12,7 +12,7 @@ from hasten.ops.rope.reference import qk_rope
 from hasten.ops.rows import in_tiles
 
 if TYPE_CHECKING:
-    from hasten.ops.lora import Heads, LoraLinear
+    from hasten.ops.lora import HeadsConfig, LoraLinear
 
 
 def lora_linears(
@@ -23,7 +23,7 @@ def lora_linears(
 
 
 def lora_qkv(
-    x: torch.Tensor, linears: Sequence[LoraLinear], heads: Heads
+    x: torch.Tensor, linears: Sequence[LoraLinear], heads: HeadsConfig
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     q, k, v = (_linear(x, one).unflatten(-1, (-1, heads.dim)) for one in linears)
     return *qk_rope(q, k, heads.position, heads.rotation, heads.fp32, heads.qk_norm), v

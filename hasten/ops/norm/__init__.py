@@ -1,6 +1,6 @@
 """RMSNorm and LayerNorm without bias over the last axis.
 
-norm(x, w, NormRule(eps, kind, unit_offset, fp32_weight)) ==
+norm(x, w, NormConfig(eps, kind, unit_offset, fp32_weight)) ==
     n = x32 * rsqrt(mean(x32 ** 2, -1) + eps)                            kind "rms"
     n = (x32 - mean(x32)) * rsqrt(var(x32, unbiased=False) + eps)        kind "layer"
     (w32 + unit_offset) * n, cast to x.dtype                             fp32_weight=True  (Gemma, Cohere)
@@ -13,10 +13,10 @@ import torch
 
 from hasten.ops.backend import Backend, backend_for
 from hasten.ops.norm import reference
-from hasten.ops.norm.rule import NormRule
+from hasten.ops.norm.config import NormConfig
 
 
-def norm(x: torch.Tensor, weight: torch.Tensor, rule: NormRule, backend: Backend | None = None) -> torch.Tensor:
+def norm(x: torch.Tensor, weight: torch.Tensor, rule: NormConfig, backend: Backend | None = None) -> torch.Tensor:
     """Normalises `x` over its last axis and scales it.
 
     x: (..., D), any floating dtype. weight: (D,), or (H, D) for one weight per head with x (..., H, D).
@@ -30,22 +30,22 @@ def norm(x: torch.Tensor, weight: torch.Tensor, rule: NormRule, backend: Backend
     return reference.norm(x, weight, rule)
 
 
-def norm_and_pass(
-    x: torch.Tensor, weight: torch.Tensor, rule: NormRule, backend: Backend | None = None
+def norm_with_residual(
+    x: torch.Tensor, weight: torch.Tensor, rule: NormConfig, backend: Backend | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(norm(x), x): for a stream that is normed for a branch and goes on past it. Its two gradients meet in one pass."""
     if backend_for(x, backend) == "triton":
         from hasten.ops.norm import kernel
 
-        return kernel.norm_and_pass(x, weight, rule)
+        return kernel.norm_with_residual(x, weight, rule)
     return reference.norm(x, weight, rule), x
 
 
-def norm_onto(
+def add_norm(
     x: torch.Tensor,
     weight: torch.Tensor,
     residual: torch.Tensor,
-    rule: NormRule,
+    rule: NormConfig,
     backend: Backend | None = None,
 ) -> torch.Tensor:
     """residual + norm(x): for a branch that is normed before it joins the stream. weight (D,); residual of x's shape, of the norm's
@@ -54,7 +54,7 @@ def norm_onto(
     if backend_for(x, backend) == "triton" and residual.dtype == normed_dtype:
         from hasten.ops.norm import kernel
 
-        return kernel.norm_onto(x, weight, residual, rule)
+        return kernel.add_norm(x, weight, residual, rule)
     return residual + norm(x, weight, rule, backend)
 
 
@@ -67,7 +67,7 @@ class NormInput:
 
     x: torch.Tensor
     weight: torch.Tensor
-    rule: NormRule
+    rule: NormConfig
 
     def again(self) -> torch.Tensor:
         """The normed tensor, made anew."""

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from hasten.ops.backend import on_device
-from hasten.ops.norm.rule import NormRule
+from hasten.ops.norm.config import NormConfig
 from hasten.ops.rows import flat_rows
 
 
@@ -124,7 +124,7 @@ def _warps(block: int) -> int:
 
 
 def norm_fwd(
-    x_ND: torch.Tensor, weight: torch.Tensor, rule: NormRule, base_ND: torch.Tensor | None = None
+    x_ND: torch.Tensor, weight: torch.Tensor, rule: NormConfig, base_ND: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y, rstd, mean) of rows whose last axis is contiguous. base: y is added to it, after it was rounded to its dtype, which base
     shares."""
@@ -150,7 +150,7 @@ def norm_bwd(
     x_ND: torch.Tensor,
     weight: torch.Tensor,
     stats: tuple[torch.Tensor, torch.Tensor],
-    rule: NormRule,
+    rule: NormConfig,
     dsum_ND: torch.Tensor | None,
     train_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -176,7 +176,7 @@ def norm_bwd(
 
 
 def _forward(
-    ctx: Any, x: torch.Tensor, weight: torch.Tensor, rule: NormRule, base: torch.Tensor | None
+    ctx: Any, x: torch.Tensor, weight: torch.Tensor, rule: NormConfig, base: torch.Tensor | None
 ) -> torch.Tensor:
     """norm(x), on top of `base` where given. Keeps x and one or two statistics a row."""
     flat = flat_rows(x)
@@ -188,7 +188,7 @@ def _forward(
 
 class NormFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, rule: NormRule) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, rule: NormConfig) -> torch.Tensor:
         return _forward(ctx, x, weight, rule, None)
 
     @staticmethod
@@ -197,11 +197,11 @@ class NormFunction(torch.autograd.Function):
         return *_backward(ctx, dy, None), None
 
 
-class NormAndPassFunction(torch.autograd.Function):
+class NormWithResidualFunction(torch.autograd.Function):
     """(norm(x), x), with both gradients added where the norm's is made."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, rule: NormRule) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, rule: NormConfig) -> tuple[torch.Tensor, torch.Tensor]:
         return _forward(ctx, x, weight, rule, None), x.view_as(x)
 
     @staticmethod
@@ -210,12 +210,12 @@ class NormAndPassFunction(torch.autograd.Function):
         return *_backward(ctx, dy, flat_rows(dpass).contiguous()), None
 
 
-class NormOntoFunction(torch.autograd.Function):
+class AddNormFunction(torch.autograd.Function):
     """residual + norm(x) in one pass; the residual's gradient is the output's own."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, rule: NormRule
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, rule: NormConfig
     ) -> torch.Tensor:
         return _forward(ctx, x, weight, rule, residual)
 
@@ -232,13 +232,13 @@ def _backward(ctx: Any, dy: torch.Tensor, past: torch.Tensor | None) -> tuple[to
     return dx.view(dy.shape), dw
 
 
-def norm(x: torch.Tensor, weight: torch.Tensor, rule: NormRule) -> torch.Tensor:
+def norm(x: torch.Tensor, weight: torch.Tensor, rule: NormConfig) -> torch.Tensor:
     return NormFunction.apply(x, weight, rule)  # pyright: ignore[reportReturnType]
 
 
-def norm_and_pass(x: torch.Tensor, weight: torch.Tensor, rule: NormRule) -> tuple[torch.Tensor, torch.Tensor]:
-    return NormAndPassFunction.apply(x, weight, rule)  # pyright: ignore[reportReturnType]
+def norm_with_residual(x: torch.Tensor, weight: torch.Tensor, rule: NormConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    return NormWithResidualFunction.apply(x, weight, rule)  # pyright: ignore[reportReturnType]
 
 
-def norm_onto(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, rule: NormRule) -> torch.Tensor:
-    return NormOntoFunction.apply(x, weight, residual, rule)  # pyright: ignore[reportReturnType]
+def add_norm(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, rule: NormConfig) -> torch.Tensor:
+    return AddNormFunction.apply(x, weight, residual, rule)  # pyright: ignore[reportReturnType]

@@ -2,11 +2,11 @@
 
 import torch
 
-from hasten.ops.norm.rule import NormRule
+from hasten.ops.norm.config import NormConfig
 from hasten.ops.precision import at_least_fp32
 
 
-def norm(x: torch.Tensor, weight: torch.Tensor, rule: NormRule) -> torch.Tensor:
+def norm(x: torch.Tensor, weight: torch.Tensor, rule: NormConfig) -> torch.Tensor:
     wide = at_least_fp32(x)
     if rule.kind == "layer":
         wide = wide - wide.mean(-1, keepdim=True)

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from hasten.ops.backend import Backend, backend_for
-from hasten.ops.norm import NormRule
+from hasten.ops.norm import NormConfig
 from hasten.ops.rope import reference
 
 
@@ -20,7 +20,7 @@ class QKNorm:
 
     q_weight: torch.Tensor
     k_weight: torch.Tensor
-    rule: NormRule
+    rule: NormConfig
 
 
 def qk_rope(

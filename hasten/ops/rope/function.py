@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from hasten.ops.norm import NormRule
-from hasten.ops.rope.kernel import RopeRule, flat_tokens, qk_rope_bwd, qk_rope_fwd
+from hasten.ops.norm import NormConfig
+from hasten.ops.rope.kernel import RopeConfig, flat_tokens, qk_rope_bwd, qk_rope_fwd
 
 if TYPE_CHECKING:
     from hasten.ops.rope import QKNorm
@@ -18,7 +18,7 @@ class QKRopeFunction(torch.autograd.Function):
     """Saves cos and sin, and with a norm also q and k as they came."""
 
     @staticmethod
-    def forward(ctx: Any, q: Any, k: Any, wq: Any, wk: Any, cos: Any, sin: Any, rule: RopeRule) -> Any:
+    def forward(ctx: Any, q: Any, k: Any, wq: Any, wk: Any, cos: Any, sin: Any, rule: RopeConfig) -> Any:
         q, k = flat_tokens(q), flat_tokens(k)
         out = (
             torch.empty(q.shape, device=q.device, dtype=q.dtype),
@@ -60,8 +60,8 @@ def qk_rope(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     cos, sin = position if position is not None else (None, None)
     weights = (None, None) if qk_norm is None else (qk_norm.q_weight, qk_norm.k_weight)
-    return QKRopeFunction.apply(q_BTHD, k_BTHD, *weights, cos, sin, rope_rule(rotation, fp32, qk_norm))  # pyright: ignore[reportReturnType]
+    return QKRopeFunction.apply(q_BTHD, k_BTHD, *weights, cos, sin, rope_config(rotation, fp32, qk_norm))  # pyright: ignore[reportReturnType]
 
 
-def rope_rule(rotation: str, fp32: bool, qk_norm: QKNorm | None) -> RopeRule:
-    return RopeRule(rotation == "interleaved", fp32, NormRule(0.0) if qk_norm is None else qk_norm.rule)
+def rope_config(rotation: str, fp32: bool, qk_norm: QKNorm | None) -> RopeConfig:
+    return RopeConfig(rotation == "interleaved", fp32, NormConfig(0.0) if qk_norm is None else qk_norm.rule)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from hasten.ops.backend import on_device
-from hasten.ops.norm import NormRule
+from hasten.ops.norm import NormConfig
 
 
 @triton.jit
@@ -221,18 +221,18 @@ def _table_stride(table: torch.Tensor) -> int:
 
 
 @dataclass(frozen=True)
-class RopeRule:
+class RopeConfig:
     """rotation's layout, whether it is all in fp32, and the norm before it (read only where there are weights)."""
 
     interleaved: bool
     fp32: bool
-    norm: NormRule
+    norm: NormConfig
 
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-def qk_rope_fwd(qk: Pair, weights: Pair | None, table: Pair | None, rule: RopeRule, out: Pair) -> None:
+def qk_rope_fwd(qk: Pair, weights: Pair | None, table: Pair | None, rule: RopeConfig, out: Pair) -> None:
     """Writes normed and rotated q and k into `out` (B, T, H, D): tokens apart as they like, heads and channels contiguous.
 
     `out` may be q and k themselves. table: cos and sin, contiguous.
@@ -253,7 +253,7 @@ def qk_rope_fwd(qk: Pair, weights: Pair | None, table: Pair | None, rule: RopeRu
 
 
 def qk_rope_bwd(  # noqa: PLR0917
-    d: Pair, qk: Pair | None, weights: Pair | None, table: Pair | None, rule: RopeRule, out: Pair, train: bool
+    d: Pair, qk: Pair | None, weights: Pair | None, table: Pair | None, rule: RopeConfig, out: Pair, train: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Writes the gradients of q and k into `out` and returns those of the norm's weights (where `train`).
 

@@ -8,13 +8,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from hasten.ops.linear_cross_entropy import ScoreRule
-from hasten.training.memory.layer_costs import Kept, backward, forward, kept, remake_flops
+from hasten.ops.linear_cross_entropy import ScoreConfig
+from hasten.training.memory.actions import ActivationAction
+from hasten.training.memory.layer_costs import SavedBytes, backward, forward, recompute_flops, saved_bytes
 from hasten.training.memory.layer_shape import FP32
 from hasten.training.memory.shape import ModelShape
-from hasten.training.memory.treatment import Treatment
 
-__all__ = ["Kept", "ModelShape", "Optimizer", "Peak", "kept", "moments", "peak", "remake_flops", "with_tile"]
+__all__ = [
+    "SavedBytes",
+    "ModelShape",
+    "Optimizer",
+    "Peak",
+    "saved_bytes",
+    "moments",
+    "peak",
+    "recompute_flops",
+    "with_tile",
+]
 
 Optimizer = Literal["adamw", "adamw_8bit", "paged"]
 WORKSPACE = 32 * 2**20
@@ -48,48 +58,48 @@ def peak(
     shape: ModelShape,
     batch: int,
     length: int,
-    treatments: Sequence[Treatment] | Treatment,
+    actions: Sequence[ActivationAction] | ActivationAction,
     tile: int | None = None,
     optimizer: Optimizer = "adamw",
     accumulates: bool = False,
 ) -> Peak:
     """The predicted torch.cuda.max_memory_allocated of one training step: forward under autocast, backward, optimizer.
 
-    treatments: one a layer, or one for all. tile: rows at a time of an MLP that is made again; None = its whole input.
+    actions: one a layer, or one for all. tile: rows at a time of an MLP that is made again; None = its whole input.
     optimizer: "adamw" has two moments in each trained weight's dtype, "adamw_8bit" bitsandbytes' codes, "paged" keeps
     its moments in pages that leave the device when it is short. accumulates: gradients of steps before are there from
-    the start. Raises ValueError for a number of treatments that is not the number of layers.
+    the start. Raises ValueError for a number of actions that is not the number of layers.
     """
-    plan = [treatments] * len(shape.layers) if isinstance(treatments, Treatment) else list(treatments)
+    plan = [actions] * len(shape.layers) if isinstance(actions, ActivationAction) else list(actions)
     if len(plan) != len(shape.layers):
-        raise ValueError(f"{len(plan)} treatments were given for {len(shape.layers)} layers")
+        raise ValueError(f"{len(plan)} actions were given for {len(shape.layers)} layers")
     n, e = batch * length, shape.itemsize
     layers = list(zip(shape.layers, plan, strict=True))
-    known: dict[tuple[int, Treatment], tuple[Kept, int, tuple[int, int]]] = {}
-    for layer, treatment in layers:
-        if (id(layer), treatment) not in known:  # a planner asks for hundreds of peaks of layers that are alike
-            known[id(layer), treatment] = (
-                kept(layer, treatment, n, length, e, tile),
-                forward(layer, treatment, n, length, tile, e),
-                backward(layer, treatment, n, length, tile, e),
+    known: dict[tuple[int, ActivationAction], tuple[SavedBytes, int, tuple[int, int]]] = {}
+    for layer, action in layers:
+        if (id(layer), action) not in known:  # a planner asks for hundreds of peaks of layers that are alike
+            known[id(layer), action] = (
+                saved_bytes(layer, action, n, length, e, tile),
+                forward(layer, action, n, length, tile, e),
+                backward(layer, action, n, length, tile, e),
             )
-    sizes = [known[id(layer), treatment][0] for layer, treatment in layers]
+    sizes = [known[id(layer), action][0] for layer, action in layers]
     leaving = [0, *(size.host for size in sizes)]  # while layer i runs, what layer i - 1 keeps goes
     done = shape.gradients if accumulates else 0
     found = [("optimizer step", shape.gradients, 0, 0)]  # when, gradients, kept by layers, working
 
     before = 0
-    for index, ((layer, treatment), size) in enumerate(zip(layers, sizes, strict=True)):
-        working = known[id(layer), treatment][1] + leaving[index]
+    for index, ((layer, action), size) in enumerate(zip(layers, sizes, strict=True)):
+        working = known[id(layer), action][1] + leaving[index]
         found.append((f"forward of layer {index}", done, before, working))
         before += size.device
     found += [("loss", done, before, working + leaving[-1]) for working in _loss(shape, n)]
 
     made = 0 if accumulates else shape.head + shape.head_adapter + shape.norm
     for index, ahead in zip(reversed(range(len(layers))), _fetched_ahead(sizes), strict=True):
-        layer, treatment = layers[index]
+        layer, action = layers[index]
         before -= sizes[index].device
-        mlp, attention = known[id(layer), treatment][2]
+        mlp, attention = known[id(layer), action][2]
         new = (0, 0) if accumulates else (layer.mlp_gradients, layer.gradients)
         found.append((f"backward of layer {index}'s MLP", done + made + new[0], before, mlp + ahead))
         found.append((f"backward of layer {index}'s attention", done + made + new[1], before, attention + ahead))
@@ -102,9 +112,9 @@ def peak(
     return Peak(when, shape.weights, gradients, moments(shape, optimizer), held, working + WORKSPACE, host)
 
 
-def _fetched_ahead(sizes: Sequence[Kept]) -> list[int]:
+def _fetched_ahead(sizes: Sequence[SavedBytes]) -> list[int]:
     """For each layer's backward, the last layer's first: bytes that are fetched already for the next layer that waits on the
-    host, which the first one to come back starts (`offload.Parcel`)."""
+    host, which the first one to come back starts (`offload.OffloadedLayer`)."""
     found, started = [], False
     for index in reversed(range(len(sizes))):
         started = started or bool(sizes[index].host)
@@ -119,9 +129,11 @@ def moments(shape: ModelShape, optimizer: Optimizer) -> int:
     return {"adamw": 2 * shape.gradients, "adamw_8bit": eight_bit, "paged": 0}[optimizer]
 
 
-def with_tile(treatments: Sequence[Treatment], tile: int | None) -> tuple[Treatment, ...]:
+def with_tile(actions: Sequence[ActivationAction], tile: int | None) -> tuple[ActivationAction, ...]:
     """What layers get once their MLPs run in tiles: one that would keep everything makes its MLP again."""
-    return tuple(Treatment.REMAKE_MLP if tile and one is Treatment.KEEP else one for one in treatments)
+    return tuple(
+        ActivationAction.RECOMPUTE_MLP if tile and one is ActivationAction.SAVE_ALL else one for one in actions
+    )
 
 
 def _loss(shape: ModelShape, n: int) -> list[int]:
@@ -131,7 +143,7 @@ def _loss(shape: ModelShape, n: int) -> list[int]:
     stream = n * shape.hidden * e
     trains = shape.head > 0
     # As `function.tokens_at_once`.
-    chunk = min(max(ScoreRule.chunk, 4 * shape.hidden // e) if trains else ScoreRule.chunk, n)
+    chunk = min(max(ScoreConfig.chunk, 4 * shape.hidden // e) if trains else ScoreConfig.chunk, n)
     logits = chunk * -(-shape.vocabulary // 8) * 8 * e
     cast = matrix * e if shape.head_itemsize != e else 0
     gradient = (matrix * FP32 if trains else 0) + shape.head_adapter

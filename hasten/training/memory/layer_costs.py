@@ -1,4 +1,4 @@
-"""Bytes and FLOPs of one decoder layer: what each treatment keeps of it, what it needs while it runs, what is made twice.
+"""Bytes and FLOPs of one decoder layer: what each action keeps of it, what it needs while it runs, what is made twice.
 
 Symbols: N tokens of a step, T tokens of a row, E hidden size, Q and K widths of queries and of keys (or values), F width of the
 MLP, R a rank, e bytes of the compute dtype. docs/memory.md has the formulas in words.
@@ -7,10 +7,10 @@ The order of events is that of `overlays.layer` and `ops.lora`; each `max` below
 
 from dataclasses import dataclass
 
+from hasten.training.memory.actions import ActivationAction
 from hasten.training.memory.layer_shape import FP32, LayerShape, Linears
-from hasten.training.memory.treatment import Treatment
 
-UNFUSED = 9
+UNFUSED_BYTES = 9
 """Bytes a number that plain torch and PEFT keep in place of each one that the fused path keeps: casts, norms in fp32 and
 products before and after an addition. An upper bound, held against the truth by tests/training/test_memory_costs.py."""
 SCORE = 8
@@ -20,7 +20,7 @@ STATISTICS = 2 * FP32
 
 
 @dataclass(frozen=True)
-class Kept:
+class SavedBytes:
     """Bytes that one layer keeps from its forward to its backward, on the device and in pinned host memory."""
 
     device: int
@@ -30,27 +30,27 @@ class Kept:
 # What a layer keeps
 
 
-def kept(
-    layer: LayerShape, treatment: Treatment, tokens: int, length: int, itemsize: int, tile: int | None = None
-) -> Kept:
-    """What `layer` keeps of `tokens`, in rows of `length`, under `treatment`. An MLP in tiles keeps x A^T of its last product."""
-    always = 0 if tile is None or treatment is Treatment.KEEP else tokens * layer.down[0].rank * itemsize
-    if treatment in (Treatment.RECOMPUTE, Treatment.OFFLOAD):
+def saved_bytes(
+    layer: LayerShape, action: ActivationAction, tokens: int, length: int, itemsize: int, tile: int | None = None
+) -> SavedBytes:
+    """What `layer` keeps of `tokens`, in rows of `length`, under `action`. An MLP in tiles keeps x A^T of its last product."""
+    always = 0 if tile is None or action is ActivationAction.SAVE_ALL else tokens * layer.down[0].rank * itemsize
+    if action in (ActivationAction.RECOMPUTE, ActivationAction.OFFLOAD):
         size = tokens * layer.hidden * itemsize
     else:
         size = _attention_kept(layer, tokens, length, itemsize) + _mlp_input(layer, tokens, itemsize)
-        size += _mlp_kept(layer, tokens, itemsize) if treatment is Treatment.KEEP else 0
-    if treatment is Treatment.OFFLOAD:
-        return Kept(always, size)
-    if treatment is Treatment.HOST:  # what has a row a token goes
+        size += _mlp_kept(layer, tokens, itemsize) if action is ActivationAction.SAVE_ALL else 0
+    if action is ActivationAction.OFFLOAD:
+        return SavedBytes(always, size)
+    if action is ActivationAction.RECOMPUTE_MLP_OFFLOAD_REST:  # what has a row a token goes
         stays = _adapters(layer.qkv, 0, itemsize) + _adapters(layer.o, 0, itemsize) + tokens * 2 * STATISTICS
-        return Kept(stays + always, size - stays)
-    return Kept(size + always)
+        return SavedBytes(stays + always, size - stays)
+    return SavedBytes(size + always)
 
 
 def _width(layer: LayerShape, e: int) -> int:
     """Bytes that are kept for each number of the fused path."""
-    return e if layer.fused else UNFUSED
+    return e if layer.fused else UNFUSED_BYTES
 
 
 def _attention_kept(layer: LayerShape, n: int, length: int, e: int) -> int:
@@ -67,7 +67,7 @@ def _attention_kept(layer: LayerShape, n: int, length: int, e: int) -> int:
 def _mlp_input(layer: LayerShape, n: int, e: int) -> int:
     """The stream before the MLP, where it is not the attention's own, and the MLP's output where a norm follows it."""
     e = _width(layer, e)
-    own = 0 if layer.facts.residual == "parallel" else n * (layer.hidden * e + STATISTICS)
+    own = 0 if layer.overlay_config.residual == "parallel" else n * (layer.hidden * e + STATISTICS)
     return own + _branch(layer, n, e)
 
 
@@ -79,7 +79,7 @@ def _mlp_kept(layer: LayerShape, n: int, e: int) -> int:
 
 def _branch(layer: LayerShape, n: int, e: int) -> int:
     """A branch's output, which the norm behind it keeps."""
-    return n * (layer.hidden * e + STATISTICS) if layer.facts.residual == "sandwich" else 0
+    return n * (layer.hidden * e + STATISTICS) if layer.overlay_config.residual == "sandwich" else 0
 
 
 def _adapters(linears: Linears, n: int, e: int) -> int:
@@ -96,20 +96,22 @@ def _copy(linears: Linears, e: int) -> int:
 # What a layer needs while it runs
 
 
-def forward(layer: LayerShape, treatment: Treatment, tokens: int, length: int, tile: int | None, itemsize: int) -> int:
+def forward(
+    layer: LayerShape, action: ActivationAction, tokens: int, length: int, tile: int | None, itemsize: int
+) -> int:
     """The most that is alive of a layer in its forward, its input and what it keeps included."""
     n, e = tokens, itemsize
     stream = n * layer.hidden * e
     attending = 2 * stream + n * (2 * layer.queries + 2 * layer.keys) * e
     attending += max(_copy(layer.qkv, e), _copy(layer.o, e) + stream)
-    whole = treatment in (Treatment.RECOMPUTE, Treatment.OFFLOAD)
+    whole = action in (ActivationAction.RECOMPUTE, ActivationAction.OFFLOAD)
     before = (stream if whole else _attention_kept(layer, n, length, e)) + _beside(layer, n, e)
-    return max(attending, before + _mlp_forward(layer, treatment is Treatment.KEEP, n, tile, e))
+    return max(attending, before + _mlp_forward(layer, action is ActivationAction.SAVE_ALL, n, tile, e))
 
 
 def _beside(layer: LayerShape, n: int, e: int) -> int:
     """What no backward needs and the layer's forward still holds while its MLP runs: a branch that was scaled and added."""
-    return n * layer.hidden * e if layer.facts.multiplier != 1.0 else 0
+    return n * layer.hidden * e if layer.overlay_config.multiplier != 1.0 else 0
 
 
 def _mlp_forward(layer: LayerShape, keeps: bool, n: int, tile: int | None, e: int) -> int:
@@ -125,7 +127,7 @@ def _mlp_forward(layer: LayerShape, keeps: bool, n: int, tile: int | None, e: in
 
 
 def backward(
-    layer: LayerShape, treatment: Treatment, tokens: int, length: int, tile: int | None, itemsize: int
+    layer: LayerShape, action: ActivationAction, tokens: int, length: int, tile: int | None, itemsize: int
 ) -> tuple[int, int]:
     """The most that is alive of a layer in the backward of its MLP and of its attention: what it keeps or makes again,
     its output's gradient, and buffers; not the gradients of what trains."""
@@ -133,8 +135,11 @@ def backward(
     stream = n * layer.hidden * e
     held = _attention_kept(layer, n, length, e)
     behind = held + _mlp_input(layer, n, e) + stream
-    recomputes, parallel = treatment in (Treatment.RECOMPUTE, Treatment.OFFLOAD), layer.facts.residual == "parallel"
-    if treatment is Treatment.KEEP or (recomputes and tile is None):
+    recomputes, parallel = (
+        action in (ActivationAction.RECOMPUTE, ActivationAction.OFFLOAD),
+        layer.overlay_config.residual == "parallel",
+    )
+    if action is ActivationAction.SAVE_ALL or (recomputes and tile is None):
         wide = n * layer.intermediate * e
         most = behind + _mlp_kept(layer, n, e)
         # The product's gradient; then gate's and up's lie where gate and up did, and the input's gradient and the input.
@@ -179,15 +184,15 @@ def _attention_backward(layer: LayerShape, n: int, length: int, e: int) -> int:
     return max(q * e + _copy(layer.o, e), attending, projecting)
 
 
-def remake_flops(layer: LayerShape, treatment: Treatment, tokens: int, length: int) -> int:
-    """Floating point operations that `treatment` makes a second time in one step: products and attention.
+def recompute_flops(layer: LayerShape, action: ActivationAction, tokens: int, length: int) -> int:
+    """Floating point operations that `action` makes a second time in one step: products and attention.
 
     A recomputed layer stops before its last product, and a tiled MLP makes its first one once more (`ops.lora.mlp`).
     """
-    if treatment is Treatment.KEEP:
+    if action is ActivationAction.SAVE_ALL:
         return 0
     mlp = _product_flops(layer.gate_up, tokens)
-    if treatment in (Treatment.REMAKE_MLP, Treatment.HOST):
+    if action in (ActivationAction.RECOMPUTE_MLP, ActivationAction.RECOMPUTE_MLP_OFFLOAD_REST):
         return mlp
     seen = min(length, layer.attention.window or length)
     # Two products over the keys that each token sees, half of the row on average where there is no window.
@@ -198,7 +203,7 @@ def remake_flops(layer: LayerShape, treatment: Treatment, tokens: int, length: i
 
 def forward_flops(layer: LayerShape, tokens: int, length: int) -> int:
     """Of one forward, products and attention."""
-    return remake_flops(layer, Treatment.RECOMPUTE, tokens, length) + _product_flops(layer.down, tokens)
+    return recompute_flops(layer, ActivationAction.RECOMPUTE, tokens, length) + _product_flops(layer.down, tokens)
 
 
 def mlp_flops(layer: LayerShape, tokens: int) -> int:

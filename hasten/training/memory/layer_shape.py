@@ -11,8 +11,8 @@ from torch import nn
 from hasten.errors import CheckpointError
 from hasten.ops.attention import attention_backend
 from hasten.ops.backend import backend_for
-from hasten.overlays import AttentionFacts, LayerFacts
-from hasten.patching.facts import attention_facts, layer_facts
+from hasten.overlays import AttentionConfig, LayerConfig
+from hasten.patching.configs import attention_config, layer_config
 from hasten.patching.plan import family_of
 from hasten.weights import base_layer_of, lie_apart, plain_linear, unwrap
 
@@ -56,8 +56,8 @@ class LayerShape:
     gate_up: Linears
     down: Linears
     heads: int
-    facts: LayerFacts
-    attention: AttentionFacts
+    overlay_config: LayerConfig
+    attention: AttentionConfig
     fused: bool
     scores: bool = False
     norms: int = 0
@@ -129,8 +129,8 @@ def read_layers(
             LayerShape(
                 *shapes,
                 heads=config.get_text_config().num_attention_heads,
-                facts=layer_facts(family, config) if family is not None else LayerFacts("serial"),
-                attention=attention_facts(family, config, index) if family is not None else AttentionFacts(1.0),
+                overlay_config=layer_config(family, config) if family is not None else LayerConfig("serial"),
+                attention=attention_config(family, config, index) if family is not None else AttentionConfig(1.0),
                 fused=fused_here,
                 scores=trained_itemsize is None and _makes_scores(model),
                 norms=sum(map(gradient_bytes, norms)) if trained_itemsize is None else _count(norms) * trained_itemsize,
@@ -151,7 +151,7 @@ def decoder_layers(model: Any) -> Any:
 
 def _makes_scores(base: Any) -> bool:
     """Whether transformers' eager attention runs, on a CPU or because somebody named it."""
-    config, replaced = base.config, getattr(getattr(base.get_decoder(), "facts", None), "replaces", None)
+    config, replaced = base.config, getattr(getattr(base.get_decoder(), "overlay_config", None), "replaces", None)
     on_gpu = backend_for(next(base.parameters())) == "triton"
     return config._attn_implementation == "eager" and not (on_gpu and replaced == "eager")
 

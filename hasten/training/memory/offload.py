@@ -1,6 +1,6 @@
 """Tensors that wait in host memory between a layer's forward and its backward.
 
-Each layer's tensors make a parcel. They leave on one side stream while the layer still runs, and come back on another one layer
+Each layer's tensors make a layer. They leave on one side stream while the layer still runs, and come back on another one layer
 ahead of their backward. Nothing waits on the host: where device memory is about to be reused, the main stream waits for the copy,
 so the peak does not depend on how far the host runs ahead. (torch's `save_on_cpu` waits for every copy, and is the tests' oracle.)
 """
@@ -23,7 +23,7 @@ SMALLEST = 2**20
 
 
 @dataclass
-class _Chunk:
+class HostChunk:
     """Host memory, and the last copy that read or wrote it."""
 
     bytes: torch.Tensor
@@ -35,30 +35,30 @@ class HostMemory:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.free: list[_Chunk] = []
+        self.free: list[HostChunk] = []
         self.taken = 0
         on_gpu = device.type == "cuda"
         self.out = torch.cuda.Stream(device) if on_gpu else None
         self.back = torch.cuda.Stream(device) if on_gpu else None
 
-    def take(self, size: int) -> list[_Chunk]:
+    def take(self, size: int) -> list[HostChunk]:
         """Chunks for `size` bytes."""
         count = -(-size // CHUNK)
         while len(self.free) < count:  # before any is taken, so that none is lost where the host has no more
-            self.free.append(_Chunk(torch.empty(CHUNK, dtype=torch.uint8, pin_memory=self.out is not None)))
+            self.free.append(HostChunk(torch.empty(CHUNK, dtype=torch.uint8, pin_memory=self.out is not None)))
             self.taken += CHUNK
         return [self.free.pop() for _ in range(count)]
 
-    def send(self, source: torch.Tensor, chunks: list[_Chunk]) -> torch.cuda.Event | None:
+    def send(self, source: torch.Tensor, chunks: list[HostChunk]) -> torch.cuda.Event | None:
         """Copies the bytes (1-D uint8, on the device) into chunks, after what the main stream was given so far."""
         return self._move(self.out, source, chunks, back=False)
 
-    def fetch(self, chunks: list[_Chunk], into: torch.Tensor) -> torch.cuda.Event | None:
+    def fetch(self, chunks: list[HostChunk], into: torch.Tensor) -> torch.cuda.Event | None:
         """Copies chunks back into `into` (1-D uint8), whose memory the main stream may have used until now."""
         return self._move(self.back, into, chunks, back=True)
 
     def _move(
-        self, stream: torch.cuda.Stream | None, device_bytes: torch.Tensor, chunks: list[_Chunk], back: bool
+        self, stream: torch.cuda.Stream | None, device_bytes: torch.Tensor, chunks: list[HostChunk], back: bool
     ) -> torch.cuda.Event | None:
         """After the main stream and after whatever last used the chunks. Returns when it is done; None: it is (on a CPU)."""
         if stream is None:
@@ -84,14 +84,14 @@ class HostMemory:
                 tensor.record_stream(stream)
 
 
-def _copy(device_bytes: torch.Tensor, chunks: Iterable[_Chunk], back: bool) -> None:
+def _copy(device_bytes: torch.Tensor, chunks: Iterable[HostChunk], back: bool) -> None:
     for part, chunk in zip(device_bytes.split(CHUNK), chunks, strict=True):
         here = chunk.bytes[: len(part)]
         into, source = (part, here) if back else (here, part)
         into.copy_(source, non_blocking=True)
 
 
-def _mark(stream: torch.cuda.Stream, chunks: Iterable[_Chunk]) -> torch.cuda.Event:
+def _mark(stream: torch.cuda.Stream, chunks: Iterable[HostChunk]) -> torch.cuda.Event:
     event = torch.cuda.Event()
     event.record(stream)
     for chunk in chunks:
@@ -100,11 +100,11 @@ def _mark(stream: torch.cuda.Stream, chunks: Iterable[_Chunk]) -> torch.cuda.Eve
 
 
 @dataclass
-class _Content:
+class OffloadedStorage:
     """One storage: its bytes on the host, and on the device while they leave or after they came back."""
 
     size: int
-    chunks: list[_Chunk]
+    chunks: list[HostChunk]
     sent: torch.cuda.Event | None
     leaving: torch.Tensor | None
     here: torch.Tensor | None = None
@@ -113,11 +113,11 @@ class _Content:
 
 
 @dataclass(frozen=True)
-class _Slip:
+class SavedHandle:
     """What autograd holds in place of a tensor."""
 
-    parcel: Parcel
-    content: _Content
+    layer: OffloadedLayer
+    stored: OffloadedStorage
     dtype: torch.dtype
     shape: torch.Size
     stride: tuple[int, ...]
@@ -125,8 +125,8 @@ class _Slip:
 
 
 @dataclass(eq=False)
-class Parcel:
-    """What one layer keeps in host memory. `before`: the parcel of the hosted layer before it, fetched ahead of its backward.
+class OffloadedLayer:
+    """What one layer keeps in host memory. `before`: the layer of the hosted layer before it, fetched ahead of its backward.
 
     Views of one storage (q, k and v) travel together and keep their strides. shared: storages that many layers read, which stay.
     """
@@ -134,8 +134,8 @@ class Parcel:
     memory: HostMemory
     rows: tuple[int, int]
     shared: frozenset[int]
-    before: weakref.ref[Parcel] | None = None
-    contents: dict[int, _Content] = field(default_factory=dict)
+    before: weakref.ref[OffloadedLayer] | None = None
+    storages: dict[int, OffloadedStorage] = field(default_factory=dict)
 
     def hooks(self) -> Any:
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
@@ -150,57 +150,57 @@ class Parcel:
         batch, length = self.rows
         return tensor.shape[0] == batch * length or (tensor.shape[0] == batch and length in tensor.shape[1:])
 
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Slip:
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | SavedHandle:
         if not self._takes(tensor):
             return tensor
         storage = tensor.untyped_storage()
-        content = self.contents.get(storage.data_ptr())
-        if content is None:
+        stored = self.storages.get(storage.data_ptr())
+        if stored is None:
             whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)  # pyright: ignore[reportArgumentType]
             chunks = self.memory.take(storage.nbytes())
-            content = _Content(storage.nbytes(), chunks, self.memory.send(whole, chunks), whole)
-            self.contents[storage.data_ptr()] = content
-        content.wanted += 1
-        return _Slip(self, content, tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+            stored = OffloadedStorage(storage.nbytes(), chunks, self.memory.send(whole, chunks), whole)
+            self.storages[storage.data_ptr()] = stored
+        stored.wanted += 1
+        return SavedHandle(self, stored, tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """Gives up the device's copies: the main stream waits until they have left. Called when the next layer has run."""
-        for content in self.contents.values():
-            if content.leaving is not None:
-                self.memory.wait(content.sent)
-                content.leaving = None
-        self.contents = dict(enumerate(self.contents.values()))  # addresses mean nothing now
+        for stored in self.storages.values():
+            if stored.leaving is not None:
+                self.memory.wait(stored.sent)
+                stored.leaving = None
+        self.storages = dict(enumerate(self.storages.values()))  # addresses mean nothing now
 
     def fetch(self) -> None:
         """Starts the way back of all that is not here."""
-        for content in self.contents.values():
-            if content.here is None and content.wanted:
-                if content.leaving is not None:  # the last layer's, which never had to go; its copy may still be read
-                    content.here, content.leaving, content.ready = content.leaving, None, content.sent
+        for stored in self.storages.values():
+            if stored.here is None and stored.wanted:
+                if stored.leaving is not None:  # the last layer's, which never had to go; its copy may still be read
+                    stored.here, stored.leaving, stored.ready = stored.leaving, None, stored.sent
                     continue
-                content.here = torch.empty(content.size, dtype=torch.uint8, device=self.memory.device)
-                content.ready = self.memory.fetch(content.chunks, content.here)
+                stored.here = torch.empty(stored.size, dtype=torch.uint8, device=self.memory.device)
+                stored.ready = self.memory.fetch(stored.chunks, stored.here)
 
     @staticmethod
-    def _unpack(held: torch.Tensor | _Slip) -> torch.Tensor:
-        if not isinstance(held, _Slip):
+    def _unpack(held: torch.Tensor | SavedHandle) -> torch.Tensor:
+        if not isinstance(held, SavedHandle):
             return held
-        parcel, content = held.parcel, held.content
-        if content.here is None:
-            content.wanted = max(content.wanted, 1)
-            parcel.fetch()
-        before = parcel.before() if parcel.before is not None else None
+        layer, stored = held.layer, held.stored
+        if stored.here is None:
+            stored.wanted = max(stored.wanted, 1)
+            layer.fetch()
+        before = layer.before() if layer.before is not None else None
         if before is not None:
             before.fetch()
-        parcel.memory.wait(content.ready)
-        content.ready = None
-        assert content.here is not None
-        storage = content.here.untyped_storage()
-        tensor = torch.empty(0, dtype=held.dtype, device=parcel.memory.device)
+        layer.memory.wait(stored.ready)
+        stored.ready = None
+        assert stored.here is not None
+        storage = stored.here.untyped_storage()
+        tensor = torch.empty(0, dtype=held.dtype, device=layer.memory.device)
         tensor = tensor.set_(storage, held.offset, held.shape, held.stride)  # pyright: ignore[reportArgumentType, reportCallIssue]
-        content.wanted -= 1
-        if content.wanted <= 0:
-            content.here = None  # autograd has it now; a second backward fetches it again
+        stored.wanted -= 1
+        if stored.wanted <= 0:
+            stored.here = None  # autograd has it now; a second backward fetches it again
         return tensor
 
     def __del__(self) -> None:
@@ -208,11 +208,11 @@ class Parcel:
         garbage collection this runs in is unknown, so it is the allocator that waits."""
         if sys.is_finalizing():
             return
-        for content in self.contents.values():
-            self.memory.outlive(content.leaving)
-            if content.ready is not None:
-                self.memory.outlive(content.here)
-            self.memory.free += content.chunks
+        for stored in self.storages.values():
+            self.memory.outlive(stored.leaving)
+            if stored.ready is not None:
+                self.memory.outlive(stored.here)
+            self.memory.free += stored.chunks
 
 
 def _is_weight(tensor: torch.Tensor) -> bool:

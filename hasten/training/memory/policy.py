@@ -1,6 +1,6 @@
 """The one object that decides what each layer of a model stores, recomputes or sends to host memory, and does it.
 
-transformers calls `layer._gradient_checkpointing_func(function, hidden)` in training; a layer that wears a `Seat` hands out that in
+transformers calls `layer._gradient_checkpointing_func(function, hidden)` in training; a layer that wears a `LayerCheckpoint` hands out that in
 place of whatever a trainer has set there, so nothing of transformers or torch is patched.
 """
 
@@ -18,17 +18,17 @@ import psutil
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from hasten.amounts import written
 from hasten.errors import CheckpointError
 from hasten.overlays import LayerOverlay, MLPOverlay
 from hasten.overlays.layer import SEAT
-from hasten.training.memory import link, shortage
+from hasten.training.memory import bandwidth, oom
+from hasten.training.memory.actions import UNIFORM_ACTIONS, ActivationAction
+from hasten.training.memory.advice import Settings, advice, savings
 from hasten.training.memory.costs import ModelShape, Peak, with_tile
-from hasten.training.memory.levers import Settings, advice, levers
-from hasten.training.memory.offload import HostMemory, Parcel
+from hasten.training.memory.offload import HostMemory, OffloadedLayer
 from hasten.training.memory.plan import LayerPlan, plan_layers, uniform
-from hasten.training.memory.situation import Situation, coarse, compute_dtype, processes_here
-from hasten.training.memory.treatment import ALIKE, Treatment
+from hasten.training.memory.plan_key import PlanKey, coarse, compute_dtype, processes_here
+from hasten.units import format_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -36,17 +36,17 @@ MARGIN = 0.01
 """Of a budget, what a plan leaves alone: how far predictions may be off."""
 ALLOCATOR = 0.05
 """Of all memory, what is left to the allocator's fragments where no budget was given."""
-PINNED = 0.6
+MAX_PINNED_FRACTION = 0.6
 """Of the host memory that is free, what the processes of this machine may pin together."""
 UNKNOWN = Peak("unknown", 0, 0, 0, 0, 0)
-EXACT = 16
+MAX_EXACT_PLANS = 16
 """So many plans are made for the very shapes that come; where shapes go on changing, lengths are rounded up to `coarse` ones."""
-MOST = 256
+PLAN_CACHE_SIZE = 256
 """Plans that are remembered."""
 
 
 @dataclass(frozen=True)
-class Seat:
+class LayerCheckpoint:
     """What a layer wears: the policy, and the layer's place in the model. Called as torch's checkpoint is."""
 
     policy: MemoryPolicy
@@ -61,32 +61,32 @@ class MemoryPolicy:
     """mode: False (then only for its advice), True, "offload" or "auto". budget: bytes on the device that the whole process may
     take, None = what is free when a plan is made. tile: rows at a time of MLPs that the user asked to be tiled, None = the plan
     chooses. rows: of the last batch, and their length. inside: how many of its own calls run now. leaving: on each device, what the layer before sent off. before: on each,
-    the last parcel of the forward that runs."""
+    the last offloaded of the forward that runs."""
 
     model: Any
     mode: bool | str
     budget: int | None = None
     tile: int | None = None
     layers: list[LayerOverlay] = field(init=False)
-    plans: dict[tuple[int, int, Situation], LayerPlan] = field(default_factory=dict)
+    plans: dict[tuple[int, int, PlanKey], LayerPlan] = field(default_factory=dict)
     latest: LayerPlan | None = None
     others: int | None = None
     rows: tuple[int, int] | None = None
     inside: int = 0
     host: dict[torch.device, HostMemory] = field(default_factory=dict)
-    leaving: dict[torch.device, Parcel] = field(default_factory=dict)
-    before: dict[torch.device, weakref.ref[Parcel]] = field(default_factory=dict)
+    leaving: dict[torch.device, OffloadedLayer] = field(default_factory=dict)
+    before: dict[torch.device, weakref.ref[OffloadedLayer]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.layers = [module for module in self.model.modules() if isinstance(module, LayerOverlay)]
 
-    def take_seats(self) -> int:
+    def install(self) -> int:
         """Puts a seat on every layer under an overlay. Returns how many there are."""
         for index, layer in enumerate(self.layers):
-            layer.__dict__[SEAT] = Seat(self, index)
+            layer.__dict__[SEAT] = LayerCheckpoint(self, index)
         return len(self.layers)
 
-    def leave_seats(self) -> None:
+    def uninstall(self) -> None:
         for layer in self.layers:
             layer.__dict__.pop(SEAT, None)
 
@@ -114,26 +114,26 @@ class MemoryPolicy:
             self._leave(hidden.device)
             self.before.pop(hidden.device, None)
             self.latest = self.plan(hidden.shape[0], hidden.shape[1])
-        treatment, tile = self.latest.treatments[index], self.latest.tile
-        if treatment is Treatment.KEEP and self.tile is None:
+        action, tile = self.latest.actions[index], self.latest.tile
+        if action is ActivationAction.SAVE_ALL and self.tile is None:
             tile = None
         run = functools.partial(self._with_tile, self.layers[index], tile, function)
-        if treatment in (Treatment.RECOMPUTE, Treatment.OFFLOAD):
+        if action in (ActivationAction.RECOMPUTE, ActivationAction.OFFLOAD):
             run = functools.partial(checkpoint, run, use_reentrant=False)
-        waits = treatment in (Treatment.HOST, Treatment.OFFLOAD)
-        parcel = self._parcel(hidden, function) if waits else None
-        with contextlib.nullcontext() if parcel is None else parcel.hooks():
+        waits = action in (ActivationAction.RECOMPUTE_MLP_OFFLOAD_REST, ActivationAction.OFFLOAD)
+        offloaded = self._offloaded_layer(hidden, function) if waits else None
+        with contextlib.nullcontext() if offloaded is None else offloaded.hooks():
             out = run(*args)
         self._leave(hidden.device)
-        if parcel is not None:
-            self.leaving[hidden.device] = parcel
-            self.before[hidden.device] = weakref.ref(parcel)
+        if offloaded is not None:
+            self.leaving[hidden.device] = offloaded
+            self.before[hidden.device] = weakref.ref(offloaded)
         return out
 
     def _leave(self, device: torch.device) -> None:
-        parcel = self.leaving.pop(device, None)
-        if parcel is not None:
-            parcel.leave()
+        offloaded = self.leaving.pop(device, None)
+        if offloaded is not None:
+            offloaded.release()
 
     def _with_tile(self, layer: Any, tile: int | None, function: Callable[..., Any], *args: Any) -> Any:
         """The layer with its MLP in tiles; also when it is recomputed, whatever the plan says by then."""
@@ -148,52 +148,52 @@ class MemoryPolicy:
             if isinstance(mlp, MLPOverlay):
                 mlp.tile_rows = before
 
-    def _parcel(self, hidden: torch.Tensor, function: Any) -> Parcel:
+    def _offloaded_layer(self, hidden: torch.Tensor, function: Any) -> OffloadedLayer:
         memory = self.host.get(hidden.device)
         if memory is None:
             memory = self.host[hidden.device] = HostMemory(hidden.device)
         shared = frozenset(t.untyped_storage().data_ptr() for t in _tensors(getattr(function, "keywords", {})))
-        return Parcel(memory, (hidden.shape[0], hidden.shape[1]), shared, self.before.get(hidden.device))
+        return OffloadedLayer(memory, (hidden.shape[0], hidden.shape[1]), shared, self.before.get(hidden.device))
 
     # The plan
 
     def plan(self, batch: int, length: int) -> LayerPlan:
         """The plan for rows of this shape, made once for each, or for shapes that are nearly alike where there are many."""
-        now = Situation.of(self.layers)
-        if (batch, length, now) not in self.plans and len(self.plans) >= EXACT:
+        now = PlanKey.of(self.layers)
+        if (batch, length, now) not in self.plans and len(self.plans) >= MAX_EXACT_PLANS:
             length = coarse(length)
         found = self.plans.get((batch, length, now))
         if found is None:
             found = self.plans[batch, length, now] = self._new_plan(batch, length)
-            if len(self.plans) > MOST:
+            if len(self.plans) > PLAN_CACHE_SIZE:
                 del self.plans[next(iter(self.plans))]
             if not found.fits:
                 logger.warning(
                     "no plan for %d x %d tokens stays within the memory budget; the leanest takes %s",
                     batch,
                     length,
-                    written(found.peak.total),
+                    format_bytes(found.peak.total),
                 )
         return found
 
     def _new_plan(self, batch: int, length: int) -> LayerPlan:
         device, devices = next(self.layers[0].parameters()).device, self.devices()
-        treatment = ALIKE.get(self.mode, Treatment.OFFLOAD if len(devices) > 1 else None)
+        action = UNIFORM_ACTIONS.get(self.mode, ActivationAction.OFFLOAD if len(devices) > 1 else None)
         shape = self._shape()
         if shape is None:
-            return LayerPlan((treatment or Treatment.OFFLOAD,) * len(self.layers), self.tile, UNKNOWN)
+            return LayerPlan((action or ActivationAction.OFFLOAD,) * len(self.layers), self.tile, UNKNOWN)
         if self.others is None:
             stream = batch * length * shape.hidden * shape.itemsize  # which is there by now, and in the plan
             self.others = max(0, self._others(shape, device) - stream)
-        if treatment is not None:
-            return uniform(shape, batch, length, treatment, self.tile)
+        if action is not None:
+            return uniform(shape, batch, length, action, self.tile)
         budget = int(self._all_memory(device) * (1 - MARGIN)) - self.others
         tiled = all(isinstance(layer.mlp, MLPOverlay) and not _drops(layer.mlp) for layer in self.layers)
         tiles = (None,) if not tiled else () if self.tile is None else (self.tile,)
-        room = int(psutil.virtual_memory().available * PINNED / processes_here())
+        room = int(psutil.virtual_memory().available * MAX_PINNED_FRACTION / processes_here())
         room += sum(one.taken for one in self.host.values())
-        accumulates = Situation.of(self.layers).accumulates
-        return plan_layers(shape, batch, length, budget, link.measure(device), tiles, room, accumulates)
+        accumulates = PlanKey.of(self.layers).accumulates
+        return plan_layers(shape, batch, length, budget, bandwidth.measure(device), tiles, room, accumulates)
 
     def devices(self) -> set[torch.device]:
         """Where the layers are. Over several devices no plan is made, and every layer is treated as leanly as can be."""
@@ -230,7 +230,7 @@ class MemoryPolicy:
     def advising(self, rows: tuple[int, int] | None) -> Iterator[None]:
         """For a forward over rows of this shape, or a part of it: an out-of-memory error says which changes would make room."""
         self.rows = rows
-        shortage.watch(self)
+        oom.watch(self)
         self.inside += 1
         try:
             yield
@@ -250,10 +250,12 @@ class MemoryPolicy:
         if self.rows is None or shape is None:
             return None
         batch, length = self.rows
-        plan = self.latest or uniform(shape, batch, length, ALIKE.get(self.mode, Treatment.OFFLOAD), self.tile)
-        settings = Settings(batch, length, with_tile(plan.treatments, self.tile), plan.tile)
-        said = f"This step had {batch} rows of {length} tokens; {written(settings.peak(shape))} were predicted at its peak ({plan})."
-        return f"{said}\n{advice(levers(shape, settings))}"
+        plan = self.latest or uniform(
+            shape, batch, length, UNIFORM_ACTIONS.get(self.mode, ActivationAction.OFFLOAD), self.tile
+        )
+        settings = Settings(batch, length, with_tile(plan.actions, self.tile), plan.tile)
+        said = f"This step had {batch} rows of {length} tokens; {format_bytes(settings.peak(shape))} were predicted at its peak ({plan})."
+        return f"{said}\n{advice(savings(shape, settings))}"
 
     def __str__(self) -> str:
         if not self.mode:
@@ -263,7 +265,7 @@ class MemoryPolicy:
         plan = self.latest
         if plan.peak is UNKNOWN:
             return str(plan)
-        return f"{plan} (predicted peak {written(plan.peak.total)}, at the {plan.peak.when})"
+        return f"{plan} (predicted peak {format_bytes(plan.peak.total)}, at the {plan.peak.when})"
 
 
 def _drops(module: torch.nn.Module) -> bool:

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import hasten
-from hasten.dropin import DropInError, install_as_unsloth, run
 from hasten.errors import HastenError, InputError, OptionError
 from hasten.testing import save_tiny
+from hasten.unsloth_compat import DropInError, install_as_unsloth, run
 
 SEEDS = Path(__file__).parent / "data" / "seeds"
 CHECKPOINTS = {
@@ -90,7 +90,7 @@ def test_qlora_example_gives_a_4bit_llama_with_lora(ran: Any) -> None:
     assert model.peft_config["default"].r == RANK
 
 
-def test_cohere_example_has_coheres_own_facts(ran: Any) -> None:
+def test_cohere_example_has_coheres_own_config(ran: Any) -> None:
     report = str(hasten.report(ran("cohere_finetune")["model"]))
     assert "CohereAttention" in report and "cohere family" in report and "o_proj (nf4)" in report
 

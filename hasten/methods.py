@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from hasten.export import Exported
 
 
-class Surface:
+class SharedMethods:
     """What the causal LM and the PeftModel around it share."""
 
     def for_inference(self) -> Any:
@@ -44,7 +44,7 @@ class Surface:
         return push_to_hub_merged(self, repo_id, tokenizer, save_method, **kwargs)  # pyright: ignore[reportArgumentType]
 
 
-class ModelSurface(Surface):
+class CausalLMMethods(SharedMethods):
     """For the causal LM itself."""
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -52,7 +52,7 @@ class ModelSurface(Surface):
         return generate(self, super().generate, *args, **kwargs)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
 
 
-class PeftSurface(Surface, Overlay):
+class PeftMethods(SharedMethods, Overlay):
     """For the PeftModel. Keeps the dtypes in which its weights train, whatever a trainer casts them to.
 
     TRL's trainers cast every trained weight of a quantised model to bf16 on construction, whose steps lose small updates.

@@ -2,7 +2,7 @@
 
 Two Functions, as in `mlp.kernel`, but the first one computes nothing: it keeps the input and has the whole backward, which makes
 gate and up again tile by tile. The second one runs the forward, keeps nothing, and comes last. So a layer that is
-recomputed does not run the MLP's forward again before the backward does. Weights are made dense once for all tiles.
+recomputed does not run the MLP's forward again before the backward does. Weights are acts dense once for all tiles.
 What the second one leaves to the first, past autograd, is product @ A.T of down's LoRA: R numbers a row, which spare the
 backward an activation and a product as wide as the MLP. Autograd cannot free them, so the backward does; a second one over
 the same graph makes them again.
@@ -18,9 +18,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from hasten.ops.lora import DenseWeight, LoraLinear
-from hasten.ops.lora.joint import blocks_of, check_versions, parameters, versions, weight_of, widths
-from hasten.ops.lora.kernel import Kept, input_gradient, needs_input, project, thin_gradients
-from hasten.ops.lora.mlp.kernel import back_to_gate_and_up, make, make_again, thread_of
+from hasten.ops.lora.kernels.linear import SavedInput, input_gradient, needs_input, project, thin_gradients
+from hasten.ops.lora.kernels.mlp import gate_up_backward, gate_up_forward, grad_anchor_of, recompute_gate_up
+from hasten.ops.lora.stacked import blocks_of, check_versions, parameters, versions, weight_of, widths
 from hasten.ops.precision import add_product, at_least_fp32
 from hasten.ops.rows import flat_rows
 
@@ -34,7 +34,7 @@ def tiles(rows: int, tile: int) -> Iterator[slice]:
 
 
 def dense_once(linears: Sequence[LoraLinear], dtype: torch.dtype) -> tuple[LoraLinear, ...]:
-    """The linears over weights that are dense in `dtype` and lie behind each other, so that no tile has to make them so."""
+    """The linears over weights that are dense in `dtype` and lie behind each other, so that no tile has to gate_up_forward them so."""
     rows = weight_of(linears, dtype).detach().split(widths(linears))
     return tuple(replace(one, weight=DenseWeight(part)) for one, part in zip(linears, rows, strict=True))
 
@@ -50,7 +50,7 @@ class GradientSums:
     def add(
         self, dy_NO: torch.Tensor, x_NE: torch.Tensor | None, d_xa: torch.Tensor | None, d_bs: Sequence[torch.Tensor]
     ) -> None:
-        """One tile's share; arguments as in `joint.parameter_gradients`."""
+        """One tile's share; arguments as in `stacked.parameter_gradients`."""
         if d_xa is not None and x_NE is not None:
             self.a = add_product(self.a, d_xa.T, x_NE)
         for index, (one, (_, columns)) in enumerate(zip(self.linears, blocks_of(self.linears), strict=True)):
@@ -92,14 +92,14 @@ class Run:
 
 
 class TiledBackwardFunction(torch.autograd.Function):
-    """A thread that leads the output's gradient here, where every gradient but the residual's is made."""
+    """A grad_anchor that leads the output's gradient here, where every gradient but the residual's is acts."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, made_from: Any, run: Run, *_: Any) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, norm_input: Any, run: Run, *_: Any) -> torch.Tensor:
         flat = flat_rows(x)
-        ctx.save_for_backward(*Kept.tensors(flat, made_from, needed=True))
-        ctx.run, ctx.versions, ctx.rule, ctx.shape = run, versions(run.linears), Kept.rule(made_from), x.shape
-        return thread_of(flat, run.linears)
+        ctx.save_for_backward(*SavedInput.tensors(flat, norm_input, needed=True))
+        ctx.run, ctx.versions, ctx.rule, ctx.shape = run, versions(run.linears), SavedInput.rule(norm_input), x.shape
+        return grad_anchor_of(flat, run.linears)
 
     @staticmethod
     @once_differentiable
@@ -113,16 +113,18 @@ class TiledBackwardFunction(torch.autograd.Function):
         dx = dy.new_empty(len(dy), ctx.shape[-1]) if ctx.needs_input_grad[0] else None
         pas, run.pas = run.pas, []  # whoever keeps the loss keeps `run`
 
-        # A function, so that a tile's buffers are gone before the next one's are made.
+        # A function, so that a tile's buffers are gone before the next one's are acts.
         def one_tile(index: int, rows: slice) -> None:
-            flat = Kept.rows(source[rows], norm_weight, ctx.rule, dy.dtype)
+            flat = SavedInput.rows(source[rows], norm_weight, ctx.rule, dy.dtype)
             assert flat is not None
-            made = make_again(flat, dense, pas[index]) if pas else make(flat, dense, run.activation)[1]
-            of_down.add(dy[rows], *back_to_gate_and_up(dy[rows], made, dense[2:], run.activation, needs_input(down)))
-            d_gu = made.gu
-            d_xa, d_b = thin_gradients(both, d_gu, made.xa, made.b)
+            acts = (
+                recompute_gate_up(flat, dense, pas[index]) if pas else gate_up_forward(flat, dense, run.activation)[1]
+            )
+            of_down.add(dy[rows], *gate_up_backward(dy[rows], acts, dense[2:], run.activation, needs_input(down)))
+            d_gu = acts.gu
+            d_xa, d_b = thin_gradients(both, d_gu, acts.xa, acts.b)
             if dx is not None:
-                input_gradient(d_gu, dense[:2], d_xa, made.a, dx[rows])
+                input_gradient(d_gu, dense[:2], d_xa, acts.a, dx[rows])
             of_both.add(d_gu, flat, d_xa, d_b)
 
         for index, rows in enumerate(tiles(len(dy), run.tile)):
@@ -131,18 +133,18 @@ class TiledBackwardFunction(torch.autograd.Function):
 
 
 class TiledForwardFunction(torch.autograd.Function):
-    """The output's rows. x_NE comes without gradient: all gradients but the residual's are made behind `thread`."""
+    """The output's rows. x_NE comes without gradient: all gradients but the residual's are acts behind `grad_anchor`."""
 
     @staticmethod
-    def forward(ctx: Any, thread: torch.Tensor, x_NE: torch.Tensor, residual: Any, run: Run) -> torch.Tensor:
+    def forward(ctx: Any, grad_anchor: torch.Tensor, x_NE: torch.Tensor, residual: Any, run: Run) -> torch.Tensor:
         ctx.shape = None if residual is None else residual.shape
         base = None if residual is None else flat_rows(residual)
-        dense, out = run.dense(x_NE.dtype), x_NE.new_empty(thread.shape)
+        dense, out = run.dense(x_NE.dtype), x_NE.new_empty(grad_anchor.shape)
 
         def one_tile(rows: slice) -> torch.Tensor | None:
-            product, made = make(x_NE[rows], dense, run.activation)
-            pa, b = made.pa, made.b_down
-            del made  # gate and up
+            product, acts = gate_up_forward(x_NE[rows], dense, run.activation)
+            pa, b = acts.pa, acts.b_down
+            del acts  # gate and up
             project(product, dense[2:], pa, b, None if base is None else base[rows], out[rows])
             return pa
 
@@ -160,10 +162,10 @@ def lora_mlp(
     linears: Sequence[LoraLinear],
     activation: str,
     residual: torch.Tensor | None,
-    made_from: NormInput | None,
+    norm_input: NormInput | None,
     tile: int,
 ) -> torch.Tensor:
     run = Run(tuple(linears), activation, tile)
-    thread = TiledBackwardFunction.apply(x, made_from, run, *parameters(run.linears))
-    out: torch.Tensor = TiledForwardFunction.apply(thread, flat_rows(x.detach()), residual, run)  # pyright: ignore[reportAssignmentType]
+    grad_anchor = TiledBackwardFunction.apply(x, norm_input, run, *parameters(run.linears))
+    out: torch.Tensor = TiledForwardFunction.apply(grad_anchor, flat_rows(x.detach()), residual, run)  # pyright: ignore[reportAssignmentType]
     return out.view(*x.shape[:-1], out.shape[-1])

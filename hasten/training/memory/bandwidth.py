@@ -14,7 +14,7 @@ REPEATS = 4
 
 
 @dataclass(frozen=True)
-class Link:
+class DeviceSpeed:
     """bytes_per_s: of one direction of the link to pinned host memory. flops_per_s: of products in the compute dtype."""
 
     bytes_per_s: float
@@ -22,7 +22,7 @@ class Link:
 
 
 @functools.cache
-def measure(device: torch.device) -> Link | None:
+def measure(device: torch.device) -> DeviceSpeed | None:
     """Measures a GPU once in a process, in some 50 ms. None for a CPU, whose memory is the host's."""
     if device.type != "cuda":
         return None
@@ -31,7 +31,7 @@ def measure(device: torch.device) -> Link | None:
     square = torch.zeros(PROBE_SIDE, PROBE_SIDE, dtype=torch.bfloat16, device=device)
     copying = _seconds(device, lambda: there.copy_(here, non_blocking=True))
     multiplying = _seconds(device, lambda: square @ square)
-    return Link(PROBE_BYTES / copying, 2 * PROBE_SIDE**3 / multiplying)
+    return DeviceSpeed(PROBE_BYTES / copying, 2 * PROBE_SIDE**3 / multiplying)
 
 
 def _seconds(device: torch.device, work: Callable[[], Any]) -> float:

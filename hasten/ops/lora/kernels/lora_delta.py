@@ -37,7 +37,7 @@ def thin_dot(left, right, UPCAST: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["N", "ROWS_EACH"])
-def _share_bwd(
+def _lora_delta_bwd(
     dy_ptr, xa_ptr, b_ptr, strips_ptr, sums_ptr, stride_dy, stride_xa, stride_b, N, F, R, ROWS_EACH,
     BLOCK_R: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -59,7 +59,7 @@ def _share_bwd(
 
 
 @triton.jit(do_not_specialize=["N"])
-def _lay_share(
+def _add_lora_delta(
     base_ptr, xa_ptr, b_ptr, out_ptr, stride_base, stride_xa, stride_b, stride_out, N, F, R,
     BLOCK_R: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -80,7 +80,7 @@ def rank_block(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
 
 
-def lay_share(
+def add_lora_delta(
     base_NF: torch.Tensor, xa_NR: torch.Tensor, b_RF: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """base + xa @ b (N, F) of base's dtype, in `out` or new. Columns contiguous; base's rows may be one row (stride 0).
@@ -93,14 +93,14 @@ def lay_share(
     if not rows:
         return out
     with on_device(out):
-        _lay_share[grid](
+        _add_lora_delta[grid](
             base_NF, xa_NR, b_RF, out, base_NF.stride(0), xa_NR.stride(0), b_RF.stride(0), out.stride(0),
             rows, width, xa_NR.shape[1], BLOCK_R=rank_block(xa_NR.shape[1]), UPCAST=not out.is_cuda, num_warps=4, **tile,
         )  # fmt: skip
     return out
 
 
-def share_bwd(
+def lora_delta_bwd(
     dy_NF: torch.Tensor,
     xa_NR: torch.Tensor,
     b_RF: torch.Tensor,
@@ -116,7 +116,7 @@ def share_bwd(
     parts = torch.empty(strips, rows, block, device=dy_NF.device, dtype=torch.float32)
     sums = torch.empty(splits, width, block, device=dy_NF.device, dtype=torch.float32)
     with on_device(dy_NF):
-        _share_bwd[(strips, splits)](
+        _lora_delta_bwd[(strips, splits)](
             dy_NF, xa_NR, b_RF, parts, sums, dy_NF.stride(0), xa_NR.stride(0), b_RF.stride(0), rows, width, xa_NR.shape[1], each,
             BLOCK_R=block, UPCAST=not dy_NF.is_cuda, **tile,
         )  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hasten.ops.attention.tiles.kernel import LENGTHS, Rule, Tiles, dot, key_range, launch, score, tile, visible
+from hasten.ops.attention.kernels.tiles import LENGTHS, Rule, Tiles, dot, key_range, launch, score, tile, visible
 from hasten.ops.backend import on_device
 
 

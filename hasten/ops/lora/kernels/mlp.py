@@ -1,8 +1,8 @@
-"""The gated MLP: gate and up in one buffer, over which the backward writes their gradients, the activation made again.
+"""The gated MLP: gate and up in one buffer, over which the backward writes their gradients, the activation acts again.
 
 Two Functions: the first one keeps all there is to keep and has the whole backward; the second one, the last product, keeps
 nothing. So a layer that is recomputed stops before that product (torch's checkpoint stops once it has all kept tensors).
-Between them runs a `thread`: a tensor of the output's shape without memory of its own, whose gradient is the output's.
+Between them runs a `grad_anchor`: a tensor of the output's shape without memory of its own, whose gradient is the output's.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from hasten.ops.glu.kernel import glu_bwd, glu_fwd
-from hasten.ops.lora.joint import adapters, check_versions, parameter_gradients, parameters, versions, widths
-from hasten.ops.lora.kernel import Kept, input_gradient, low_rank, needs_input, project, thin_gradients
+from hasten.ops.lora.kernels.linear import SavedInput, input_gradient, low_rank, needs_input, project, thin_gradients
+from hasten.ops.lora.stacked import adapters, check_versions, parameter_gradients, parameters, versions, widths
 from hasten.ops.rows import flat_rows
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hasten.ops.norm import NormInput
 
 
-class Made(NamedTuple):
+class GateUpActivations(NamedTuple):
     """What the forward makes of its rows and the backward reads: gu (N, 2F) gate and up side by side, for them and for down
     x @ A.T, A and scaled B of `low_rank`."""
 
@@ -36,49 +36,51 @@ class Made(NamedTuple):
     b_down: torch.Tensor | None
 
 
-def make(flat: torch.Tensor, linears: Sequence[LoraLinear], activation: str) -> tuple[torch.Tensor, Made]:
-    """(act(gate) * up (N, F), what was made on the way) of the input's rows (N, E); all there is to do before the last product."""
+def gate_up_forward(
+    flat: torch.Tensor, linears: Sequence[LoraLinear], activation: str
+) -> tuple[torch.Tensor, GateUpActivations]:
+    """(act(gate) * up (N, F), what was acts on the way) of the input's rows (N, E); all there is to do before the last product."""
     xa, a, b = low_rank(flat, linears[:2])
     gu = project(flat, linears[:2], xa, b)
     product = glu_fwd(*gu.chunk(2, dim=1), activation)
-    return product, Made(xa, a, b, gu, *low_rank(product, linears[2:]))
+    return product, GateUpActivations(xa, a, b, gu, *low_rank(product, linears[2:]))
 
 
-def make_again(flat: torch.Tensor, linears: Sequence[LoraLinear], pa: torch.Tensor | None) -> Made:
-    """What `make` made of the same rows, without the product: pa is at hand."""
+def recompute_gate_up(flat: torch.Tensor, linears: Sequence[LoraLinear], pa: torch.Tensor | None) -> GateUpActivations:
+    """What `gate_up_forward` acts of the same rows, without the product: pa is at hand."""
     xa, a, b = low_rank(flat, linears[:2])
     found = adapters(linears[2:], flat.dtype)
-    return Made(
+    return GateUpActivations(
         xa, a, b, project(flat, linears[:2], xa, b), pa, *((None, None) if found is None else (found.a, found.b))
     )
 
 
-def back_to_gate_and_up(
-    dy: torch.Tensor, made: Made, down: Sequence[LoraLinear], activation: str, wants_product: bool
+def gate_up_backward(
+    dy: torch.Tensor, acts: GateUpActivations, down: Sequence[LoraLinear], activation: str, wants_product: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, list[torch.Tensor]]:
-    """Writes the gradients of gate and up over `made.gu`. Returns what down's own gradients are made of, beside dy: its input
-    act(gate) * up made again (None where it is not wanted), d(input @ A.T) and d(B)."""
-    halves = made.gu.chunk(2, dim=1)
-    d_pa, d_b = thin_gradients(down, dy, made.pa, made.b_down)
-    d_product = input_gradient(dy, down, d_pa, made.a_down)
+    """Writes the gradients of gate and up over `acts.gu`. Returns what down's own gradients are acts of, beside dy: its input
+    act(gate) * up acts again (None where it is not wanted), d(input @ A.T) and d(B)."""
+    halves = acts.gu.chunk(2, dim=1)
+    d_pa, d_b = thin_gradients(down, dy, acts.pa, acts.b_down)
+    d_product = input_gradient(dy, down, d_pa, acts.a_down)
     product = d_product if wants_product else None  # which takes its gradient's place
     glu_bwd(d_product, *halves, activation, halves, product)
     return product, d_pa, d_b
 
 
 class LoraGluFunction(torch.autograd.Function):
-    """(product, product @ A.T and B of down's LoRA or None, thread)."""
+    """(product, product @ A.T and B of down's LoRA or None, grad_anchor)."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, made_from: Any, linears: Any, activation: str, *_: Any) -> Any:
+    def forward(ctx: Any, x: torch.Tensor, norm_input: Any, linears: Any, activation: str, *_: Any) -> Any:
         ctx.set_materialize_grads(False)  # nobody wants zeros of the product's size
         flat = flat_rows(x)
-        product, made = make(flat, linears, activation)
-        ctx.save_for_backward(*Kept.tensors(flat, made_from, needs_input(linears[:2])), *made)
-        ctx.linears, ctx.rule, ctx.activation, ctx.shape = linears, Kept.rule(made_from), activation, x.shape
+        product, acts = gate_up_forward(flat, linears, activation)
+        ctx.save_for_backward(*SavedInput.tensors(flat, norm_input, needs_input(linears[:2])), *acts)
+        ctx.linears, ctx.rule, ctx.activation, ctx.shape = linears, SavedInput.rule(norm_input), activation, x.shape
         ctx.spent, ctx.versions = False, versions(linears)
-        ctx.mark_non_differentiable(*(t for t in (product, made.pa, made.b_down) if t is not None))
-        return product, made.pa, made.b_down, thread_of(flat, linears)
+        ctx.mark_non_differentiable(*(t for t in (product, acts.pa, acts.b_down) if t is not None))
+        return product, acts.pa, acts.b_down, grad_anchor_of(flat, linears)
 
     @staticmethod
     @once_differentiable
@@ -90,25 +92,25 @@ class LoraGluFunction(torch.autograd.Function):
         ctx.spent = True
         check_versions(ctx.linears, ctx.versions)
         source, norm_weight, *kept = ctx.saved_tensors
-        made = Made(*kept)
+        acts = GateUpActivations(*kept)
         both, down, dy = ctx.linears[:2], ctx.linears[2:], flat_rows(grad)
-        product_and_thin = back_to_gate_and_up(dy, made, down, ctx.activation, needs_input(down))
+        product_and_thin = gate_up_backward(dy, acts, down, ctx.activation, needs_input(down))
         d_down = parameter_gradients(down, dy, *product_and_thin)
         del product_and_thin
-        d_gu = made.gu
-        d_xa, d_b = thin_gradients(both, d_gu, made.xa, made.b)
-        dx = input_gradient(d_gu, both, d_xa, made.a).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        flat = Kept.rows(source, norm_weight, ctx.rule, dy.dtype)
+        d_gu = acts.gu
+        d_xa, d_b = thin_gradients(both, d_gu, acts.xa, acts.b)
+        dx = input_gradient(d_gu, both, d_xa, acts.a).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        flat = SavedInput.rows(source, norm_weight, ctx.rule, dy.dtype)
         return dx, None, None, None, *parameter_gradients(both, d_gu, flat, d_xa, d_b), *d_down
 
 
-def thread_of(flat: torch.Tensor, linears: Sequence[LoraLinear]) -> torch.Tensor:
+def grad_anchor_of(flat: torch.Tensor, linears: Sequence[LoraLinear]) -> torch.Tensor:
     """The output's rows (N, E) without memory: what the last Function's gradient runs along to the one that has the backward."""
     return flat.new_empty(1).expand(len(flat), sum(widths(linears[2:])))
 
 
 class DownFunction(torch.autograd.Function):
-    """The last product, on top of a residual where given. All gradients but the residual's are made behind `thread`."""
+    """The last product, on top of a residual where given. All gradients but the residual's are acts behind `grad_anchor`."""
 
     @staticmethod
     def forward(ctx: Any, _thread: Any, product: Any, pa: Any, b: Any, residual: Any, down: LoraLinear) -> torch.Tensor:
@@ -126,8 +128,8 @@ def lora_mlp(
     linears: Sequence[LoraLinear],
     activation: str,
     residual: torch.Tensor | None,
-    made_from: NormInput | None,
+    norm_input: NormInput | None,
 ) -> torch.Tensor:
-    *inner, thread = LoraGluFunction.apply(x, made_from, tuple(linears), activation, *parameters(linears))  # pyright: ignore[reportGeneralTypeIssues]
-    out: torch.Tensor = DownFunction.apply(thread, *inner, residual, linears[2])  # pyright: ignore[reportAssignmentType]
+    *inner, grad_anchor = LoraGluFunction.apply(x, norm_input, tuple(linears), activation, *parameters(linears))  # pyright: ignore[reportGeneralTypeIssues]
+    out: torch.Tensor = DownFunction.apply(grad_anchor, *inner, residual, linears[2])  # pyright: ignore[reportAssignmentType]
     return out.view(*x.shape[:-1], out.shape[-1])

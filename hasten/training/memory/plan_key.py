@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 
-class Situation(NamedTuple):
+class PlanKey(NamedTuple):
     """As told by the first layer and the last, since a look at every weight of a large model costs milliseconds a step.
 
     dtype: of autocast, where it is on. stored, trained: bytes of weights. accumulates: whether gradients of a step before are there.
@@ -21,7 +21,7 @@ class Situation(NamedTuple):
     accumulates: bool
 
     @classmethod
-    def of(cls, layers: Sequence[torch.nn.Module]) -> Situation:
+    def of(cls, layers: Sequence[torch.nn.Module]) -> PlanKey:
         weights = [p for layer in (layers[0], layers[-1]) for p in layer.parameters()]
         trained = [p for p in weights if p.requires_grad]
         accumulates = any(p.grad is not None for p in trained)

@@ -1,12 +1,12 @@
-"""From a family's facts and a checkpoint's config to the values that overlays run with."""
+"""From a family's overlay_config and a checkpoint's config to the values that overlays run with."""
 
 from typing import Any
 
 from hasten.errors import ContractError
-from hasten.ops import NormRule
+from hasten.families.schema import Family, Norm
+from hasten.ops import NormConfig
 from hasten.ops.attention import LARGEST_HEAD
-from hasten.overlays import AttentionFacts, BackboneFacts, HeadFacts, LayerFacts, MLPFacts
-from hasten.spec import Family, Norm
+from hasten.overlays import AttentionConfig, BackboneConfig, HeadConfig, LayerConfig, MLPConfig
 
 
 def _field(config: Any, name: str) -> Any:
@@ -16,11 +16,11 @@ def _field(config: Any, name: str) -> Any:
     return getattr(config, name)
 
 
-def norm_rule(norm: Norm, config: Any) -> NormRule:
-    return NormRule(_field(config, norm.eps), norm.kind, norm.unit_offset, norm.fp32_weight)
+def norm_config(norm: Norm, config: Any) -> NormConfig:
+    return NormConfig(_field(config, norm.eps), norm.kind, norm.unit_offset, norm.fp32_weight)
 
 
-def attention_facts(family: Family, config: Any, layer: int) -> AttentionFacts:
+def attention_config(family: Family, config: Any, layer: int) -> AttentionConfig:
     spec = family.attention
     kinds = getattr(config, "layer_types", None)
     sliding = spec.window == "always" or (
@@ -28,14 +28,14 @@ def attention_facts(family: Family, config: Any, layer: int) -> AttentionFacts:
     )
     window = getattr(config, "sliding_window", None) if sliding else None
     normed = spec.qk_norm is not None and (spec.qk_norm_if is None or _field(config, spec.qk_norm_if))
-    return AttentionFacts(
+    return AttentionConfig(
         scale=_field(config, spec.scale) ** spec.scale_power if spec.scale else _head_dim(config) ** -0.5,
         rotation=spec.rotation,
         rope_fp32=spec.rope_fp32,
         use_rope=spec.rope_layers == "all" or window is not None,
         window=window,
         softcap=_field(config, spec.softcap) if spec.softcap else None,
-        qk_norm=norm_rule(spec.qk_norm, config) if spec.qk_norm is not None and normed else None,
+        qk_norm=norm_config(spec.qk_norm, config) if spec.qk_norm is not None and normed else None,
     )
 
 
@@ -43,7 +43,7 @@ def _head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def backbone_facts(family: Family, config: Any, asked: str | None) -> BackboneFacts:
+def backbone_config(family: Family, config: Any, asked: str | None) -> BackboneConfig:
     """asked: the attention backend that the user named, which then runs; None = hasten chooses on a GPU.
 
     Without a name only what transformers chooses by itself is replaced: sdpa, and eager where scores have a softcap.
@@ -59,21 +59,21 @@ def backbone_facts(family: Family, config: Any, asked: str | None) -> BackboneFa
         reason = f"heads of {_head_dim(config)} channels; the kernels take up to {LARGEST_HEAD}"
     elif not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
         reason = "this model's attention is not causal"
-    return BackboneFacts(None if reason else name, reason, getattr(config, "attention_dropout", 0.0) or 0.0)
+    return BackboneConfig(None if reason else name, reason, getattr(config, "attention_dropout", 0.0) or 0.0)
 
 
-def mlp_facts(family: Family, config: Any) -> MLPFacts:
-    return MLPFacts(_field(config, family.mlp.activation))
+def mlp_config(family: Family, config: Any) -> MLPConfig:
+    return MLPConfig(_field(config, family.mlp.activation))
 
 
-def layer_facts(family: Family, config: Any) -> LayerFacts:
+def layer_config(family: Family, config: Any) -> LayerConfig:
     multiplier = family.block.multiplier
-    return LayerFacts(family.block.residual, _field(config, multiplier) if multiplier else 1.0)
+    return LayerConfig(family.block.residual, _field(config, multiplier) if multiplier else 1.0)
 
 
-def head_facts(family: Family, config: Any, max_seq_length: int | None = None) -> HeadFacts:
+def head_config(family: Family, config: Any, max_seq_length: int | None = None) -> HeadConfig:
     spec = family.head
     scale = _field(config, spec.multiplier) if spec.multiplier else 1.0
     if spec.divisor:
         scale = scale / _field(config, spec.divisor)
-    return HeadFacts(scale, _field(config, spec.softcap) if spec.softcap else None, max_seq_length)
+    return HeadConfig(scale, _field(config, spec.softcap) if spec.softcap else None, max_seq_length)

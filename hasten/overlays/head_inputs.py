@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 
 from hasten.errors import InputError
-from hasten.ops import ScoreRule, TokenScores, score_logits
+from hasten.ops import ScoreConfig, TokenScores, score_logits
 
 IGNORED = -100
 
@@ -79,7 +79,7 @@ def compute_dtype(hidden: torch.Tensor) -> torch.dtype:
 
 
 def score_through_module(
-    head: nn.Module, hidden_NE: torch.Tensor, labels_N: torch.Tensor, rule: ScoreRule
+    head: nn.Module, hidden_NE: torch.Tensor, labels_N: torch.Tensor, rule: ScoreConfig
 ) -> TokenScores:
     """Scores through the head's own forward, some rows at a time; each chunk's logits are recomputed in the backward."""
 

@@ -6,7 +6,7 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MI
 GIB = 2**30
 
 
-def bytes_of(amount: int | str) -> int:
+def parse_bytes(amount: int | str) -> int:
     """Bytes of "5GB", "200 MB", "1GiB" or a number of bytes. Raises ValueError for anything else and for less than one byte."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(amount))
     if found is None or found[2].upper() not in UNITS or float(found[1]) * UNITS[found[2].upper()] < 1:
@@ -14,6 +14,6 @@ def bytes_of(amount: int | str) -> int:
     return int(float(found[1]) * UNITS[found[2].upper()])
 
 
-def written(count: int) -> str:
+def format_bytes(count: int) -> str:
     """`count` bytes in GiB from one on, else in MiB."""
     return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"

@@ -10,28 +10,28 @@ from hasten.overlays.base import Overlay
 
 
 @dataclass(frozen=True)
-class StreamFacts:
+class Fp32WeightConfig:
     """dtype: of the residual stream, which the embedding feeds and the head reads."""
 
     dtype: torch.dtype
 
 
-class WideEmbedding(Overlay):
+class Fp32Embedding(Overlay):
     """Looks up in fp32 and hands on the stream's dtype; a family's scale is applied there, rounded as it always is."""
 
-    facts: ClassVar[StreamFacts]
+    overlay_config: ClassVar[Fp32WeightConfig]
     runs = "fp32 embedding"
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        rows = F.embedding(input_ids, self.weight, self.padding_idx).to(self.facts.dtype)
+        rows = F.embedding(input_ids, self.weight, self.padding_idx).to(self.overlay_config.dtype)
         scale = getattr(self, "embed_scale", None)
         return rows if scale is None else rows * scale.to(rows.dtype)
 
 
-class WideHead(Overlay):
+class Fp32Head(Overlay):
     """Multiplies in the input's dtype by a weight that is kept in fp32."""
 
-    facts: ClassVar[StreamFacts]
+    overlay_config: ClassVar[Fp32WeightConfig]
     runs = "fp32 head"
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

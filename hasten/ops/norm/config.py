@@ -5,7 +5,7 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
-class NormRule:
+class NormConfig:
     """`spec.Norm` with epsilon read from the config; the formulas are at the top of `ops.norm`.
 
     eps: added to the mean of squares or the variance.

@@ -1,6 +1,6 @@
 """LoRA that costs little: products by cuBLAS, few and large, what lies between them in few passes, gradients summed in fp32.
 
-- Linears that read one input are one product (see `joint`), and so are all A, all B and their gradients.
+- Linears that read one input are one product (see `stacked`), and so are all A, all B and their gradients.
 - A residual, a bias and B's share are laid down in one pass, and the product adds itself to them; the input's gradient
   likewise starts as d(x @ A.T) @ A.
 """
@@ -13,21 +13,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from hasten.ops.lora.joint import (
+from hasten.ops.lora.kernels.lora_delta import (
+    MAX_RANK,
+    MAX_RANK_BACKWARD,
+    MIN_WIDTH_BACKWARD,
+    add_lora_delta,
+    lora_delta_bwd,
+)
+from hasten.ops.lora.stacked import (
     adapters,
     bias_of,
     blocks_of,
     check_versions,
+    matmul_fp32,
     parameter_gradients,
     parameters,
-    product_fp32,
     ranks,
     versions,
     weight_of,
     widths,
 )
-from hasten.ops.lora.share.kernel import MAX_RANK, MAX_RANK_BACKWARD, MIN_WIDTH_BACKWARD, lay_share, share_bwd
-from hasten.ops.norm import NormInput, NormRule
+from hasten.ops.norm import NormConfig, NormInput
 from hasten.ops.rows import flat_rows
 
 if TYPE_CHECKING:
@@ -60,7 +66,7 @@ def project(
         if base is None:
             start = torch.mm(xa, b, out=out)
         elif b.shape[0] <= MAX_RANK:
-            start = lay_share(base, xa, b, out)
+            start = add_lora_delta(base, xa, b, out)
         else:
             start = torch.addmm(base, xa, b, out=out)
     weight = weight_of(linears, x_NE.dtype)
@@ -82,14 +88,14 @@ def thin_gradients(
     blocks = blocks_of(linears)
     one_read = all(rank <= MAX_RANK_BACKWARD for rank in ranks(linears)) and min(widths(linears)) >= MIN_WIDTH_BACKWARD
     if not one_read or not len(dy_NO):
-        tall = product_fp32(xa_NR.T, dy_NO, torch.float32)
+        tall = matmul_fp32(xa_NR.T, dy_NO, torch.float32)
         return dy_NO @ b_RO.T, [tall[block].T for block in blocks]
     d_xa, d_bs = torch.empty_like(xa_NR), []
     for rows, columns in blocks:
         if rows.start == rows.stop:
             d_bs.append(b_RO[rows, columns].T)
             continue
-        d_xa_own, d_b = share_bwd(dy_NO[:, columns], xa_NR[:, rows], b_RO[rows, columns])
+        d_xa_own, d_b = lora_delta_bwd(dy_NO[:, columns], xa_NR[:, rows], b_RO[rows, columns])
         d_xa[:, rows] = d_xa_own
         d_bs.append(d_b)
     return d_xa, d_bs
@@ -109,22 +115,22 @@ def input_gradient(
     return torch.mm(d_xa, a, out=out).addmm_(dy_NO, weight)
 
 
-class Kept:
-    """What every Function here keeps of its input: the input, or what its norm made it from, or nothing."""
+class SavedInput:
+    """What every Function here keeps of its input: the input, or what its norm acts it from, or nothing."""
 
     @staticmethod
-    def tensors(x_NE: torch.Tensor, made_from: NormInput | None, needed: bool) -> tuple[torch.Tensor | None, ...]:
+    def tensors(x_NE: torch.Tensor, norm_input: NormInput | None, needed: bool) -> tuple[torch.Tensor | None, ...]:
         if not needed:
             return None, None
-        return (x_NE, None) if made_from is None else (made_from.x, made_from.weight)
+        return (x_NE, None) if norm_input is None else (norm_input.x, norm_input.weight)
 
     @staticmethod
-    def rule(made_from: NormInput | None) -> NormRule | None:
-        return None if made_from is None else made_from.rule
+    def rule(norm_input: NormInput | None) -> NormConfig | None:
+        return None if norm_input is None else norm_input.rule
 
     @staticmethod
     def rows(
-        x: torch.Tensor | None, weight: torch.Tensor | None, rule: NormRule | None, dtype: torch.dtype
+        x: torch.Tensor | None, weight: torch.Tensor | None, rule: NormConfig | None, dtype: torch.dtype
     ) -> torch.Tensor | None:
         """The input's rows again, in the products' dtype: a norm with an fp32 weight gives fp32 rows."""
         if x is None or weight is None or rule is None:
@@ -140,12 +146,14 @@ class LoraLinearsFunction(torch.autograd.Function):
     """Parameters come in as arguments only so that autograd sees them."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, residual: torch.Tensor | None, made_from: Any, linears: Any, *_: Any) -> Any:
+    def forward(
+        ctx: Any, x: torch.Tensor, residual: torch.Tensor | None, norm_input: Any, linears: Any, *_: Any
+    ) -> Any:
         flat = flat_rows(x)
         xa, a, b = low_rank(flat, linears)
         y = project(flat, linears, xa, b, None if residual is None else flat_rows(residual))
-        ctx.save_for_backward(*Kept.tensors(flat, made_from, needs_input(linears)), xa, a, b)
-        ctx.linears, ctx.versions, ctx.rule = linears, versions(linears), Kept.rule(made_from)
+        ctx.save_for_backward(*SavedInput.tensors(flat, norm_input, needs_input(linears)), xa, a, b)
+        ctx.linears, ctx.versions, ctx.rule = linears, versions(linears), SavedInput.rule(norm_input)
         ctx.shape, ctx.has_residual = x.shape, residual is not None
         return tuple(out.view(*x.shape[:-1], -1) for out in y.split(widths(linears), dim=1))
 
@@ -158,12 +166,12 @@ class LoraLinearsFunction(torch.autograd.Function):
         dy = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
         d_xa, d_b = thin_gradients(ctx.linears, dy, xa, b)
         dx = input_gradient(dy, ctx.linears, d_xa, a).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        flat = Kept.rows(source, norm_weight, ctx.rule, dy.dtype)
+        flat = SavedInput.rows(source, norm_weight, ctx.rule, dy.dtype)
         d_residual = grads[0] if ctx.has_residual else None
         return dx, d_residual, None, None, *parameter_gradients(ctx.linears, dy, flat, d_xa, d_b)
 
 
 def lora_linears(
-    x: torch.Tensor, linears: Sequence[LoraLinear], residual: torch.Tensor | None, made_from: NormInput | None
+    x: torch.Tensor, linears: Sequence[LoraLinear], residual: torch.Tensor | None, norm_input: NormInput | None
 ) -> tuple[torch.Tensor, ...]:
-    return LoraLinearsFunction.apply(x, residual, made_from, tuple(linears), *parameters(linears))  # pyright: ignore[reportReturnType]
+    return LoraLinearsFunction.apply(x, residual, norm_input, tuple(linears), *parameters(linears))  # pyright: ignore[reportReturnType]

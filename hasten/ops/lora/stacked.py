@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hasten.ops.lora import LoraLinear
 
 
-def product_fp32(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def matmul_fp32(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """left @ right summed in fp32, in `dtype`: no 16-bit rounding on the way into an fp32 gradient."""
     if left.is_cuda and left.dtype != torch.float32 and dtype == torch.float32:
         return torch.mm(left, right, out_dtype=torch.float32)
@@ -87,7 +87,7 @@ def weight_of(linears: Sequence[LoraLinear], dtype: torch.dtype) -> torch.Tensor
     """[W_1; W_2; ...] in `dtype`: a view where the weights lie behind each other in memory, else a new buffer."""
     if len(linears) == 1:
         return linears[0].weight.dense(dtype)
-    view = as_one([one.weight.held for one in linears])
+    view = stacked_view([one.weight.held for one in linears])
     if view is not None and view.dtype == dtype:
         return view
     shapes = widths(linears)
@@ -97,7 +97,7 @@ def weight_of(linears: Sequence[LoraLinear], dtype: torch.dtype) -> torch.Tensor
     return whole
 
 
-def as_one(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+def stacked_view(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     """One view over matrices of one dtype that follow each other in one storage, or None."""
     first, end = tensors[0], None
     if first is None:
@@ -138,7 +138,7 @@ def parameter_gradients(
     d_a = None
     if d_xa is not None and x_NE is not None:
         kind = next(one.a.dtype for one in linears if one.a is not None)
-        d_a = product_fp32(d_xa.T, x_NE, kind)
+        d_a = matmul_fp32(d_xa.T, x_NE, kind)
     found: list[Any] = []
     for index, (one, (rows, columns)) in enumerate(zip(linears, blocks_of(linears), strict=True)):
         if one.a is None or one.b is None or d_a is None:
@@ -146,6 +146,6 @@ def parameter_gradients(
         else:
             found += [d_a[rows].to(one.a.dtype), (d_bs[index] * one.scale).to(one.b.dtype)]
         weight, bias, mine = one.trained_weight, one.trained_bias, dy_NO[:, columns]
-        found.append(None if weight is None or x_NE is None else product_fp32(mine.T, x_NE, weight.dtype))
+        found.append(None if weight is None or x_NE is None else matmul_fp32(mine.T, x_NE, weight.dtype))
         found.append(None if bias is None else mine.sum(0, dtype=torch.float32).to(bias.dtype))
     return found

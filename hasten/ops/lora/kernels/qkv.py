@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from hasten.ops.lora.joint import check_versions, parameter_gradients, parameters, versions, widths
-from hasten.ops.lora.kernel import Kept, input_gradient, low_rank, needs_input, project, thin_gradients
-from hasten.ops.rope.function import rope_rule
+from hasten.ops.lora.kernels.linear import SavedInput, input_gradient, low_rank, needs_input, project, thin_gradients
+from hasten.ops.lora.stacked import check_versions, parameter_gradients, parameters, versions, widths
+from hasten.ops.rope.function import rope_config
 from hasten.ops.rope.kernel import flat_tokens, qk_rope_bwd, qk_rope_fwd
 from hasten.ops.rows import flat_rows
 
 if TYPE_CHECKING:
-    from hasten.ops.lora import Heads, LoraLinear
+    from hasten.ops.lora import HeadsConfig, LoraLinear
     from hasten.ops.norm import NormInput
 
 
@@ -31,7 +31,7 @@ def _heads(
 class LoraQkvFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, wq: Any, wk: Any, made_from: Any, linears: Any, heads: Heads, *_: Any
+        ctx: Any, x: torch.Tensor, wq: Any, wk: Any, norm_input: Any, linears: Any, heads: HeadsConfig, *_: Any
     ) -> Any:
         flat = flat_rows(x)
         xa, a, b = low_rank(flat, linears)
@@ -39,17 +39,17 @@ class LoraQkvFunction(torch.autograd.Function):
         q, k, v = _heads(y, linears, x.shape[:2], heads.dim)
         table = None if heads.position is None else tuple(t.contiguous() for t in heads.position)
         weights = None if wq is None else (wq.contiguous(), wk.contiguous())
-        rule = rope_rule(heads.rotation, heads.fp32, heads.qk_norm)
+        rule = rope_config(heads.rotation, heads.fp32, heads.qk_norm)
         out = (q, k)
         if weights is not None:
             out = tuple(torch.empty(t.shape, device=t.device, dtype=t.dtype) for t in (q, k))
         if weights is not None or table is not None:
             qk_rope_fwd((q, k), weights, table, rule, out)
         ctx.save_for_backward(
-            *Kept.tensors(flat, made_from, needs_input(linears)), xa, a, b, y if weights else None,
+            *SavedInput.tensors(flat, norm_input, needs_input(linears)), xa, a, b, y if weights else None,
             *(weights or (None, None)), *(table or (None, None)),
         )  # fmt: skip
-        ctx.linears, ctx.versions, ctx.rule = linears, versions(linears), Kept.rule(made_from)
+        ctx.linears, ctx.versions, ctx.rule = linears, versions(linears), SavedInput.rule(norm_input)
         ctx.rope, ctx.shape, ctx.dim = rule, x.shape, heads.dim
         return *out, v
 
@@ -73,12 +73,12 @@ class LoraQkvFunction(torch.autograd.Function):
             into[1].copy_(dk)
         d_xa, d_b = thin_gradients(linears, dy, xa, b)
         dx = input_gradient(dy, linears, d_xa, a).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        flat = Kept.rows(source, norm_weight, ctx.rule, dy.dtype)
+        flat = SavedInput.rows(source, norm_weight, ctx.rule, dy.dtype)
         return dx, *d_weights, None, None, None, *parameter_gradients(linears, dy, flat, d_xa, d_b)
 
 
 def lora_qkv(
-    x: torch.Tensor, linears: Sequence[LoraLinear], heads: Heads, made_from: NormInput | None
+    x: torch.Tensor, linears: Sequence[LoraLinear], heads: HeadsConfig, norm_input: NormInput | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     weights = (None, None) if heads.qk_norm is None else (heads.qk_norm.q_weight, heads.qk_norm.k_weight)
-    return LoraQkvFunction.apply(x, *weights, made_from, tuple(linears), heads, *parameters(linears))  # pyright: ignore[reportReturnType]
+    return LoraQkvFunction.apply(x, *weights, norm_input, tuple(linears), heads, *parameters(linears))  # pyright: ignore[reportReturnType]

@@ -16,14 +16,14 @@ from hasten.errors import InputError
 from hasten.ops.attention import attention, document_starts, row_spans
 from hasten.ops.backend import backend_for
 from hasten.overlays.base import Overlay
-from hasten.overlays.rows import compute_dtype
+from hasten.overlays.head_inputs import compute_dtype
 
 MASKED = ("eager", "sdpa", "flex_attention")
 """transformers' backends that see documents only through the mask that transformers builds."""
 
 
 @dataclass(frozen=True)
-class BackboneFacts:
+class BackboneConfig:
     """replaces: the `config._attn_implementation` in whose place hasten's own choice runs on a GPU; None = in no place.
     reason: why not, where it is None. dropout: on attention weights in training, which hasten's choice does not do."""
 
@@ -33,7 +33,7 @@ class BackboneFacts:
 
 
 class BackboneOverlay(Overlay):
-    facts: ClassVar[BackboneFacts]
+    overlay_config: ClassVar[BackboneConfig]
     runs = "rows and documents"
 
     def forward(
@@ -75,10 +75,10 @@ class BackboneOverlay(Overlay):
 
     def chooses(self, rows: torch.Tensor, kwargs: dict[str, Any]) -> bool:
         """Whether hasten's own choice of attention serves these rows, rather than transformers' interface."""
-        facts = self.facts
-        if backend_for(rows) != "triton" or facts.replaces != self.config._attn_implementation:
+        overlay_config = self.overlay_config
+        if backend_for(rows) != "triton" or overlay_config.replaces != self.config._attn_implementation:
             return False
-        if self.training and facts.dropout:
+        if self.training and overlay_config.dropout:
             return False
         asked = kwargs.get("output_attentions")
         return not (self.config.output_attentions if asked is None else asked)

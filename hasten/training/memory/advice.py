@@ -3,52 +3,52 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from hasten.amounts import written
+from hasten.training.memory.actions import ActivationAction
 from hasten.training.memory.costs import Optimizer, peak, with_tile
 from hasten.training.memory.layer_shape import NF4_BYTES, LayerShape, LinearShape
 from hasten.training.memory.shape import ModelShape
-from hasten.training.memory.treatment import Treatment
 from hasten.training.tiling import DEFAULT_ROWS
+from hasten.units import format_bytes
 
-LEAST_GAIN = 2**20
+MIN_SAVING = 2**20
 """Bytes; nobody changes a run for less."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A run as it is: rows and tokens of a row, a treatment for each layer, and the rest as `costs.peak` takes it."""
+    """A run as it is: rows and tokens of a row, a action for each layer, and the rest as `costs.peak` takes it."""
 
     batch: int
     length: int
-    treatments: tuple[Treatment, ...]
+    actions: tuple[ActivationAction, ...]
     tile: int | None = None
     optimizer: Optimizer = "adamw"
     accumulates: bool = False
 
     def peak(self, shape: ModelShape) -> int:
         """Bytes of the peak with `shape`."""
-        return peak(shape, self.batch, self.length, self.treatments, self.tile, self.optimizer, self.accumulates).total
+        return peak(shape, self.batch, self.length, self.actions, self.tile, self.optimizer, self.accumulates).total
 
 
 @dataclass(frozen=True)
-class Lever:
+class Saving:
     """A change, in words that name the argument, and the bytes by which it lowers the peak when it is the only one."""
 
     text: str
     gain: int
 
     def __str__(self) -> str:
-        return f"{self.text}: {written(self.gain)} less"
+        return f"{self.text}: {format_bytes(self.gain)} less"
 
 
-def levers(shape: ModelShape, settings: Settings) -> list[Lever]:
+def savings(shape: ModelShape, settings: Settings) -> list[Saving]:
     """Every change that lowers the peak, largest gain first."""
     now = settings.peak(shape)
-    found = [Lever(text, now - then.peak(after)) for text, after, then in _changes(shape, settings)]
-    return sorted((one for one in found if one.gain >= LEAST_GAIN), key=lambda one: -one.gain)
+    found = [Saving(text, now - then.peak(after)) for text, after, then in _changes(shape, settings)]
+    return sorted((one for one in found if one.gain >= MIN_SAVING), key=lambda one: -one.gain)
 
 
-def advice(found: Sequence[Lever]) -> str:
+def advice(found: Sequence[Saving]) -> str:
     """Lines for an error message; what each gives is no sum, since each counts from where the run is now."""
     if not found:
         return "Nothing that hasten knows would lower the peak: a smaller model or a larger GPU is needed."
@@ -64,9 +64,9 @@ def _changes(shape: ModelShape, s: Settings) -> list[tuple[str, ModelShape, Sett
         found.append((text, shape, replace(s, batch=half, accumulates=True)))
     if s.length > 1:
         found.append((f"max_seq_length={s.length // 2}", shape, replace(s, length=s.length // 2)))
-    for mode, treatment in (("True", Treatment.RECOMPUTE), ('"offload"', Treatment.OFFLOAD)):
-        found.append((f"use_gradient_checkpointing={mode}", shape, replace(s, treatments=(treatment,) * count)))
-    tiled = replace(s, treatments=with_tile(s.treatments, DEFAULT_ROWS), tile=min(s.tile or DEFAULT_ROWS, DEFAULT_ROWS))
+    for mode, action in (("True", ActivationAction.RECOMPUTE), ('"offload"', ActivationAction.OFFLOAD)):
+        found.append((f"use_gradient_checkpointing={mode}", shape, replace(s, actions=(action,) * count)))
+    tiled = replace(s, actions=with_tile(s.actions, DEFAULT_ROWS), tile=min(s.tile or DEFAULT_ROWS, DEFAULT_ROWS))
     found.append(("unsloth_tiled_mlp=True", shape, tiled))
     found.append(('optim="adamw_8bit"', shape, replace(s, optimizer="adamw_8bit")))
     found.append(('optim="paged_adamw_8bit"', shape, replace(s, optimizer="paged")))

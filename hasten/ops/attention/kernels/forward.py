@@ -14,8 +14,8 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from hasten.ops.attention import LARGEST_HEAD
-from hasten.ops.attention.backward.kernel import attention_bwd
-from hasten.ops.attention.tiles.kernel import (
+from hasten.ops.attention.kernels.backward import attention_bwd
+from hasten.ops.attention.kernels.tiles import (
     LENGTHS,
     Rule,
     Tiles,

@@ -1,0 +1,1 @@
+"""GPU implementations of `ops.lora`: cuBLAS matmuls and the Triton kernels between them."""

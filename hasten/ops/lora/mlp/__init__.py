@@ -1,1 +1,0 @@
-"""The gated MLP over LoRA linears: all rows at once (kernel), or some at a time (tiled)."""
