@@ -121,13 +121,12 @@ def same_start(model: Any) -> None:
 def planned(model: Any, batch: int, length: int) -> dict[str, Any]:
     """{"plan", "predicted_gib"}: what hasten's memory policy says of the steps that it last planned; where none plans, what
     its formulas say of a model that keeps everything. {} before the policy has planned anything."""
-    from hasten.patching.plan import causal_lm_of
-    from hasten.training.checkpointing import POLICY
     from hasten.training.memory.actions import ActivationAction
     from hasten.training.memory.costs import ModelShape
     from hasten.training.memory.plan import uniform
+    from hasten.training.memory.policy import policy_of
 
-    policy = causal_lm_of(model).__dict__.get(POLICY)
+    policy = policy_of(model)
     if policy is None or not policy.mode:
         plan = uniform(ModelShape.of_model(model, torch.bfloat16), batch, length, ActivationAction.SAVE_ALL)
     else:

@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from hasten.inference import for_inference, generate
 from hasten.overlays import Overlay
+from hasten.state import state_of
 from hasten.training.modes import for_training
 
 if TYPE_CHECKING:
@@ -73,8 +72,8 @@ class PeftMethods(SharedMethods, Overlay):
         return super().load_adapter(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _keep_dtypes(self) -> None:
-        """`_hasten_dtypes`: name of a trained weight -> dtype, as `get_peft_model` or loading promised it."""
-        promised: dict[str, torch.dtype] = self.__dict__.get("_hasten_dtypes", {})
+        """Back to the dtypes that `get_peft_model` or loading promised."""
+        promised = state_of(self).trained_dtypes
         for name, parameter in self.named_parameters():
             dtype = promised.get(name, parameter.dtype)
             if parameter.dtype != dtype:

@@ -15,7 +15,7 @@ from hasten.methods import CausalLMMethods, PeftMethods
 from hasten.options import AdapterOptions, LoadOptions, none_if_left_out
 from hasten.patching import apply, plan
 from hasten.patching.apply import overlay_class
-from hasten.patching.plan import causal_lm_of
+from hasten.state import causal_lm_of, state_of
 from hasten.training import checkpointing, lora, tiling
 from hasten.training.modes import for_training
 from hasten.units import parse_bytes
@@ -73,8 +73,9 @@ class FastLanguageModel:
         model: Any = loaded.model
         planned = plan(model, max_seq_length=max_seq_length, attn_implementation=options.attn_implementation)
         apply(model, planned, methods=CausalLMMethods)
-        model.__dict__["_hasten_notes"] = [*loaded.notes, *tiling.enable(model, unsloth_tiled_mlp)]
-        model.__dict__["_hasten_options"] = options
+        state = state_of(model)
+        state.notes = {"loading": loaded.notes, "tiled MLP": tiling.enable(model, unsloth_tiled_mlp)}
+        state.load_options = options
         if loaded.adapter is not None:
             model = _wear_peft(attach(model, loaded.adapter, trainable=True), options)
         _note_checkpointing(model, use_gradient_checkpointing, options.memory_budget)
@@ -109,12 +110,13 @@ class FastLanguageModel:
         options = AdapterOptions.from_call(**arguments, extra=kwargs)
         options.validate()
         base = causal_lm_of(model)
-        worn: AdapterOptions | None = base.__dict__.get("_hasten_adapter_options")
+        state = state_of(base)
+        worn = state.adapter_options
         if base is not model:
             if worn == options:
                 return model
             raise OptionError("get_peft_model", [_already(worn, options)])
-        loaded: LoadOptions | None = base.__dict__.get("_hasten_options")
+        loaded = state.load_options
         if loaded is not None and loaded.full_finetuning:
             raise OptionError(
                 "get_peft_model",
@@ -127,7 +129,7 @@ class FastLanguageModel:
             raise OptionError("get_peft_model", [problem])
         dense = find_base(base) if options.loftq_config else None
         peft_model = _wear_peft(lora.build(base, options, dense.read if dense is not None else None), loaded)
-        base.__dict__["_hasten_adapter_options"] = options
+        state.adapter_options = options
         _note_checkpointing(peft_model, use_gradient_checkpointing, options.memory_budget)
         return peft_model
 
@@ -146,7 +148,7 @@ def _wear_peft(peft_model: Any, loaded: LoadOptions | None) -> Any:
     """Gives a PeftModel hasten's methods, and trained weights the dtype that was asked for."""
     peft_model.__class__ = overlay_class(type(peft_model), PeftMethods, None)
     wants_fp32 = loaded is None or loaded.float32_mixed_precision is not False
-    peft_model.__dict__["_hasten_dtypes"] = lora.set_dtypes(peft_model, wants_fp32)
+    state_of(peft_model).trained_dtypes = lora.set_dtypes(peft_model, wants_fp32)
     leave_out_of_ddp(peft_model)
     peft_model.train()
     return peft_model
@@ -157,12 +159,11 @@ def _note_checkpointing(model: Any, mode: bool | str, budget: int | str | None) 
 
     A budget that was given when the model was loaded holds for its adapter too, unless that comes with its own.
     """
-    base = causal_lm_of(model)
-    notes = [note for note in base.__dict__.get("_hasten_notes", []) if not note.startswith("checkpointing")]
-    loaded: LoadOptions | None = base.__dict__.get("_hasten_options")
+    state = state_of(model)
+    loaded = state.load_options
     asked = loaded.memory_budget if budget is None and loaded is not None else budget
     said = checkpointing.enable(model, mode, None if asked is None else parse_bytes(asked))
-    base.__dict__["_hasten_notes"] = [*notes, *(f"checkpointing: {note}" for note in said)]
+    state.notes["checkpointing"] = [f"checkpointing: {note}" for note in said]
 
 
 def _already(worn: AdapterOptions | None, asked: AdapterOptions) -> str:

@@ -11,7 +11,7 @@ from hasten.errors import ExportError
 from hasten.export.base import find_base
 from hasten.export.folder import new_folder
 from hasten.export.shards import write_safetensors
-from hasten.patching.plan import causal_lm_of
+from hasten.state import causal_lm_of
 
 
 def write_adapter(model: Any, target: Path, tokenizer: Any) -> int:

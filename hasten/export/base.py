@@ -12,6 +12,7 @@ from transformers.core_model_loading import PrefixChange, WeightConverter, Weigh
 from transformers.utils import cached_file
 
 from hasten.errors import ExportError
+from hasten.state import find_state
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -46,7 +47,8 @@ def find_base(model: Any) -> BaseCheckpoint | None:
     By `config._name_or_path` at the very commit that was loaded; the local cache is asked first, the hub only for what
     is missing there. None for models built in memory, checkpoints that are themselves quantised, and moved folders.
     """
-    options = model.__dict__.get("_hasten_options")
+    state = find_state(model)
+    options = None if state is None else state.load_options
     origin = model.config._name_or_path or getattr(options, "model_name", "")
     revision = getattr(model.config, "_commit_hash", None) or getattr(options, "revision", None)
     if not origin:

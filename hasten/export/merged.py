@@ -17,7 +17,7 @@ from hasten.export.folder import new_folder
 from hasten.export.merge import Merger
 from hasten.export.shards import ShardWriter, write_json
 from hasten.export.slots import Slot, collect, same_source
-from hasten.patching.plan import causal_lm_of
+from hasten.state import causal_lm_of
 from hasten.weights import active_adapters, base_layer_of
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from hasten.export.folder import check_target
 from hasten.export.merged import plan_merge, write_model
 from hasten.export.quantized import write_quantized
 from hasten.export.shards import parse_size
-from hasten.patching.plan import causal_lm_of
+from hasten.state import causal_lm_of
 
 log = logging.getLogger(__name__)
 

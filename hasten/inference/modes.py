@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from hasten.patching.plan import causal_lm_of
+from hasten.state import causal_lm_of
 
 
 def for_inference(model: Any) -> Any:

@@ -25,7 +25,7 @@ from torch import nn
 from hasten.errors import CheckpointError
 from hasten.loading.vocabulary import seeded
 from hasten.patching.contract import stock_class
-from hasten.patching.plan import causal_lm_of
+from hasten.state import causal_lm_of
 
 log = logging.getLogger(__name__)
 

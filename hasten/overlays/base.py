@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
-POLICY = "_hasten_memory"
-"""Where the causal LM wears its memory policy (`training.memory.policy`)."""
+from hasten.state import find_state
 
 
 class Overlay(nn.Module):
@@ -33,11 +32,12 @@ def with_oom_advice(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def forward_with_advice(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        policy = self.__dict__.get(POLICY)
-        if policy is None:
+        state = find_state(self)
+        if state is None or state.memory is None:
             return forward(self, *args, **kwargs)
         given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-        with policy.advising(next((tuple(t.shape[:2]) for t in given if isinstance(t, torch.Tensor)), None)):
+        shapes = ((t.shape[0], t.shape[1]) for t in given if isinstance(t, torch.Tensor))
+        with state.memory.advising(next(shapes, None)):
             return forward(self, *args, **kwargs)
 
     return forward_with_advice

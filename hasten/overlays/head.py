@@ -17,6 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hasten.errors import DatasetError, InputError, TrainingError
 from hasten.ops import LoraHead, ScoreConfig, TokenScores, linear_cross_entropy, linear_cross_entropy_loss
+from hasten.ops.linear_cross_entropy import OPTIONAL_SCORES
 from hasten.overlays.base import Overlay, with_oom_advice
 from hasten.overlays.head_inputs import (
     IGNORED,
@@ -27,7 +28,8 @@ from hasten.overlays.head_inputs import (
     shifted,
     targets_of,
 )
-from hasten.overlays.trl_fused_head import FusedRequest, FusedScores, read_trl_request
+from hasten.overlays.trl_fused_head import FusedScores, read_trl_request
+from hasten.state import FusedHeadRequest, state_of
 from hasten.weights import read_linear
 
 logger = logging.getLogger(__name__)
@@ -67,7 +69,7 @@ class HeadOverlay(Overlay):
         if name == "forward":
             request = read_trl_request(value)
             if request is not None:
-                self.__dict__["_hasten_fused_request"] = request
+                state_of(self).fused_head = request
                 return
         super().__setattr__(name, value)
 
@@ -190,19 +192,20 @@ class HeadOverlay(Overlay):
         On a GPU looking waits for the device, so there it is done until the first label was seen, and then no more.
         """
         on_gpu = isinstance(num_items_in_batch, torch.Tensor) and num_items_in_batch.is_cuda
-        if on_gpu and self.__dict__.get("_hasten_saw_labels"):
+        if on_gpu and state_of(self).saw_labels:
             return
         if int(num_items_in_batch) == 0:
             raise DatasetError(
                 "not one label in this whole batch counts (all are masked), so there is nothing to learn from it. Check "
                 "the dataset with hasten.check_dataset; rows that are cut before their answer lose all labels"
             )
-        self.__dict__["_hasten_saw_labels"] = True
+        state_of(self).saw_labels = True
 
     def _look_for_labels(self, counts: torch.Tensor) -> None:
         """Warns where the batches so far had no label at all; TRL would go on at a loss of zero. Then looks no more."""
-        self.__dict__["_hasten_saw_labels"] = bool(counts.any())
-        if not self.__dict__["_hasten_saw_labels"]:
+        state = state_of(self)
+        state.saw_labels = bool(counts.any())
+        if not state.saw_labels:
             logger.warning(
                 "Not one label of the training batches so far counts (all are masked): nothing is learnt from them. "
                 "Check the dataset with hasten.check_dataset."
@@ -216,16 +219,16 @@ class HeadOverlay(Overlay):
         ignore_index: int = IGNORED,
         shift_labels: torch.Tensor | None = None,
     ) -> FusedScores:
-        request: FusedRequest = self.__dict__.get("_hasten_fused_request", FusedRequest())
+        request = state_of(self).fused_head or FusedHeadRequest()
         hidden, targets = shifted(hidden_BTE, labels, shift_labels, ignore_index)
         rule = ScoreConfig(
             self.overlay_config.scale,
             self.overlay_config.softcap,
             request.temperature,
             ignore_index,
-            want=request.optional_scores,
+            want=frozenset(request.outputs) & OPTIONAL_SCORES,
         )
-        if self.training and not self.__dict__.get("_hasten_saw_labels"):
+        if self.training and not state_of(self).saw_labels:
             self._look_for_labels(targets != ignore_index)
         scores = self._score(hidden.flatten(0, -2), targets.flatten(), rule, fp32=request.cast_lm_head_to_fp32)
         return FusedScores.from_tokens(scores, targets != ignore_index, num_items_in_batch)

@@ -1,6 +1,8 @@
 """A decoder layer: norms, branches and the residual stream, in the three arrangements that families use."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -9,10 +11,11 @@ from hasten.ops.backend import backend_for
 from hasten.overlays.attention import AttentionOverlay
 from hasten.overlays.base import Overlay
 from hasten.overlays.head_inputs import compute_dtype
-from hasten.overlays.mlp import MLPOverlay
+from hasten.overlays.mlp import AS_CONFIGURED, MLPOverlay, TileRows
 from hasten.overlays.norm import NormOverlay
 from hasten.weights import is_watched
 
+CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
 NORMS = {
     "serial": ("input_layernorm", "post_attention_layernorm"),
     "parallel": ("input_layernorm",),
@@ -24,8 +27,17 @@ NORMS = {
     ),
 }
 """A layer's norms, in each arrangement of the branches."""
-SEAT = "_hasten_seat"
-"""Where a layer wears what runs it in place of torch's checkpoint (`training.memory.policy`)."""
+
+
+@dataclass(frozen=True)
+class LayerCheckpoint:
+    """What transformers calls in place of torch's checkpoint: run(index, function, *args), of `training.memory`."""
+
+    run: Callable[..., Any]
+    index: int
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        return self.run(self.index, function, *args)
 
 
 @dataclass(frozen=True)
@@ -42,31 +54,41 @@ class LayerOverlay(Overlay):
 
     @property
     def _gradient_checkpointing_func(self) -> Any:
-        """What transformers calls in training where checkpointing is on: the memory policy where one has a seat here, else what a
-        trainer set."""
-        own = self.__dict__
-        if SEAT not in own and "_gradient_checkpointing_func" not in own:
-            raise AttributeError("_gradient_checkpointing_func")
-        return own[SEAT] if SEAT in own else own["_gradient_checkpointing_func"]
+        """transformers' own attribute. A `LayerCheckpoint` stays until it is deleted, whatever a trainer sets meanwhile."""
+        if CHECKPOINT_FUNCTION not in self.__dict__:
+            raise AttributeError(CHECKPOINT_FUNCTION)
+        return self.__dict__[CHECKPOINT_FUNCTION]
 
     @_gradient_checkpointing_func.setter
     def _gradient_checkpointing_func(self, function: Any) -> None:
-        self.__dict__["_gradient_checkpointing_func"] = function
+        if isinstance(self.__dict__.get(CHECKPOINT_FUNCTION), LayerCheckpoint) and not isinstance(
+            function, LayerCheckpoint
+        ):
+            return
+        self.__dict__[CHECKPOINT_FUNCTION] = function
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """hidden_states: (B, T, E). Keyword arguments go to the attention, as in transformers' layers."""
+    @_gradient_checkpointing_func.deleter
+    def _gradient_checkpointing_func(self) -> None:
+        self.__dict__.pop(CHECKPOINT_FUNCTION, None)
+
+    def forward(
+        self, hidden_states: torch.Tensor, *, mlp_tile: TileRows = AS_CONFIGURED, **kwargs: Any
+    ) -> torch.Tensor:
+        """hidden_states: (B, T, E). mlp_tile: rows at a time of the MLP, for this call. Other keyword arguments go to the
+        attention, as in transformers' layers."""
         if self._branches_add(hidden_states):
-            return self._fused(hidden_states, kwargs)
+            return self._fused(hidden_states, mlp_tile, kwargs)
+        mlp = partial(self.mlp, tile_rows=mlp_tile) if isinstance(self.mlp, MLPOverlay) else self.mlp
         normed = self.input_layernorm(hidden_states)
         attended, _ = self.self_attn(hidden_states=normed, **kwargs)
         if self.overlay_config.residual == "parallel":
-            return hidden_states + self._branch(attended) + self._branch(self.mlp(normed))
+            return hidden_states + self._branch(attended) + self._branch(mlp(normed))
         if self.overlay_config.residual == "sandwich":
             hidden_states = hidden_states + self._branch(self.post_attention_layernorm(attended))
-            fed = self.mlp(self.pre_feedforward_layernorm(hidden_states))
+            fed = mlp(self.pre_feedforward_layernorm(hidden_states))
             return hidden_states + self._branch(self.post_feedforward_layernorm(fed))
         hidden_states = hidden_states + self._branch(attended)
-        return hidden_states + self._branch(self.mlp(self.post_attention_layernorm(hidden_states)))
+        return hidden_states + self._branch(mlp(self.post_attention_layernorm(hidden_states)))
 
     def _branches_add(self, hidden_states: torch.Tensor) -> bool:
         """Whether branches can join the stream in passes that run anyway: all parts are known, and nobody is watching them."""
@@ -80,7 +102,7 @@ class LayerOverlay(Overlay):
         known = ((self.self_attn, AttentionOverlay), (self.mlp, MLPOverlay), *((norm, NormOverlay) for norm in norms))
         return all(isinstance(module, kind) and not is_watched(module) for module, kind in known)
 
-    def _fused(self, stream: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+    def _fused(self, stream: torch.Tensor, mlp_tile: TileRows, kwargs: dict[str, Any]) -> torch.Tensor:
         """The stream's gradients meet in the norms. A branch joins the stream in its last product where nothing is between
         them, else in its own norm's pass, or scaled in one pass."""
         scale, after = self.overlay_config.multiplier, self.overlay_config.residual == "sandwich"
@@ -91,7 +113,7 @@ class LayerOverlay(Overlay):
         if self.overlay_config.residual != "parallel":
             before = self.pre_feedforward_layernorm if after else self.post_attention_layernorm
             normed, stream, source = before.with_residual(stream)
-        branch = self.mlp(normed, residual=stream if adds else None, norm_input=source)
+        branch = self.mlp(normed, residual=stream if adds else None, norm_input=source, tile_rows=mlp_tile)
         return branch if adds else self._joined(stream, branch, self.post_feedforward_layernorm if after else None)
 
     def _joined(self, stream: torch.Tensor, branch: torch.Tensor, norm: Any) -> torch.Tensor:

@@ -6,7 +6,7 @@ at a time (`tile_rows`), so that what is as wide as the MLP does not grow with t
 
 import warnings
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -19,28 +19,35 @@ from hasten.overlays.fused_linears import fused_input
 
 @dataclass(frozen=True)
 class MLPConfig:
-    """activation: transformers' name of the gate's activation."""
+    """activation: transformers' name of the gate's activation. tile_rows: rows at a time, None = all at once."""
 
     activation: str
+    tile_rows: int | None = None
+
+
+TileRows = int | None | Literal["as configured"]
+AS_CONFIGURED: Literal["as configured"] = "as configured"
 
 
 class MLPOverlay(Overlay):
     overlay_config: ClassVar[MLPConfig]
     runs = "gated MLP"
     packed_projections = ("gate_proj", "up_proj")
-    tile_rows: int | None = None
-    """Rows of a tile; None = all rows at once. `training.tiling` sets it on instances."""
 
     def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None, norm_input: NormInput | None = None
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        norm_input: NormInput | None = None,
+        tile_rows: TileRows = AS_CONFIGURED,
     ) -> torch.Tensor:
         """x: (..., E). residual: a stream to add the result to, which the last product can do for nothing. norm_input: what x's norm
-        read, to be kept in place of x."""
+        read, to be kept in place of x. tile_rows: of this call; None = all rows at once."""
+        tile = self.overlay_config.tile_rows if tile_rows == AS_CONFIGURED else tile_rows
         fused = fused_input(x, (self.gate_proj, self.up_proj, self.down_proj), self.training)
         if fused is not None:
             x, (gate, up, down) = fused
-            return lora_mlp(x, (gate, up, down), self.overlay_config.activation, residual, norm_input, self.tile_rows)
-        tile = self.tile_rows
+            return lora_mlp(x, (gate, up, down), self.overlay_config.activation, residual, norm_input, tile)
         if tile is not None and self._projections_are_hooked():
             if torch.is_grad_enabled():
                 warnings.warn("a hook on a projection wants whole rows: its MLP does not run in tiles", stacklevel=2)

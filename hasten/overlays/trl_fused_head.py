@@ -13,25 +13,13 @@ from transformers.utils.generic import ModelOutput
 
 from hasten.ops import TokenScores
 from hasten.ops.linear_cross_entropy import OPTIONAL_SCORES
+from hasten.state import FusedHeadRequest
 
 TRL_MODULE = "trl.trainer.utils"
 TRL_FUNCTION = "_fused_forward"
 
 
-@dataclass(frozen=True)
-class FusedRequest:
-    """What a trainer asked for. outputs: names among log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1."""
-
-    temperature: float = 1.0
-    cast_lm_head_to_fp32: bool = False
-    outputs: tuple[str, ...] = ("log_probs", "entropy", "is_top1")
-
-    @property
-    def optional_scores(self) -> frozenset[str]:
-        return frozenset(self.outputs) & OPTIONAL_SCORES
-
-
-def read_trl_request(forward: Any) -> FusedRequest | None:
+def read_trl_request(forward: Any) -> FusedHeadRequest | None:
     """The settings in TRL's closure, or None where `forward` is something else or holds other settings than known."""
     function: Any = getattr(forward, "__func__", None)
     code = getattr(function, "__code__", None)
@@ -42,7 +30,7 @@ def read_trl_request(forward: Any) -> FusedRequest | None:
         return None
     if not set(cells["outputs"]) <= OPTIONAL_SCORES | {"log_probs"}:
         return None
-    return FusedRequest(float(cells["temperature"]), bool(cells["cast_lm_head_to_fp32"]), tuple(cells["outputs"]))
+    return FusedHeadRequest(float(cells["temperature"]), bool(cells["cast_lm_head_to_fp32"]), tuple(cells["outputs"]))
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -11,9 +12,9 @@ from hasten.errors import ContractError, PatchError
 from hasten.families.schema import Family
 from hasten.ops.backend import backend_for
 from hasten.overlays import HeadOverlay, Overlay
-from hasten.overlays.trl_fused_head import FusedRequest
 from hasten.patching.contract import stock_class
-from hasten.patching.plan import Plan, causal_lm_of, plan
+from hasten.patching.plan import Plan, plan
+from hasten.state import causal_lm_of, find_state, state_of
 from hasten.weights import pack_weights
 
 
@@ -47,7 +48,7 @@ def apply(model: nn.Module, planned: Plan | None = None, methods: type | None = 
         extra = methods if action.overlay is HeadOverlay else None
         _retype(module, overlay_class(stock_class(module), action.overlay, action.overlay_config, extra))
         _lay_out(module, action.overlay.packed_projections)
-    base.__dict__["_hasten_plan"] = planned
+    state_of(base).plan = planned
     return planned
 
 
@@ -64,8 +65,11 @@ def restore(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, Overlay):
             _retype(module, stock_class(module))
-    base.__dict__.pop("_hasten_plan", None)
-    request: FusedRequest | None = base.__dict__.pop("_hasten_fused_request", None)
+    state = find_state(base)
+    if state is None:
+        return model
+    state.plan = None
+    request, state.fused_head = state.fused_head, None
     if request is not None:
         from trl.trainer.utils import add_fused_lm_head
 
@@ -89,6 +93,14 @@ def patched(model: nn.Module, family: Family | None = None) -> Iterator[nn.Modul
 def is_patched(model: nn.Module) -> bool:
     """Whether any module of `model` wears an overlay."""
     return any(isinstance(module, Overlay) for module in causal_lm_of(model).modules())
+
+
+def reconfigure(module: Overlay, **changes: Any) -> None:
+    """Changes fields of an overlay's config on this instance."""
+    kind = type(module)
+    config = replace(module.overlay_config, **changes)
+    overlay = next(base for base in kind.__mro__ if issubclass(base, Overlay) and "stock_class" not in base.__dict__)
+    _retype(module, overlay_class(kind.stock_class, overlay, config))
 
 
 def _retype(module: nn.Module, target: type) -> None:

@@ -23,6 +23,7 @@ from hasten.overlays import (
     Overlay,
 )
 from hasten.patching import configs, contract, probe
+from hasten.state import causal_lm_of
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,6 @@ class Plan:
         lines += [f"  - {s.name or '(model)'}: {s.kind} stays stock ({s.reason})" for s in self.skips]
         lines += [f"  ! {problem}" for problem in self.problems]
         return "\n".join(lines)
-
-
-def causal_lm_of(model: nn.Module) -> Any:
-    """The transformers model under PEFT's wrapper, or `model` itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
 
 
 def family_of(model: nn.Module) -> Family | None:

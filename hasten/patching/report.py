@@ -9,8 +9,7 @@ from torch import nn
 from hasten.ops.attention import PLANNED
 from hasten.ops.backend import backend_for
 from hasten.overlays import AttentionOverlay, BackboneOverlay, HeadOverlay, MLPOverlay, Overlay
-from hasten.overlays.base import POLICY
-from hasten.patching.plan import Plan, causal_lm_of
+from hasten.state import ModelState, causal_lm_of, find_state
 from hasten.weights import base_layer_of, lie_apart, plain_linear, read_linear, read_lora, storage_of
 
 
@@ -45,11 +44,12 @@ class Report:
 def report(model: nn.Module) -> Report:
     """Reads the model as it stands now (adapters added or overlays taken off since loading show).
 
-    Notes that loading and `get_peft_model` recorded (`_hasten_notes` on the causal LM) are listed under the table.
+    Notes that loading and `get_peft_model` recorded in the model's state are listed under the table.
     """
     base = causal_lm_of(model)
     counted: Counter[tuple[str, str, str]] = Counter()
-    planned: Plan | None = base.__dict__.get("_hasten_plan")
+    state = find_state(base) or ModelState()
+    planned = state.plan
     why = {a.name: a.why for a in planned.actions} if planned else {}
     skipped = {s.name: s.reason for s in planned.skips} if planned else {}
     shared = _shared_products(base)
@@ -63,13 +63,13 @@ def report(model: nn.Module) -> Report:
             if not isinstance(module, Overlay) and name not in skipped:
                 wrapped.add(name)
     rows = tuple(Row(module, count, runs, reason) for (module, runs, reason), count in counted.items())
-    state = "hasten" if any(isinstance(m, Overlay) for m in base.modules()) else "stock transformers"
+    kind = "hasten" if any(isinstance(m, Overlay) for m in base.modules()) else "stock transformers"
     backend = backend_for(base.get_output_embeddings().weight)
     attention, _ = _attention(base)
-    title = f"{type(base).__name__} ({base.config.model_type}): {state}, {attention} attention, backend {backend}"
-    notes = list(base.__dict__.get("_hasten_notes", ()))
-    if (policy := base.__dict__.get(POLICY)) is not None:
-        notes.append(f"memory: {policy}")
+    title = f"{type(base).__name__} ({base.config.model_type}): {kind}, {attention} attention, backend {backend}"
+    notes = [note for topic in state.notes.values() for note in topic]
+    if state.memory is not None:
+        notes.append(f"memory: {state.memory}")
     return Report(title, rows, tuple(notes))
 
 

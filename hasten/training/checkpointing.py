@@ -4,12 +4,9 @@ from typing import Any
 
 from hasten.errors import OptionError
 from hasten.option_problems import CHECKPOINTING, PLANNED
-from hasten.overlays.base import POLICY
-from hasten.patching.plan import causal_lm_of
-from hasten.training.memory.policy import MemoryPolicy
+from hasten.state import causal_lm_of, state_of
+from hasten.training.memory.policy import MemoryPolicy, policy_of
 from hasten.training.tiling import asked_tile
-
-RECORD = "_hasten_checkpointing"
 
 
 def enable(model: Any, mode: bool | str, budget: int | None = None) -> list[str]:
@@ -23,13 +20,14 @@ def enable(model: Any, mode: bool | str, budget: int | None = None) -> list[str]
     """
     _check(model, mode)
     base = causal_lm_of(model)
-    before: MemoryPolicy | None = base.__dict__.get(POLICY)
+    before = policy_of(base)
     switch_off(base)
-    base.__dict__[RECORD] = mode
+    state = state_of(base)
+    state.checkpointing = mode
     policy = MemoryPolicy(base, "auto" if mode == "unsloth" else mode, budget, asked_tile(base, mode in PLANNED))
     policy.others = None if before is None else before.others  # by now moments lie beside the weights
     if not mode:
-        base.__dict__[POLICY] = policy  # for its advice
+        state.memory = policy  # for its advice
         return ["off, every activation is kept"]
     # Renamed in transformers 5.23; the old name warns there.
     name = "activation_checkpointing_enable"
@@ -39,7 +37,7 @@ def enable(model: Any, mode: bool | str, budget: int | None = None) -> list[str]
         return [
             "each layer is recomputed in the backward (no layer runs under an overlay, so nothing else can be chosen)"
         ]
-    base.__dict__[POLICY] = policy
+    state.memory = policy
     base.disable_input_require_grads()  # only torch's older, reentrant way needs it; it costs the first layer's gradient
     if mode is True:
         return ["each layer is recomputed in the backward"]
@@ -61,9 +59,10 @@ def switch_off(base: Any) -> None:
         getattr(base, name if hasattr(base, name) else "gradient_checkpointing_disable")()
     # transformers leaves the hooks that its switch put on the embedding, and puts on more each time.
     base.disable_input_require_grads()
-    policy: MemoryPolicy | None = base.__dict__.pop(POLICY, None)
+    policy = policy_of(base)
     if policy is not None:
         policy.uninstall()
+        state_of(base).memory = None
 
 
 def is_on(base: Any) -> bool:
@@ -74,9 +73,10 @@ def is_on(base: Any) -> bool:
 def restore(model: Any) -> None:
     """Checkpointing as `enable` last set it; a model on which it never was called stays as it is."""
     base = causal_lm_of(model)
-    if RECORD in base.__dict__ and bool(base.__dict__[RECORD]) != is_on(base):
-        policy: MemoryPolicy | None = base.__dict__.get(POLICY)
-        enable(model, base.__dict__[RECORD], None if policy is None else policy.budget)
+    asked = state_of(base).checkpointing
+    if asked is not None and bool(asked) != is_on(base):
+        policy = policy_of(base)
+        enable(model, asked, None if policy is None else policy.budget)
 
 
 def _check(model: Any, mode: Any) -> None:

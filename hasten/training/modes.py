@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hasten.patching.plan import causal_lm_of
+from hasten.state import causal_lm_of
 from hasten.training import checkpointing
 
 

@@ -3,10 +3,8 @@
 from typing import Any
 
 from hasten.overlays import MLPOverlay
-from hasten.patching.plan import causal_lm_of
-
-RECORD = "_hasten_tiled_mlp"
-"""What was asked for, on the causal LM; the memory policy reads it."""
+from hasten.patching.apply import reconfigure
+from hasten.state import state_of
 
 DEFAULT_ROWS = 4096
 """A product reads its weight once for so many rows: some ten times what a GPU needs to be bound by its multipliers and not by
@@ -20,9 +18,10 @@ def rows_of(asked: bool | int | str) -> int | None:
 
 def asked_tile(model: Any, planned: bool) -> int | None:
     """The tile that the MLPs of a causal LM have. None where there is none, or where a plan is made and may choose it."""
-    if planned and causal_lm_of(model).__dict__.get(RECORD) == "auto":
+    if planned and state_of(model).mlp_tile == "auto":
         return None
-    return next((m.tile_rows for m in model.modules() if isinstance(m, MLPOverlay) and m.tile_rows), None)
+    tiles = (m.overlay_config.tile_rows for m in model.modules() if isinstance(m, MLPOverlay))
+    return next((rows for rows in tiles if rows), None)
 
 
 def set_tile(model: Any, rows: int | None) -> int:
@@ -32,7 +31,7 @@ def set_tile(model: Any, rows: int | None) -> int:
     """
     found = [module for module in model.modules() if isinstance(module, MLPOverlay)]
     for module in found:
-        module.tile_rows = rows
+        reconfigure(module, tile_rows=rows)
     return len(found)
 
 
@@ -42,7 +41,7 @@ def enable(model: Any, asked: bool | int | str) -> list[str]:
     asked: False; True = tiles of DEFAULT_ROWS; a number of rows; "auto" = as True, but where the memory policy plans it decides.
     """
     rows = rows_of(asked)
-    causal_lm_of(model).__dict__[RECORD] = asked
+    state_of(model).mlp_tile = asked
     count = set_tile(model, rows)
     if rows is None:
         return []

@@ -10,7 +10,7 @@ import torch
 
 from hasten.errors import DatasetError, OptionError
 from hasten.overlays import HeadOverlay
-from hasten.patching.plan import causal_lm_of
+from hasten.state import causal_lm_of
 from hasten.training.optimizers import optimizer_problems
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from hasten.errors import ContractError, InputError, PatchError
 from hasten.families import FAMILIES
 from hasten.overlays import HeadOverlay, NormOverlay, Overlay
 from hasten.patching import apply, is_patched, patched, plan, report, restore
+from hasten.state import ATTRIBUTE, state_of
 from hasten.testing import tiny_model
 
 IDS = torch.arange(6, 30)[None]
@@ -33,7 +34,7 @@ def test_restore_gives_back_types_ids_and_keys(name: str) -> None:
     assert [id(p) for p in model.parameters()] == [i for i, _ in before[1].values()]
     assert restore(model) is model
     assert _snapshot(model) == before
-    assert not is_patched(model) and "_hasten_plan" not in model.__dict__
+    assert not is_patched(model) and state_of(model).plan is None
     assert torch.equal(model(IDS).logits, logits)
 
 
@@ -259,5 +260,5 @@ def test_overlays_hold_no_state() -> None:
     apply(model)
     for module in model.modules():
         added = set(module.__dict__) - before[id(module)]
-        assert added <= ({"_hasten_plan"} if isinstance(module, HeadOverlay) else set())
+        assert added <= ({ATTRIBUTE} if isinstance(module, HeadOverlay) else set())
     assert all(isinstance(type(m).overlay_config, object) for m in model.modules() if isinstance(m, Overlay))

@@ -9,11 +9,10 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hasten.overlays.base import POLICY
 from hasten.patching import apply
-from hasten.patching.plan import causal_lm_of
 from hasten.testing import tiny_model
 from hasten.training.memory.policy import MemoryPolicy
+from hasten.training.memory.policy import policy_of as find_policy
 
 WIDE = {
     "hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32,
@@ -23,7 +22,9 @@ WIDE = {
 
 
 def policy_of(model: Any) -> MemoryPolicy:
-    return causal_lm_of(model).__dict__[POLICY]
+    policy = find_policy(model)
+    assert policy is not None
+    return policy
 
 
 class Alive(TorchDispatchMode):

@@ -10,7 +10,7 @@ from memory_kit import policy_of
 from test_memory_policy import batch, fix_plan, prepared, step
 from training_kit import gradients_apart, gradients_of, lora
 
-from hasten.patching.plan import causal_lm_of
+from hasten.state import causal_lm_of
 from hasten.training import checkpointing
 from hasten.training.memory import offload, policy
 from hasten.training.memory.actions import ActivationAction
@@ -168,7 +168,7 @@ def test_a_forward_that_fails_leaves_a_model_that_works(how: list[ActivationActi
         model(input_ids=batch(), labels=batch())
     hook.remove()
     mlps = [layer.mlp for layer in policy_of(model).layers]
-    assert all(mlp.tile_rows is None for mlp in mlps)
+    assert all(mlp.overlay_config.tile_rows is None for mlp in mlps)
     loss, gradients = step(model, batch())
     assert torch.equal(loss, right[0]) and gradients_apart(gradients, right[1]) <= (0 if DEVICE == "cpu" else 1e-5)
 
@@ -220,7 +220,9 @@ def test_tiles_are_those_of_the_plan_whenever_a_layer_runs() -> None:
     fix_plan(model, list(ActivationAction), 16)
     seen: dict[int, list[int | None]] = {index: [] for index in range(5)}
     for index, one in enumerate(policy_of(model).layers):
-        one.mlp.register_forward_pre_hook(lambda mlp, _, index=index: seen[index].append(mlp.tile_rows))
+        one.mlp.register_forward_pre_hook(
+            lambda _, args, kwargs, index=index: seen[index].append(kwargs["tile_rows"]), with_kwargs=True
+        )
     step(model, batch())
     again = {ActivationAction.RECOMPUTE, ActivationAction.OFFLOAD}
     for index, action in enumerate(ActivationAction):

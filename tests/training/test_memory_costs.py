@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.predicted import PAGE, compared, page, table
 from benchmarks.shapes import config_of
 from hasten.errors import CheckpointError
-from hasten.patching.plan import causal_lm_of
+from hasten.state import causal_lm_of
 from hasten.testing import tiny_config, tiny_model
 from hasten.testing.quantize import quantize_linears
 from hasten.training import checkpointing, tiling

@@ -10,7 +10,7 @@ from memory_kit import policy_of
 from training_kit import FAMILIES, curve, gradients_apart, gradients_of, lora, rows, sft, small
 
 from hasten.errors import OptionError
-from hasten.patching.plan import causal_lm_of
+from hasten.state import causal_lm_of
 from hasten.training import checkpointing, tiling
 from hasten.training.memory import offload, oom
 from hasten.training.memory.actions import ActivationAction

@@ -11,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import hasten
 from hasten.errors import OptionError
-from hasten.patching.plan import causal_lm_of
+from hasten.state import causal_lm_of
 from hasten.training import checkpointing, for_training
 
 

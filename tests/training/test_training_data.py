@@ -13,7 +13,7 @@ from transformers import DataCollatorForLanguageModeling, TrainingArguments
 
 from hasten.errors import DatasetError, InputError, OptionError, TrainingError
 from hasten.patching import apply, plan
-from hasten.patching.plan import causal_lm_of
+from hasten.state import causal_lm_of
 from hasten.testing import tiny_model, tiny_tokenizer
 from hasten.training import check_dataset, sft_config
 

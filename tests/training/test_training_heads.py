@@ -26,7 +26,7 @@ from training_kit import (
 from trl.trainer.utils import add_fused_lm_head
 
 from hasten.ops.linear_cross_entropy import ScoreConfig
-from hasten.patching.plan import causal_lm_of
+from hasten.state import causal_lm_of
 
 ALLOWED = 1e-5
 UNTIED = {"tie_word_embeddings": False}

@@ -13,11 +13,11 @@ from hasten.errors import OptionError
 from hasten.ops import rows as ops_rows
 from hasten.overlays import MLPOverlay
 from hasten.overlays import mlp as mlp_overlay
-from hasten.overlays.base import POLICY
 from hasten.patching import restore
-from hasten.patching.plan import causal_lm_of
+from hasten.state import causal_lm_of, state_of
 from hasten.testing import relative_error, save_tiny
 from hasten.training import checkpointing, tiling
+from hasten.training.memory.policy import policy_of
 
 IDS = torch.randint(6, 262, (2, 11), generator=torch.Generator().manual_seed(0))
 LABELS = IDS.masked_fill(torch.arange(11) < 4, -100)
@@ -33,7 +33,7 @@ def step(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 
 def tiles_of(model: Any) -> set[int | None]:
-    return {module.tile_rows for module in model.modules() if isinstance(module, MLPOverlay)}
+    return {module.overlay_config.tile_rows for module in model.modules() if isinstance(module, MLPOverlay)}
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def test_the_argument_sets_tiles_and_the_report_says_so(tmp_path: Path, asked: A
     )
     model = FastLanguageModel.get_peft_model(model, r=4)
     assert tiles_of(model) == {rows}
-    assert causal_lm_of(model).__dict__[tiling.RECORD] == asked
+    assert state_of(model).mlp_tile == asked
     notes = [note for note in report(model).notes if "tiled MLP" in note]
     assert not notes if said is None else said in notes[0] and len(notes) == 1
 
@@ -167,7 +167,7 @@ def test_auto_leaves_tiles_to_the_policy_where_that_plans(tmp_path: Path, mode: 
         str(save_tiny(tmp_path, "llama", num_hidden_layers=2)), max_seq_length=64, load_in_4bit=False,
         unsloth_tiled_mlp="auto", use_gradient_checkpointing=mode, device_map="cpu",
     )  # fmt: skip
-    assert model.__dict__[POLICY].tile == tile
+    assert policy_of(model).tile == tile
 
 
 def test_a_value_that_means_nothing_raises_before_anything_is_read() -> None:

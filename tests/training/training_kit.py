@@ -16,7 +16,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from hasten.methods import CausalLMMethods
 from hasten.patching import apply, is_patched
-from hasten.patching.plan import causal_lm_of
+from hasten.state import causal_lm_of
 from hasten.testing import tiny_model, tiny_tokenizer
 from hasten.testing.quantize import quantize_linears
 

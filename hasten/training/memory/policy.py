@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from hasten.errors import CheckpointError
 from hasten.overlays import LayerOverlay, MLPOverlay
-from hasten.overlays.layer import SEAT
+from hasten.overlays.layer import LayerCheckpoint
+from hasten.state import find_state
 from hasten.training.memory import bandwidth, oom
 from hasten.training.memory.actions import UNIFORM_ACTIONS, ActivationAction
 from hasten.training.memory.advice import Settings, advice, savings
@@ -43,17 +44,6 @@ MAX_EXACT_PLANS = 16
 """So many plans are made for the very shapes that come; where shapes go on changing, lengths are rounded up to `coarse` ones."""
 PLAN_CACHE_SIZE = 256
 """Plans that are remembered."""
-
-
-@dataclass(frozen=True)
-class LayerCheckpoint:
-    """What a layer wears: the policy, and the layer's place in the model. Called as torch's checkpoint is."""
-
-    policy: MemoryPolicy
-    index: int
-
-    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
-        return self.policy.run(self.index, function, *args)
 
 
 @dataclass
@@ -83,12 +73,12 @@ class MemoryPolicy:
     def install(self) -> int:
         """Puts a seat on every layer under an overlay. Returns how many there are."""
         for index, layer in enumerate(self.layers):
-            layer.__dict__[SEAT] = LayerCheckpoint(self, index)
+            layer._gradient_checkpointing_func = LayerCheckpoint(self.run, index)
         return len(self.layers)
 
     def uninstall(self) -> None:
         for layer in self.layers:
-            layer.__dict__.pop(SEAT, None)
+            del layer._gradient_checkpointing_func
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: without anything that belongs to a running step or to one process."""
@@ -117,7 +107,7 @@ class MemoryPolicy:
         action, tile = self.latest.actions[index], self.latest.tile
         if action is ActivationAction.SAVE_ALL and self.tile is None:
             tile = None
-        run = functools.partial(self._with_tile, self.layers[index], tile, function)
+        run = functools.partial(self._with_tile, tile, function)
         if action in (ActivationAction.RECOMPUTE, ActivationAction.OFFLOAD):
             run = functools.partial(checkpoint, run, use_reentrant=False)
         waits = action in (ActivationAction.RECOMPUTE_MLP_OFFLOAD_REST, ActivationAction.OFFLOAD)
@@ -135,18 +125,10 @@ class MemoryPolicy:
         if offloaded is not None:
             offloaded.release()
 
-    def _with_tile(self, layer: Any, tile: int | None, function: Callable[..., Any], *args: Any) -> Any:
+    def _with_tile(self, tile: int | None, function: Callable[..., Any], *args: Any) -> Any:
         """The layer with its MLP in tiles; also when it is recomputed, whatever the plan says by then."""
-        mlp = layer.mlp
-        before = getattr(mlp, "tile_rows", None)
-        if isinstance(mlp, MLPOverlay):
-            mlp.tile_rows = tile
-        try:
-            with self.advising(self.rows):
-                return function(*args)
-        finally:
-            if isinstance(mlp, MLPOverlay):
-                mlp.tile_rows = before
+        with self.advising(self.rows):
+            return function(*args, mlp_tile=tile)
 
     def _offloaded_layer(self, hidden: torch.Tensor, function: Any) -> OffloadedLayer:
         memory = self.host.get(hidden.device)
@@ -266,6 +248,12 @@ class MemoryPolicy:
         if plan.peak is UNKNOWN:
             return str(plan)
         return f"{plan} (predicted peak {format_bytes(plan.peak.total)}, at the {plan.peak.when})"
+
+
+def policy_of(model: Any) -> MemoryPolicy | None:
+    """The memory policy of a causal LM, or of the one under its PeftModel."""
+    state = find_state(model)
+    return state.memory if state is not None and isinstance(state.memory, MemoryPolicy) else None
 
 
 def _drops(module: torch.nn.Module) -> bool:

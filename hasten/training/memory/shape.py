@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from hasten.ops.backend import backend_for
-from hasten.patching.plan import causal_lm_of
+from hasten.state import causal_lm_of
 from hasten.training.memory.layer_shape import (
     FP32,
     LayerShape,

@@ -1,0 +1,96 @@
+"""What hasten remembers about one model: a single typed object on the causal LM, reached by `state_of`.
+
+It travels with the model (deepcopy, pickle) and is the only attribute that hasten adds to a transformers or PEFT model.
+The layers above state.py appear here as protocols, so that nothing below them has to import them.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from hasten.options import AdapterOptions, LoadOptions
+
+ATTRIBUTE = "_hasten_state"
+
+
+class PlannedOverlay(Protocol):
+    """`patching.plan.Action`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def why(self) -> str: ...
+
+
+class SkippedModule(Protocol):
+    """`patching.plan.Skip`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def reason(self) -> str: ...
+
+
+class OverlayPlan(Protocol):
+    """`patching.plan.Plan`."""
+
+    @property
+    def actions(self) -> Sequence[PlannedOverlay]: ...
+    @property
+    def skips(self) -> Sequence[SkippedModule]: ...
+
+
+class MemoryAdvisor(Protocol):
+    """What a forward asks of `training.memory`: an out-of-memory error inside the context says what would free memory."""
+
+    def advising(self, rows: tuple[int, int] | None) -> AbstractContextManager[None]: ...
+
+
+@dataclass(frozen=True)
+class FusedHeadRequest:
+    """What a TRL trainer asked of the fused head. outputs: names of scores, as `trl.trainer.utils.add_fused_lm_head`."""
+
+    temperature: float = 1.0
+    cast_lm_head_to_fp32: bool = False
+    outputs: tuple[str, ...] = ("log_probs", "entropy", "is_top1")
+
+
+@dataclass
+class ModelState:
+    """load_options, adapter_options: the arguments that the model and its adapter were made with.
+
+    notes: topic -> lines of the report. plan: the overlays that are on. memory: the memory policy, None without one.
+    checkpointing: the `use_gradient_checkpointing` in force, None = never set here. mlp_tile: `unsloth_tiled_mlp` as given.
+    trained_dtypes: parameter name in the PeftModel -> the dtype it trains in. fused_head: TRL's request, None = its
+    defaults. saw_labels: whether any training batch so far had a label that counts.
+    """
+
+    load_options: LoadOptions | None = None
+    adapter_options: AdapterOptions | None = None
+    notes: dict[str, list[str]] = field(default_factory=dict)
+    plan: OverlayPlan | None = None
+    memory: MemoryAdvisor | None = None
+    checkpointing: bool | str | None = None
+    mlp_tile: bool | int | str = False
+    trained_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    fused_head: FusedHeadRequest | None = None
+    saw_labels: bool = False
+
+
+def causal_lm_of(model: nn.Module) -> Any:
+    """The transformers model under PEFT's wrapper, or `model` itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
+
+
+def state_of(model: nn.Module) -> ModelState:
+    """The state of the causal LM `model` or of the one under its PeftModel; attaches an empty one if there is none."""
+    return causal_lm_of(model).__dict__.setdefault(ATTRIBUTE, ModelState())
+
+
+def find_state(model: nn.Module) -> ModelState | None:
+    """As `state_of`, without attaching one: None for a model that hasten has not touched."""
+    return causal_lm_of(model).__dict__.get(ATTRIBUTE)
