@@ -34,10 +34,10 @@ def test_loss_and_gradients(name: str, way: str, kernels: None, monkeypatch: pyt
     """And how often a tile's products are made: a layer that is recomputed makes them no more often, unless a norm behind the
     MLP needs its output."""
     made: list[int] = []
-    inner = tiled.make
-    monkeypatch.setattr(tiled, "make", lambda flat, *rest: made.append(len(flat)) or inner(flat, *rest))
-    again = tiled.make_again
-    monkeypatch.setattr(tiled, "make_again", lambda flat, *rest: made.append(len(flat)) or again(flat, *rest))
+    inner = tiled.gate_up_forward
+    monkeypatch.setattr(tiled, "gate_up_forward", lambda flat, *rest: made.append(len(flat)) or inner(flat, *rest))
+    again = tiled.recompute_gate_up
+    monkeypatch.setattr(tiled, "recompute_gate_up", lambda flat, *rest: made.append(len(flat)) or again(flat, *rest))
     whole = tiny_model(name, num_hidden_layers=2).to(DEVICE)
     whole = quantize_linears(whole) if way == "nf4" else whole
     apply(whole)

@@ -213,7 +213,7 @@ def test_weights_are_made_dense_once_a_pass() -> None:
 
 def test_a_recomputed_layer_runs_the_mlp_s_forward_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its backward makes gate and up again anyway; the recomputation stops before either product."""
-    calls: dict[str, int] = {"make": 0, "make_again": 0, "project": 0}
+    calls: dict[str, int] = {"gate_up_forward": 0, "recompute_gate_up": 0, "project": 0}
     for name in calls:
         inner = getattr(tiled, name)
 
@@ -234,9 +234,9 @@ def test_a_recomputed_layer_runs_the_mlp_s_forward_once(monkeypatch: pytest.Monk
     for run in (layer, partial(checkpoint, layer, use_reentrant=False)):
         calls.update(make=0, make_again=0, project=0)
         out: Any = run(stream)
-        assert calls == {"make": 4, "make_again": 0, "project": 4}
+        assert calls == {"gate_up_forward": 4, "recompute_gate_up": 0, "project": 4}
         found.append([out, *torch.autograd.grad(out.cos().sum(), [stream, *everything(mlp)])])
-        assert calls == {"make": 4, "make_again": 4, "project": 4}
+        assert calls == {"gate_up_forward": 4, "recompute_gate_up": 4, "project": 4}
     for kept, again in zip(*found, strict=True):
         assert torch.equal(kept, again)
 

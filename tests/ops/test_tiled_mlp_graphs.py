@@ -143,7 +143,7 @@ def test_gradients_of_some_and_then_of_the_others() -> None:
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-@pytest.mark.parametrize("where", ["make", "project"])
+@pytest.mark.parametrize("where", ["gate_up_forward", "project"])
 def test_a_forward_that_fails_in_the_middle_leaves_nothing(
     way: Any, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,7 +161,7 @@ def test_a_backward_that_fails_in_the_middle_can_run_again(monkeypatch: pytest.M
     right = gradients(mlp, layer(mlp, stream), stream)
     out = layer(mlp, stream)
     with monkeypatch.context() as patch:
-        patch.setattr(tiled, "make_again", failing_at(2, tiled.make_again))
+        patch.setattr(tiled, "recompute_gate_up", failing_at(2, tiled.recompute_gate_up))
         with pytest.raises(torch.OutOfMemoryError):
             gradients(mlp, out, stream, retain_graph=True)
     assert_near(gradients(mlp, out, stream), right)
