@@ -8,14 +8,14 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, ParamSpec, Self, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar
 
 import torch
 
 from hasten.errors import OptionError
 from hasten.option_problems import adapter_problems, bad_values, load_problems
+from hasten.weights import formats
 
-Quantization = Literal["nf4", "int8", "none", "own"]
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 P = ParamSpec("P")
@@ -89,23 +89,39 @@ class LoadOptions:
         """As the constructor; names among `extra` or `named` that are fields become fields, the rest `extra`."""
         return _from_call(cls, args, {**named, **(extra or {})})
 
-    @property
-    def asked_storage(self) -> list[str]:
-        """The arguments with which the caller asked for a way of holding the weights."""
-        flags = ("load_in_4bit", "load_in_8bit", "load_in_16bit", "load_in_fp8")
-        own = ["quantization_config"] if self.extra.get("quantization_config") is not None else []
-        return [name for name in flags if getattr(self, name)] + own
+    def given(self, argument: str) -> Any:
+        """The value of an argument of `from_pretrained`, also of one that only a format of the registry knows."""
+        return getattr(self, argument) if argument in self.__dataclass_fields__ else self.extra.get(argument)
 
     @property
-    def quantization(self) -> Quantization:
-        """How Linear weights are held: "own" = by the caller's quantization_config. Meaningful once validated."""
-        asked = self.asked_storage
-        if "quantization_config" in asked:
+    def asked_storage(self) -> list[str]:
+        """The arguments with which the caller asked for a storage format."""
+        flags = dict.fromkeys((*formats.load_arguments(), "load_in_fp8"))
+        own = ["quantization_config"] if self.own_quantization else []
+        return [name for name in flags if self.given(name)] + own
+
+    @property
+    def own_quantization(self) -> bool:
+        """Whether the caller brings a quantization_config for transformers."""
+        return self.extra.get("quantization_config") is not None
+
+    @property
+    def weight_format(self) -> str | None:
+        """The name of the storage format that the arguments ask for, None = no argument does. Meaningful once validated."""
+        asked = [name for name in formats.load_arguments() if self.given(name)]
+        if asked:
+            return formats.by_load_argument(asked[0]).name
+        default = formats.default()
+        left_open = self.given(str(default.load_argument)) is None
+        return default.name if left_open and not self.asked_storage and not self.full_finetuning else None
+
+    @property
+    def quantization(self) -> str:
+        """ "own" = by the caller's quantization_config, "none" = not at all, else the storage format's name."""
+        if self.own_quantization:
             return "own"
-        if "load_in_8bit" in asked:
-            return "int8"
-        default_on = self.load_in_4bit is None and not asked and not self.full_finetuning
-        return "nf4" if "load_in_4bit" in asked or default_on else "none"
+        name = self.weight_format
+        return "none" if name is None or formats.named(name).exact else name
 
     def readable(self) -> Self:
         """These options with values that mean nothing at their defaults, so that the rest can still be checked."""

@@ -1,4 +1,4 @@
-"""The whole merged model as a checkpoint in the base's own format: which tensors, in what order, and its config."""
+"""Plans and writes the merged model as a checkpoint in the base's own layout: which tensors, in what order, and its config."""
 
 import copy
 import json
@@ -19,6 +19,7 @@ from hasten.export.shards import ShardWriter, write_json
 from hasten.export.slots import Slot, collect, same_source
 from hasten.state import causal_lm_of
 from hasten.weights import active_adapters, base_layer_of
+from hasten.weights.formats import is_quantized
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def plan_merge(model: nn.Module, dtype: torch.dtype | None) -> MergePlan:
     plan = MergePlan(causal_lm, base, slots, Merger([name.lower() for name in inits], dtype, live_dtype))
     if base is None:
         plan.entries = list(disk_names_of(causal_lm, slots).items())
-        _warn_without_base(causal_lm)
+        _warn_without_base(causal_lm, slots)
     else:
         _enter_base(plan, base)
     _tie(plan)
@@ -188,9 +189,9 @@ def _trained_copies(model: nn.Module) -> bool:
     return any(name in wrapper.modules_to_save for wrapper in wrappers for name in active_adapters(wrapper))  # pyright: ignore[reportOperatorIssue]
 
 
-def _warn_without_base(model: Any) -> None:
+def _warn_without_base(model: Any, slots: dict[str, Slot]) -> None:
     origin = model.config._name_or_path or "(built in memory)"
-    if getattr(model, "is_quantized", False):
+    if any(is_quantized(slot.module) for slot in slots.values() if slot.kind == "weight"):
         log.warning(
             "the unquantised weights of %s cannot be read, so the adapter is merged into the dequantised ones: the "
             "result carries the quantisation error. Load from the 16-bit checkpoint for an exact merge",

@@ -5,7 +5,6 @@ Format: 8 bytes little-endian length N, N bytes of JSON {tensor: {dtype, shape, 
 """
 
 import json
-import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from hasten.errors import CheckpointError
+from hasten.weights import formats
 
 LARGEST_HEADER = 100_000_000  # bytes, the format's own limit
 
@@ -119,10 +119,9 @@ def find(name: str, stored: Mapping[str, StoredTensor], tied: Mapping[str, str],
 
 
 def _packed(name: str, stored: Mapping[str, StoredTensor], entry: StoredTensor, count: int) -> bool:
-    """Whether the tensor is bitsandbytes' 4-bit storage of `count` weights: two in each byte."""
-    state = any(key.startswith(f"{name}.quant_state.") for key in stored)
-    width = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4}.get(entry.dtype, 0)
-    return state and math.prod(entry.shape) * width == (count + 1) // 2
+    """Whether the tensor can be a quantised format's codes of `count` weights, whose shape is not the weight's."""
+    suffixes = [key.removeprefix(name) for key in stored if key.startswith(name)]
+    return any(one.fits(entry.shape, entry.dtype, count, suffixes) for one in formats.FORMATS)
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -153,4 +152,4 @@ def _listed(what: str, bad: list[str], instead: str, most: int = 20) -> str:
     lines = [f"  - {line}" for line in bad[:most]]
     if len(bad) > most:
         lines.append(f"  - and {len(bad) - most} more")
-    return "\n".join([f"{what} ({len(bad)} faults). {instead}.", *lines])
+    return "\n".join([f"{what} ({len(bad)} problems). {instead}.", *lines])
