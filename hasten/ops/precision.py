@@ -10,7 +10,7 @@ def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def add_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def add_matmul(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """total + left @ right, summed in at least fp32, into `total` where there is one: on a GPU inside of the product."""
     if not left.is_cuda:
         left, right = at_least_fp32(left), at_least_fp32(right)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from hasten.ops.attention import PLANNED
+from hasten.ops.attention import CUDNN_LENGTH_MULTIPLE
 from hasten.ops.backend import backend_for
 from hasten.overlays import AttentionOverlay, BackboneOverlay, HeadOverlay, MLPOverlay, Overlay
 from hasten.state import ModelState, causal_lm_of, find_state
@@ -90,7 +90,7 @@ def _attention(base: Any) -> tuple[str, str]:
         needs.insert(0, f"windows of {windows[0].window} in {len(windows)} of {len(layers)} layers")
     if len(capped) == len(layers):
         return "Triton", "softcap on scores, which torch's sdpa drops"
-    why = f"sdpa for plain causal rows of a multiple of {PLANNED} tokens, Triton for {', '.join(needs)}; no dense mask"
+    why = f"sdpa for plain causal rows of a multiple of {CUDNN_LENGTH_MULTIPLE} tokens, Triton for {', '.join(needs)}; no dense mask"
     return "torch sdpa and Triton", why
 
 

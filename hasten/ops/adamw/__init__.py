@@ -43,11 +43,11 @@ def adamw_(
     weight: torch.Tensor,
     grad: torch.Tensor,
     moments: tuple[torch.Tensor, torch.Tensor],
-    rule: AdamWConfig,
+    config: AdamWConfig,
     key: int,
     backend: Backend | None = None,
 ) -> None:
-    """Takes the step of `rule` on `weight` and its two `moments`, in place; `grad` is only read.
+    """Takes the step of `config` on `weight` and its two `moments`, in place; `grad` is only read.
 
     All of one shape, contiguous but for `grad`, each bf16 (rounded stochastically) or fp32 (stored as computed).
     key: of this step and tensor (`key_of`); the same key rounds the same way. Raises ValueError for other dtypes or shapes.
@@ -67,7 +67,7 @@ def adamw_(
     parts = [x.view(-1).split(LARGEST) for x in (weight, grad.contiguous(), *moments)]
     for number, (w, g, m, v) in enumerate(zip(*parts, strict=True)):
         own = key if number == 0 else key_of(key, number)
-        step(w, g, (m, v), rule.factors(), (own, own ^ OF_MOMENTS))
+        step(w, g, (m, v), config.factors(), (own, own ^ OF_MOMENTS))
 
 
 def key_of(*numbers: int) -> int:

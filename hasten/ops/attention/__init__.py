@@ -15,7 +15,7 @@ from hasten.ops.backend import backend_for
 
 __all__ = [
     "LARGEST_HEAD",
-    "PLANNED",
+    "CUDNN_LENGTH_MULTIPLE",
     "attend",
     "attention",
     "attention_backend",
@@ -48,7 +48,7 @@ def attend(
     return reference.attend(q_BHTD, k_BHTD, v_BHTD, mask, scale, softcap, dropout)
 
 
-PLANNED = 64
+CUDNN_LENGTH_MULTIPLE = 64
 """torch's attention in 16 bits is cuDNN's, which spends some 60 ms on a plan for each new length: only multiples go there."""
 
 
@@ -57,7 +57,7 @@ def attention_backend(
 ) -> AttentionBackend:
     """The fastest exact backend on a GPU: torch's fused attention for plain causal rows, ours for what it cannot mask and for
     lengths that come and go."""
-    planned = dtype == torch.float32 or tokens % PLANNED == 0
+    planned = dtype == torch.float32 or tokens % CUDNN_LENGTH_MULTIPLE == 0
     return "sdpa" if _is_plain(tokens, window, softcap, spans) and planned else "triton"
 
 

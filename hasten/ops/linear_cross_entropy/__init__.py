@@ -66,14 +66,14 @@ def linear_cross_entropy(
     hidden_NE: torch.Tensor,
     weight_VE: torch.Tensor,
     labels_N: torch.Tensor,
-    rule: ScoreConfig,
+    config: ScoreConfig,
     bias_V: torch.Tensor | None = None,
     lora: LoraHead | None = None,
     backend: Backend | None = None,
 ) -> TokenScores:
     """Scores every token's label, some tokens at a time.
 
-    hidden_NE: (N, E). weight_VE: (V, E). labels_N: (N,) int64, in [0, V) or rule.ignore_index. bias_V: (V,).
+    hidden_NE: (N, E). weight_VE: (V, E). labels_N: (N,) int64, in [0, V) or config.ignore_index. bias_V: (V,).
     All on one device. Weight, bias and LoRA are multiplied in hidden's dtype; their gradients, summed over chunks in
     fp32, come in their own. Gradients: hidden, weight, bias, lora.a, lora.b; differentiable once. Where anything but
     hidden trains the backward computes every logit a second time; `linear_cross_entropy_loss` does not.
@@ -82,12 +82,12 @@ def linear_cross_entropy(
     Raises ValueError for a score name that does not exist, IndexError for a label outside of
     the vocabulary (on a GPU, where looking would wait for the device, that token's scores are NaN instead).
     """
-    unknown = rule.want - OPTIONAL_SCORES
+    unknown = config.want - OPTIONAL_SCORES
     if unknown:
         raise ValueError(f"no such token score: {sorted(unknown)}; there are {sorted(OPTIONAL_SCORES)}")
-    score_rows, kept = _backend(hidden_NE, weight_VE, labels_N, rule, backend)
+    score_rows, kept = _backend(hidden_NE, weight_VE, labels_N, config, backend)
     arguments = _arguments(hidden_NE, weight_VE, labels_N, bias_V, lora, kept)
-    scores: Any = ScoreTokensFunction.apply(*arguments, rule, score_rows, torch.is_grad_enabled())
+    scores: Any = ScoreTokensFunction.apply(*arguments, config, score_rows, torch.is_grad_enabled())
     if kept is not None:
         count = labels_N.shape[0]
         scores = (None if s is None else s.new_zeros(count).index_copy(0, kept, s) for s in scores)
@@ -98,7 +98,7 @@ def linear_cross_entropy_loss(
     hidden_NE: torch.Tensor,
     weight_VE: torch.Tensor,
     labels_N: torch.Tensor,
-    rule: ScoreConfig,
+    config: ScoreConfig,
     denominator: float | torch.Tensor | None = None,
     bias_V: torch.Tensor | None = None,
     lora: LoraHead | None = None,
@@ -108,29 +108,29 @@ def linear_cross_entropy_loss(
 
     Arguments, dtypes and errors as there. denominator: a number or a tensor of one element on any device, for which the
     device is not waited for and which gets no gradient; None = the number of labels that count (without any, the loss is
-    NaN as torch's, its gradients are zero). `rule.want` has no meaning here.
+    NaN as torch's, its gradients are zero). `config.want` has no meaning here.
     Every gradient is made in the forward, for an upstream of one, and scaled by the true one in the backward: any
     number of times, by any scalar. Without grad mode no gradient is made.
     Peak extra memory, in the forward: a chunk's logits and hidden's gradient in hidden's dtype; where the weight trains
     its gradient in fp32, (V, E), and logits of that size in place of a chunk's. The gradients live until the backward.
     """
-    score_rows, kept = _backend(hidden_NE, weight_VE, labels_N, rule, backend)
+    score_rows, kept = _backend(hidden_NE, weight_VE, labels_N, config, backend)
     arguments = _arguments(hidden_NE, weight_VE, labels_N, bias_V, lora, kept)
     if isinstance(denominator, torch.Tensor):  # read where that waits for nothing
         on_host = denominator.device.type == "cpu"
         denominator = denominator.item() if on_host else denominator.detach().reshape(()).to(hidden_NE.device)
-    return LossFunction.apply(*arguments, rule, score_rows, torch.is_grad_enabled(), denominator)  # pyright: ignore[reportReturnType]
+    return LossFunction.apply(*arguments, config, score_rows, torch.is_grad_enabled(), denominator)  # pyright: ignore[reportReturnType]
 
 
 def _backend(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, rule: ScoreConfig, backend: Backend | None
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, config: ScoreConfig, backend: Backend | None
 ) -> tuple[ScoreRows, torch.Tensor | None]:
     """(what scores a chunk, the indices of the labels that count: in plain torch only those tokens are multiplied)."""
     if backend_for(hidden, backend) == "triton":
         from hasten.ops.linear_cross_entropy import kernel
 
         return kernel.score_rows, None
-    return reference.score_rows, reference.labelled(labels, rule, weight.shape[0])
+    return reference.score_rows, reference.labelled(labels, config, weight.shape[0])
 
 
 def _arguments(
@@ -148,10 +148,10 @@ def _arguments(
     return hidden, weight, bias, a, b, scale, labels.contiguous()
 
 
-def score_logits(raw_NV: torch.Tensor, labels_N: torch.Tensor, rule: ScoreConfig) -> TokenScores:
+def score_logits(raw_NV: torch.Tensor, labels_N: torch.Tensor, config: ScoreConfig) -> TokenScores:
     """The same scores from raw logits that are already there (N, V), through plain autograd.
 
     For heads that only their own module can compute. The caller bounds the memory by giving few rows at a time.
     """
-    scores: Any = reference.score_logits(raw_NV, labels_N, rule)
+    scores: Any = reference.score_logits(raw_NV, labels_N, config)
     return TokenScores(*scores)

@@ -150,7 +150,7 @@ def _score_rows(
 def score_rows(
     raw_NV: torch.Tensor,
     labels_N: torch.Tensor,
-    rule: ScoreConfig,
+    config: ScoreConfig,
     scores: torch.Tensor | None,
     upstream: Upstream | None,
     launch: Launch = LAUNCHES[0],
@@ -160,20 +160,20 @@ def score_rows(
     rows, words = raw_NV.shape
     scored = scores is not None
     block = min(launch.columns, max(64, triton.next_power_of_2(words)))
-    slope = rule.logit_scale / rule.temperature
+    slope = config.logit_scale / config.temperature
     if rows == 0:
         return None if upstream is None else raw_NV
     with on_device(raw_NV):
         _score_rows[(rows,)](
             raw_NV, labels_N, *(x if x is not None else labels_N for x in (scores, d_loss, d_log_prob, d_entropy)),
             raw_NV.stride(0), words, scores.stride(0) if scores is not None else 0,
-            0.0 if rule.softcap is None else rule.logit_scale / rule.softcap,
-            slope if rule.softcap is None else rule.softcap / rule.temperature, slope,
-            rule.ignore_index, rule.label_smoothing,
-            SOFTCAP=rule.softcap is not None, SCORES=scored,
-            ENTROPY=(scored and "entropy" in rule.want) or d_entropy is not None,
-            TOP1=scored and "is_top1" in rule.want, SQUARES=scored and "log_sum_sq_probs" in rule.want,
-            MEAN=scored and ("mean_logits" in rule.want or rule.label_smoothing != 0.0),
+            0.0 if config.softcap is None else config.logit_scale / config.softcap,
+            slope if config.softcap is None else config.softcap / config.temperature, slope,
+            config.ignore_index, config.label_smoothing,
+            SOFTCAP=config.softcap is not None, SCORES=scored,
+            ENTROPY=(scored and "entropy" in config.want) or d_entropy is not None,
+            TOP1=scored and "is_top1" in config.want, SQUARES=scored and "log_sum_sq_probs" in config.want,
+            MEAN=scored and ("mean_logits" in config.want or config.label_smoothing != 0.0),
             GRAD=upstream is not None, HAS_LOSS=d_loss is not None, HAS_LOG_PROB=d_log_prob is not None,
             HAS_ENTROPY=d_entropy is not None, BLOCK=block,
             num_warps=launch.warps if block == launch.columns else 4,

@@ -124,22 +124,22 @@ def _warps(block: int) -> int:
 
 
 def norm_fwd(
-    x_ND: torch.Tensor, weight: torch.Tensor, rule: NormConfig, base_ND: torch.Tensor | None = None
+    x_ND: torch.Tensor, weight: torch.Tensor, config: NormConfig, base_ND: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y, rstd, mean) of rows whose last axis is contiguous. base: y is added to it, after it was rounded to its dtype, which base
     shares."""
     rows, width = x_ND.shape
-    dtype = x_ND.dtype if rule.fp32_weight else torch.promote_types(x_ND.dtype, weight.dtype)
+    dtype = x_ND.dtype if config.fp32_weight else torch.promote_types(x_ND.dtype, weight.dtype)
     y = torch.empty(rows, width, device=x_ND.device, dtype=dtype)
     rstd = torch.empty(rows, device=x_ND.device, dtype=torch.float32)
-    mean = torch.empty_like(rstd) if rule.kind == "layer" else rstd
+    mean = torch.empty_like(rstd) if config.kind == "layer" else rstd
     block = triton.next_power_of_2(width)
     if rows:
         with on_device(x_ND):
             _norm_fwd[(rows,)](
                 x_ND, weight, x_ND if base_ND is None else base_ND, y, rstd, mean, x_ND.stride(0),
-                0 if base_ND is None else base_ND.stride(0), width, weight.numel() // width, rule.eps,
-                LAYER=rule.kind == "layer", UNIT_OFFSET=rule.unit_offset, FP32_WEIGHT=rule.fp32_weight, ADD=base_ND is not None,
+                0 if base_ND is None else base_ND.stride(0), width, weight.numel() // width, config.eps,
+                LAYER=config.kind == "layer", UNIT_OFFSET=config.unit_offset, FP32_WEIGHT=config.fp32_weight, ADD=base_ND is not None,
                 BLOCK=block, num_warps=_warps(block),
             )  # fmt: skip
     return y, rstd, mean
@@ -150,7 +150,7 @@ def norm_bwd(
     x_ND: torch.Tensor,
     weight: torch.Tensor,
     stats: tuple[torch.Tensor, torch.Tensor],
-    rule: NormConfig,
+    config: NormConfig,
     dsum_ND: torch.Tensor | None,
     train_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -167,7 +167,7 @@ def norm_bwd(
             _norm_bwd[(programs,)](
                 dy_ND, x_ND, weight, *stats, dsum_ND if dsum_ND is not None else dx, dx, dw, dy_ND.stride(0), x_ND.stride(0),
                 rows, width, heads, programs,
-                LAYER=rule.kind == "layer", UNIT_OFFSET=rule.unit_offset, ADD=dsum_ND is not None, TRAIN_W=train_weight,
+                LAYER=config.kind == "layer", UNIT_OFFSET=config.unit_offset, ADD=dsum_ND is not None, TRAIN_W=train_weight,
                 BLOCK=block, num_warps=_warps(block),
             )  # fmt: skip
     if not train_weight:
@@ -176,20 +176,20 @@ def norm_bwd(
 
 
 def _forward(
-    ctx: Any, x: torch.Tensor, weight: torch.Tensor, rule: NormConfig, base: torch.Tensor | None
+    ctx: Any, x: torch.Tensor, weight: torch.Tensor, config: NormConfig, base: torch.Tensor | None
 ) -> torch.Tensor:
     """norm(x), on top of `base` where given. Keeps x and one or two statistics a row."""
     flat = flat_rows(x)
-    y, rstd, mean = norm_fwd(flat, weight.contiguous(), rule, None if base is None else flat_rows(base))
+    y, rstd, mean = norm_fwd(flat, weight.contiguous(), config, None if base is None else flat_rows(base))
     ctx.save_for_backward(flat, weight, rstd, mean)
-    ctx.rule = rule
+    ctx.config = config
     return y.view(x.shape)
 
 
 class NormFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, rule: NormConfig) -> torch.Tensor:
-        return _forward(ctx, x, weight, rule, None)
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, config: NormConfig) -> torch.Tensor:
+        return _forward(ctx, x, weight, config, None)
 
     @staticmethod
     @once_differentiable
@@ -201,8 +201,10 @@ class NormWithResidualFunction(torch.autograd.Function):
     """(norm(x), x), with both gradients added where the norm's is made."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, rule: NormConfig) -> tuple[torch.Tensor, torch.Tensor]:
-        return _forward(ctx, x, weight, rule, None), x.view_as(x)
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, config: NormConfig
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return _forward(ctx, x, weight, config, None), x.view_as(x)
 
     @staticmethod
     @once_differentiable
@@ -215,9 +217,9 @@ class AddNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, rule: NormConfig
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, config: NormConfig
     ) -> torch.Tensor:
-        return _forward(ctx, x, weight, rule, residual)
+        return _forward(ctx, x, weight, config, residual)
 
     @staticmethod
     @once_differentiable
@@ -228,17 +230,17 @@ class AddNormFunction(torch.autograd.Function):
 def _backward(ctx: Any, dy: torch.Tensor, past: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
     flat, weight, rstd, mean = ctx.saved_tensors
     train = ctx.needs_input_grad[1]
-    dx, dw = norm_bwd(flat_rows(dy), flat, weight.contiguous(), (rstd, mean), ctx.rule, past, train)
+    dx, dw = norm_bwd(flat_rows(dy), flat, weight.contiguous(), (rstd, mean), ctx.config, past, train)
     return dx.view(dy.shape), dw
 
 
-def norm(x: torch.Tensor, weight: torch.Tensor, rule: NormConfig) -> torch.Tensor:
-    return NormFunction.apply(x, weight, rule)  # pyright: ignore[reportReturnType]
+def norm(x: torch.Tensor, weight: torch.Tensor, config: NormConfig) -> torch.Tensor:
+    return NormFunction.apply(x, weight, config)  # pyright: ignore[reportReturnType]
 
 
-def norm_with_residual(x: torch.Tensor, weight: torch.Tensor, rule: NormConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    return NormWithResidualFunction.apply(x, weight, rule)  # pyright: ignore[reportReturnType]
+def norm_with_residual(x: torch.Tensor, weight: torch.Tensor, config: NormConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    return NormWithResidualFunction.apply(x, weight, config)  # pyright: ignore[reportReturnType]
 
 
-def add_norm(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, rule: NormConfig) -> torch.Tensor:
-    return AddNormFunction.apply(x, weight, residual, rule)  # pyright: ignore[reportReturnType]
+def add_norm(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, config: NormConfig) -> torch.Tensor:
+    return AddNormFunction.apply(x, weight, residual, config)  # pyright: ignore[reportReturnType]

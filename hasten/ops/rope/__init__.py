@@ -16,11 +16,11 @@ from hasten.ops.rope import reference
 
 @dataclass(frozen=True)
 class QKNorm:
-    """Weights and rule of the norm on queries and keys: weights (D,) or (H, D)."""
+    """Weights and config of the norm on queries and keys: weights (D,) or (H, D)."""
 
     q_weight: torch.Tensor
     k_weight: torch.Tensor
-    rule: NormConfig
+    config: NormConfig
 
 
 def qk_rope(

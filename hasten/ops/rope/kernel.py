@@ -232,7 +232,7 @@ class RopeConfig:
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-def qk_rope_fwd(qk: Pair, weights: Pair | None, table: Pair | None, rule: RopeConfig, out: Pair) -> None:
+def qk_rope_fwd(qk: Pair, weights: Pair | None, table: Pair | None, config: RopeConfig, out: Pair) -> None:
     """Writes normed and rotated q and k into `out` (B, T, H, D): tokens apart as they like, heads and channels contiguous.
 
     `out` may be q and k themselves. table: cos and sin, contiguous.
@@ -246,14 +246,14 @@ def qk_rope_fwd(qk: Pair, weights: Pair | None, table: Pair | None, rule: RopeCo
             _both_fwd[grid](
                 q, k, *out, wq, wk, cos, sin, token_stride(q), q.stride(2), token_stride(k), k.stride(2), token_stride(out[0]),
                 token_stride(out[1]), q.shape[1], q.shape[2], k.shape[2], q.shape[3], _table_stride(cos) if table else 0,
-                q.shape[3] if weights is not None and wq.dim() == 2 else 0, rule.norm.eps, q_blocks,
-                ROPE=table is not None, ROUND=not rule.fp32, INTERLEAVED=rule.interleaved, NORM=weights is not None, LAYER=rule.norm.kind == "layer",
-                UNIT_OFFSET=rule.norm.unit_offset, FP32_WEIGHT=rule.norm.fp32_weight, enable_fp_fusion=rule.fp32, **meta,
+                q.shape[3] if weights is not None and wq.dim() == 2 else 0, config.norm.eps, q_blocks,
+                ROPE=table is not None, ROUND=not config.fp32, INTERLEAVED=config.interleaved, NORM=weights is not None, LAYER=config.norm.kind == "layer",
+                UNIT_OFFSET=config.norm.unit_offset, FP32_WEIGHT=config.norm.fp32_weight, enable_fp_fusion=config.fp32, **meta,
             )  # fmt: skip
 
 
 def qk_rope_bwd(  # noqa: PLR0917
-    d: Pair, qk: Pair | None, weights: Pair | None, table: Pair | None, rule: RopeConfig, out: Pair, train: bool
+    d: Pair, qk: Pair | None, weights: Pair | None, table: Pair | None, config: RopeConfig, out: Pair, train: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Writes the gradients of q and k into `out` and returns those of the norm's weights (where `train`).
 
@@ -271,9 +271,9 @@ def qk_rope_bwd(  # noqa: PLR0917
                 dq, dk, q, k, *out, wq, wk, *partial, cos, sin,
                 token_stride(dq), dq.stride(2), token_stride(dk), dk.stride(2), token_stride(q), q.stride(2), token_stride(k), k.stride(2),
                 token_stride(out[0]), token_stride(out[1]), dq.shape[1], dq.shape[2], dk.shape[2], dq.shape[3],
-                _table_stride(cos) if table else 0, dq.shape[3] if weights is not None and wq.dim() == 2 else 0, rule.norm.eps,
-                q_blocks, ROPE=table is not None, ROUND=not rule.fp32, INTERLEAVED=rule.interleaved, NORM=weights is not None,
-                LAYER=rule.norm.kind == "layer", UNIT_OFFSET=rule.norm.unit_offset, TRAIN_W=train, enable_fp_fusion=rule.fp32, **meta,
+                _table_stride(cos) if table else 0, dq.shape[3] if weights is not None and wq.dim() == 2 else 0, config.norm.eps,
+                q_blocks, ROPE=table is not None, ROUND=not config.fp32, INTERLEAVED=config.interleaved, NORM=weights is not None,
+                LAYER=config.norm.kind == "layer", UNIT_OFFSET=config.norm.unit_offset, TRAIN_W=train, enable_fp_fusion=config.fp32, **meta,
             )  # fmt: skip
     if not train:
         return None, None

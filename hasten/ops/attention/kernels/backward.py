@@ -10,7 +10,17 @@ import torch
 import triton
 import triton.language as tl
 
-from hasten.ops.attention.kernels.tiles import LENGTHS, Rule, Tiles, dot, key_range, launch, score, tile, visible
+from hasten.ops.attention.kernels.tiles import (
+    LENGTHS,
+    ScoreMaskConfig,
+    Tiles,
+    dot,
+    key_range,
+    launch,
+    score,
+    tile,
+    visible,
+)
 from hasten.ops.backend import on_device
 
 
@@ -171,7 +181,7 @@ def _attention_dq(
 
 
 def attention_bwd(
-    d: torch.Tensor, saved: tuple[torch.Tensor, ...], rule: Rule, tiles: Tiles
+    d: torch.Tensor, saved: tuple[torch.Tensor, ...], config: ScoreMaskConfig, tiles: Tiles
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv, contiguous. d: (B, T, H, D), any strides. saved: q, k, v, out, lse, and spans or None."""
     q, k, v, out, lse, spans = saved
@@ -180,8 +190,8 @@ def attention_bwd(
     dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
     delta = torch.empty_like(lse)
     strides = [s for x in (q, k, v, d) for s in x.stride()[:3]]
-    flags = rule.flags(q, spans)
-    common = (*strides, tokens, heads, heads // k.shape[2], channels, *rule.arguments(), rule.scale)
+    flags = config.flags(q, spans)
+    common = (*strides, tokens, heads, heads // k.shape[2], channels, *config.arguments(), config.scale)
     pointer = spans if spans is not None else lse
     with on_device(q):
         _delta[(triton.cdiv(tokens, 64) * batch * heads,)](

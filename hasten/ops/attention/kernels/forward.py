@@ -17,7 +17,7 @@ from hasten.ops.attention import LARGEST_HEAD
 from hasten.ops.attention.kernels.backward import attention_bwd
 from hasten.ops.attention.kernels.tiles import (
     LENGTHS,
-    Rule,
+    ScoreMaskConfig,
     Tiles,
     dot,
     key_range,
@@ -105,7 +105,7 @@ def _attention_fwd(
 
 
 def attention_fwd(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: torch.Tensor | None, rule: Rule, tiles: Tiles
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: torch.Tensor | None, config: ScoreMaskConfig, tiles: Tiles
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out (B, T, H, D), lse (B, H, T) fp32 in base 2, 0 for a query that sees nothing)."""
     batch, tokens, heads, channels = q.shape
@@ -116,7 +116,7 @@ def attention_fwd(
         _attention_fwd[grid](
             q, k, v, out, lse, spans if spans is not None else lse,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            tokens, heads, heads // k.shape[2], channels, *rule.arguments(), **rule.flags(q, spans), **launch(tiles.fwd),
+            tokens, heads, heads // k.shape[2], channels, *config.arguments(), **config.flags(q, spans), **launch(tiles.fwd),
         )  # fmt: skip
     return out, lse
 
@@ -131,13 +131,13 @@ class AttentionFunction(torch.autograd.Function):
         k: torch.Tensor,
         v: torch.Tensor,
         spans: torch.Tensor | None,
-        rule: Rule,
+        config: ScoreMaskConfig,
         tiles: Tiles | None,
     ) -> torch.Tensor:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        ctx.rule = rule
+        ctx.config = config
         ctx.tiles = tiles or tiles_for(q.dtype, max(16, triton.next_power_of_2(q.shape[-1])), shared_memory(q.device))
-        out, lse = attention_fwd(q, k, v, spans, rule, ctx.tiles)
+        out, lse = attention_fwd(q, k, v, spans, config, ctx.tiles)
         ctx.save_for_backward(q, k, v, out, lse, spans)
         return out
 
@@ -145,7 +145,7 @@ class AttentionFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: torch.Tensor) -> Any:
         q, k, v, out, lse, spans = ctx.saved_tensors
-        return *attention_bwd(d_out, (q, k, v, out, lse, spans), ctx.rule, ctx.tiles), None, None, None
+        return *attention_bwd(d_out, (q, k, v, out, lse, spans), ctx.config, ctx.tiles), None, None, None
 
 
 def attention(  # noqa: PLR0913
@@ -172,5 +172,5 @@ def attention(  # noqa: PLR0913
         spans_BT3 = spans_BT3.contiguous()
     if q_BTHD.numel() == 0:
         return torch.zeros_like(q_BTHD)
-    rule = Rule(scale, window, softcap)
-    return AttentionFunction.apply(q_BTHD, k_BTKD, v_BTKD, spans_BT3, rule, tiles)  # pyright: ignore[reportReturnType]
+    config = ScoreMaskConfig(scale, window, softcap)
+    return AttentionFunction.apply(q_BTHD, k_BTKD, v_BTKD, spans_BT3, config, tiles)  # pyright: ignore[reportReturnType]

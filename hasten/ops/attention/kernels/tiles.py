@@ -58,7 +58,7 @@ def tiles_for(dtype: torch.dtype, channels: int, room: int) -> Tiles:
 
 
 @dataclass(frozen=True)
-class Rule:
+class ScoreMaskConfig:
     """What the kernels know beside tensors, by name as they take it."""
 
     scale: float
