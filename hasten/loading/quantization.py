@@ -51,8 +51,8 @@ def stored_problems(config: Any, empty: PreTrainedModel, on_cpu: bool, options: 
         return ["the checkpoint holds fp8 weights, which a later version of hasten reads; use its dense original"]
     fits = None if found is None else found.stored_argument or found.load_argument
     other = [name for name in options.asked_storage if name != fits]
-    default = formats.default().load_argument
-    if fits is not None and fits == default and options.given(default) is False:
+    default = str(formats.default().load_argument)
+    if fits == default and getattr(options, default, None) is False:
         other.append(f"{default}=False")
     if options.full_finetuning:
         other.append("full_finetuning")

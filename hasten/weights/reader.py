@@ -35,8 +35,8 @@ def read_linear(module: Any, training: bool, moves_input: bool = False) -> LoraL
 
 
 def read_head(module: Any, training: bool) -> LoraLinear | str:
-    """As `read_linear`, for an op that takes the weight as a tensor and moves its input to it: `weight.held` is a tensor."""
+    """As `read_linear`, for an op that takes the weight as a tensor and moves its input to it: `weight.stored` is a tensor."""
     linear = read_linear(module, training, moves_input=True)
-    if not isinstance(linear, str) and linear.weight.held is None:
+    if not isinstance(linear, str) and linear.weight.stored is None:
         return f"held as {type(base_layer_of(module)).__name__}"
     return linear

@@ -7,8 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from hasten.testing import tiny_model
 from hasten.ops.lora import LoraLinear, lora_linears
+from hasten.patching import apply
+from hasten.testing import tiny_model
 from hasten.weights import base_layer_of, read_head, read_lora, unwrap
 from hasten.weights.reader import read_linear
 
@@ -36,7 +37,7 @@ def test_plain_lora_is_read(config: dict[str, Any]) -> None:
     linear = read_linear(module, training=True)
     assert isinstance(linear, LoraLinear)
     assert type(base_layer_of(module)) is nn.Linear
-    assert linear.weight.held is base_layer_of(module).weight
+    assert linear.weight.stored is base_layer_of(module).weight
     assert linear.a is module.lora_A["default"].weight and linear.b is module.lora_B["default"].weight
     assert linear.scale == module.scaling["default"]
     _computes(module)
@@ -159,7 +160,7 @@ def test_bare_linear() -> None:
     layer = nn.Linear(4, 4)
     linear = read_linear(layer, True)
     assert isinstance(linear, LoraLinear)
-    assert linear.weight.held is layer.weight and linear.bias is layer.bias
+    assert linear.weight.stored is layer.weight and linear.bias is layer.bias
     assert linear.a is None and linear.b is None
     assert unwrap(layer) == (layer, [])
 
@@ -210,3 +211,16 @@ def test_an_embedding_and_an_unknown_format_are_reasons() -> None:
     layer = nn.Linear(4, 4)
     layer.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int16), requires_grad=False)
     assert read_linear(layer, True) == "held as Linear"
+
+
+def test_a_watched_head_runs_as_the_module_that_it_is() -> None:
+    """A hook on the head sees logits in training too, though the loss is fused, and the loss stays what it is."""
+    model: Any = tiny_model("llama")
+    apply(model)
+    ids = torch.arange(20, 40)[None]
+    expected = model.train()(ids, labels=ids).loss
+    seen: list[torch.Tensor] = []
+    model.lm_head.register_forward_hook(lambda module, args, logits: seen.append(logits))
+    loss = model(ids, labels=ids).loss
+    assert seen and seen[0].shape[-1] == model.config.vocab_size
+    torch.testing.assert_close(loss, expected)

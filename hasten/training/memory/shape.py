@@ -64,7 +64,7 @@ class ModelShape:
         cls,
         config: PreTrainedConfig,
         rank: int = 16,
-        quantization: str | None = "4bit",
+        quantization: str | None = None,
         full_finetuning: bool = False,
         dtype: torch.dtype = torch.bfloat16,
         offload_embedding: bool = False,

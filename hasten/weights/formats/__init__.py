@@ -66,9 +66,9 @@ def by_load_argument(argument: str) -> WeightFormat:
     return {one.load_argument: one for one in FORMATS if one.load_argument}[argument]
 
 
-def load_arguments(quantized: bool = False) -> list[str]:
-    """The arguments of `from_pretrained` that ask for a format; quantized: only those whose format is not exact."""
-    return [one.load_argument for one in FORMATS if one.load_argument is not None and not (quantized and one.exact)]
+def load_arguments(quantized: bool = False) -> dict[str, str]:
+    """{argument of `from_pretrained`: name of the format that it asks for}; quantized: without exact formats."""
+    return {one.load_argument: one.name for one in FORMATS if one.load_argument and not (quantized and one.exact)}
 
 
 def stored_format(record: Mapping[str, Any]) -> WeightFormat | None:
@@ -79,6 +79,11 @@ def stored_format(record: Mapping[str, Any]) -> WeightFormat | None:
 def smallest_loadable() -> WeightFormat:
     """The format with the fewest bits among those that an argument of `from_pretrained` asks for."""
     return min((one for one in FORMATS if one.load_argument is not None), key=lambda one: one.bits)
+
+
+def save_methods() -> list[str]:
+    """The values of `save_method` that write a quantised checkpoint."""
+    return [one.save_method for one in FORMATS if one.save_method is not None]
 
 
 def packages() -> list[str]:
@@ -102,6 +107,7 @@ __all__ = [
     "load_arguments",
     "named",
     "packages",
+    "save_methods",
     "smallest_loadable",
     "stored_format",
 ]

@@ -35,11 +35,10 @@ WIDTHS = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4}
 
 
 @dataclass(frozen=True)
-class PackedWeight:
+class PackedWeight(Weight):
     """An NF4 weight that is dequantised at each call."""
 
     weight: NF4Weight
-    held: None = None
 
     @property
     def shape(self) -> tuple[int, int]:
