@@ -42,7 +42,7 @@ class MergePlan:
     converted: list[str] = field(default_factory=list)
 
     def tensors(self) -> Iterator[tuple[str, str | None, torch.Tensor]]:
-        """(name on disk, slot name, merged tensor on the CPU), made one at a time."""
+        """(name on disk, slot name, merged tensor on the CPU), one at a time."""
         for name, slot in self.entries:
             if slot is None:
                 assert self.base is not None
@@ -76,7 +76,7 @@ def plan_merge(model: nn.Module, dtype: torch.dtype | None) -> MergePlan:
     slots = collect(causal_lm)
     configs = getattr(model, "peft_config", {})
     if configs and not any(slot.layers for slot in slots.values()) and not _trained_copies(causal_lm):
-        raise ExportError("no adapter acts (all are inactive or disabled), so there is nothing to merge; activate one")
+        raise ExportError("no adapter is active, so there is nothing to merge; activate one")
     base = find_base(causal_lm)
     live_dtype = causal_lm.config.dtype if isinstance(causal_lm.config.dtype, torch.dtype) else causal_lm.dtype
     inits = [str(config.init_lora_weights) for config in configs.values() if hasattr(config, "init_lora_weights")]
@@ -106,7 +106,7 @@ def write_model(plan: MergePlan, target: Path, max_bytes: int, method: str, toke
 
 
 def write_beside(plan: MergePlan, work: Path, tokenizer: Any) -> None:
-    """The tokenizer just as it was given, and the model's generation config."""
+    """Writes the tokenizer as given, and the model's generation config."""
     if tokenizer is not None:
         tokenizer.save_pretrained(work)
     if getattr(plan.model, "generation_config", None) is not None:
@@ -160,7 +160,7 @@ def _enter_base(plan: MergePlan, base: BaseCheckpoint) -> None:
 
 
 def _tie(plan: MergePlan) -> None:
-    """Decides whether the head is still the embedding, and writes it once if so, twice if not."""
+    """Decides whether head and embedding are still equal, and so are written once, or twice if not."""
     head, embedding = _head_and_embedding(plan)
     plan.tied = bool(plan.model.config.tie_word_embeddings)
     if head is None or embedding is None or not plan.tied:

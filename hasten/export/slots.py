@@ -30,7 +30,7 @@ class Slot:
 
     @property
     def elements(self) -> int:
-        """How many values it stands for; a quantised weight packs several into one element."""
+        """Number of values; a quantised weight may pack several into one element."""
         if self.kind == "weight" and isinstance(self.module, nn.Linear):
             return self.module.in_features * self.module.out_features
         return self.value.numel()

@@ -93,7 +93,7 @@ def config_problems(config: Any, family: Family | None, options: LoadOptions) ->
         )
     if options.revision is not None and Path(options.model_name).expanduser().is_dir():
         found.append(
-            f"revision={options.revision!r} names a state of a hub repository, {options.model_name!r} is a local folder; "
+            f"revision={options.revision!r} names a commit of a hub repository, {options.model_name!r} is a local folder; "
             "leave it out"
         )
     if options.dtype == torch.float16 and family is not None and not family.fp16_safe:
@@ -114,7 +114,7 @@ def softcapped(config: Any, family: Family | None) -> bool:
 
 
 def vocabulary_error(needed: int, base: int, rows: int, options: LoadOptions) -> HastenError | None:
-    """needed: rows for every id of the tokenizer, base: for its vocabulary without added tokens, rows: the embedding's."""
+    """needed: embedding rows for every id of the tokenizer; base: for its vocabulary without added tokens; rows: the model's."""
     asked = options.resize_model_vocab
     if asked is not None and asked < needed:
         return OptionError(

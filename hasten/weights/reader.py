@@ -1,7 +1,7 @@
 """Reads a Linear with its LoRA as an operand of `ops.lora`, or says why the module's own forward must run.
 
 One set of rules for every Linear, the head included: the base weight must be in a format that the ops take, at most one
-plain LoRA may act, and nobody may watch any module that the ops would bypass (`is_watched`).
+plain LoRA may be active, and no module that the ops bypass may have hooks or its own forward (`is_watched`).
 """
 
 from typing import Any

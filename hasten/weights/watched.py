@@ -1,4 +1,4 @@
-"""Detects a module whose own forward must run because somebody observes or replaces it."""
+"""Detects a module whose own forward must run because of hooks, parametrizations or a replaced forward."""
 
 from typing import Any
 

@@ -157,7 +157,7 @@ def test_settings_of_an_engine_that_is_off_are_reported(llama: Path) -> None:
 
 
 def test_offload_embedding_on_a_cpu_is_there_already(llama: Path) -> None:
-    assert "in host memory already" in notes(loaded(llama, offload_embedding=True))
+    assert "in CPU memory already" in notes(loaded(llama, offload_embedding=True))
 
 
 def test_loading_leaves_the_callers_generators_alone(llama: Path) -> None:
