@@ -8,6 +8,7 @@ import pytest
 from cli_kit import write_job
 from typer.testing import CliRunner
 
+import hasten
 from hasten.cli import FAILED, app
 from hasten.errors import CheckpointError, OptionError
 
@@ -30,6 +31,21 @@ def test_help_names_every_command() -> None:
     text = call("--help").output
     for command in ("demo", "train", "generate", "merge", "report", "estimate", "doctor", "run"):
         assert command in text
+
+
+def test_version() -> None:
+    done = call("--version")
+    assert done.exit_code == 0 and done.stdout.strip() == f"hasten {hasten.__version__}"
+
+
+def test_an_unknown_choice_names_the_known_ones(tmp_path: Path) -> None:
+    for arguments, known in (
+        (("estimate", tmp_path, "--load", "5bit"), "4bit, 8bit, 16bit"),
+        (("merge", tmp_path, tmp_path, "--method", "merged"), "merged_16bit, merged_4bit, lora"),
+    ):
+        done = call(*arguments)
+        said = " ".join(word for word in done.stderr.replace("│", " ").split())
+        assert done.exit_code == 2 and known in said
 
 
 def test_errors_are_a_message_and_an_exit_code(tmp_path: Path) -> None:

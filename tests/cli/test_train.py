@@ -12,7 +12,7 @@ from cli_kit import CHATS, read_metrics, write_job, write_rows
 from safetensors.torch import load_file
 
 from hasten import FastLanguageModel
-from hasten.cli import save_methods
+from hasten.cli.arguments import save_methods
 from hasten.errors import DatasetError, HastenError, OptionError, TrainingError
 from hasten.export import exporters
 from hasten.training.config import SaveMethod, read_job
