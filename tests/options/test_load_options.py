@@ -178,7 +178,9 @@ def test_the_engines_arguments_stand_together() -> None:
     options = LoadOptions(gpu_memory_utilization=0.7, max_lora_rank=32)
     assert options.engine_options == EngineOptions(gpu_memory_utilization=0.7, max_lora_rank=32)
     assert set(EngineOptions.__dataclass_fields__) <= set(LoadFields.__dataclass_fields__)
-    assert all(getattr(EngineOptions(), f.name) == getattr(LoadOptions(), f.name) for f in dataclasses.fields(EngineOptions))
+    assert all(
+        getattr(EngineOptions(), f.name) == getattr(LoadOptions(), f.name) for f in dataclasses.fields(EngineOptions)
+    )
 
 
 def test_every_rule_is_about_an_argument_and_holds_for_its_default() -> None:
