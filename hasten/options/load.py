@@ -36,7 +36,7 @@ LOAD_RULES: Mapping[str, Rule] = {
     **tiling.RULES,
     **engine.RULES,
 }
-"""Argument -> the rule that its value must meet by itself."""
+"""Argument -> the rule for its value alone."""
 
 LOAD_CHECKS: tuple[Callable[[LoadFields], list[str]], ...] = (
     checkpointing.check,
@@ -51,7 +51,7 @@ LOAD_CHECKS: tuple[Callable[[LoadFields], list[str]], ...] = (
 
 
 def bad_values(options: LoadFields) -> dict[str, str]:
-    """{argument: problem} for each argument whose value means nothing, whatever the other arguments say."""
+    """{argument: problem} for each argument whose value is invalid, whatever the other arguments are."""
     return broken_rules(options, LOAD_RULES)
 
 
@@ -84,7 +84,7 @@ class LoadOptions(LoadFields):
 
     @property
     def quantization(self) -> Literal["nf4", "int8", "none", "own"]:
-        """`weight_format` in the words that `hasten.loading` uses today; goes when it asks the registry of formats."""
+        """`weight_format` by the names that `hasten.loading` uses until it asks the registry of formats."""
         name: Any = self.weight_format
         return "own" if name is None else "none" if name == "dense" else name
 
@@ -94,12 +94,12 @@ class LoadOptions(LoadFields):
         return EngineOptions.of(self)
 
     def readable(self) -> Self:
-        """These options with values that mean nothing at their defaults, so that the rest can still be checked."""
+        """A copy with invalid values replaced by their defaults, so that everything else can still be checked."""
         defaults = type(self)()
         return dataclasses.replace(self, **{name: getattr(defaults, name) for name in bad_values(self)})
 
     def problems(self) -> list[str]:
-        """Every reason why the call cannot be done that shows without the checkpoint's config."""
+        """Every problem of the call that can be found without the checkpoint's config."""
         return [*bad_values(self).values(), *(problem for check in LOAD_CHECKS for problem in check(self))]
 
     def validate(self) -> None:

@@ -1,10 +1,10 @@
-"""Rules over the value of one argument, and the sentences that several checks share."""
+"""Rules for the value of one argument, and sentences that several checks share."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 Rule: TypeAlias = Callable[[Any], str | None]
-"""Of one value: None if it means something, else what it must be and what to pass."""
+"""value -> None if it is valid, else what it must be."""
 
 
 def is_integer(value: Any, least: int) -> bool:
@@ -13,12 +13,12 @@ def is_integer(value: Any, least: int) -> bool:
 
 
 def positive_integer(value: Any) -> str | None:
-    """The rule of counts and ranks."""
+    """The rule for counts and ranks."""
     return None if is_integer(value, 1) else "must be a positive integer"
 
 
 def seed(value: Any) -> str | None:
-    """The rule of `random_state`."""
+    """The rule for `random_state`."""
     return None if is_integer(value, 0) else "must be an integer of at least 0"
 
 
@@ -33,5 +33,5 @@ def broken_rules(options: object, rules: Mapping[str, Rule]) -> dict[str, str]:
 
 
 def not_yet(asked: str, instead: str) -> str:
-    """The problem with an argument that is accepted by name and comes later."""
+    """The problem with an argument whose feature comes in a later version."""
     return f"{asked} comes in a later version of hasten and is not supported yet; {instead}"

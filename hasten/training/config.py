@@ -12,21 +12,22 @@ import yaml
 from hasten.errors import MissingExtraError, OptionError
 from hasten.options import HUB_ARGUMENTS, MODEL_ARGUMENTS, AdapterOptions, DataOptions, LoadOptions, SaveOptions
 from hasten.options.data import SaveMethod, TooLong
+from hasten.options.weights import load_arguments
 from hasten.suggest import did_you_mean
 
 INSTEAD = {
-    "max_length": "model.max_seq_length",
-    "model_init_kwargs": "the model section",
-    "trust_remote_code": "model.trust_remote_code",
-    "gradient_checkpointing": "model.use_gradient_checkpointing (or the adapter section's)",
-    "gradient_checkpointing_kwargs": "model.use_gradient_checkpointing (or the adapter section's)",
-    "truncation_mode": "data.too_long",
-    "dataset_text_field": "data.text_field",
-    "dataset_kwargs": "the data section",
-    "resume_from_checkpoint": "hasten train --resume",
-    "disable_tqdm": "nothing: hasten draws its own progress line",
+    "max_length": "use model.max_seq_length",
+    "model_init_kwargs": "use the model section",
+    "trust_remote_code": "use model.trust_remote_code",
+    "gradient_checkpointing": "use model.use_gradient_checkpointing (or the adapter section's)",
+    "gradient_checkpointing_kwargs": "use model.use_gradient_checkpointing (or the adapter section's)",
+    "truncation_mode": "use data.too_long",
+    "dataset_text_field": "use data.text_field",
+    "dataset_kwargs": "use the data section",
+    "resume_from_checkpoint": "use hasten train --resume",
+    "disable_tqdm": "leave it out, hasten shows its own progress line",
 }
-"""Fields of SFTConfig that another section sets -> which."""
+"""Fields of SFTConfig that a job file sets elsewhere -> where."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,14 @@ def read_job(path: str | Path) -> Job:
         raise OptionError(call, problems)
     parts: dict[str, dict[str, Any]] = {name: dict(value or {}) for name, value in sections.items()}
     train = {name: _number(value) for name, value in parts.get("train", {}).items()}
-    load = (*_fields(LoadOptions, "extra", "expected_model_type"), *HUB_ARGUMENTS, *MODEL_ARGUMENTS)
+    fields = _fields(LoadOptions, "extra", "expected_model_type")
+    load = (*fields, *load_arguments(), *HUB_ARGUMENTS, *MODEL_ARGUMENTS)
     problems += _unknown("model", parts["model"], load)
     problems += _unknown("adapter", parts.get("adapter", {}), (*_fields(AdapterOptions, "extra"), *_lora_fields()))
     problems += _unknown("data", parts["data"], _fields(DataOptions))
     problems += _unknown("train", train, (*_sft_fields(), *INSTEAD))
     problems += _unknown("save", parts.get("save", {}), _fields(SaveOptions))
-    problems += [f"train.{name} is set by another section: use {INSTEAD[name]}" for name in train if name in INSTEAD]
+    problems += [f"train.{name} cannot be set here; {INSTEAD[name]}" for name in train if name in INSTEAD]
     problems += _values(parts)
     if problems:
         raise OptionError(call, problems)
