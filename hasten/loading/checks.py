@@ -11,8 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from hasten.errors import CheckpointError, HastenError, OptionError, TokenizerError
 from hasten.families.schema import Family
 from hasten.loading.resolve import Source
-from hasten.option_problems import HUB_ARGUMENTS, MODEL_ARGUMENTS, unknown_extra
-from hasten.options import LoadOptions
+from hasten.options import HUB_ARGUMENTS, MODEL_ARGUMENTS, LoadOptions, unknown_extra
 from hasten.weights import formats
 
 
@@ -60,7 +59,7 @@ def read_config(source: Source, options: LoadOptions) -> Any:
 def set_fields(config: Any, options: LoadOptions) -> list[str]:
     """Sets the config fields among the caller's keyword arguments; returns the problems with the unknown ones."""
     known = set(config.to_dict()) | set(config.get_text_config().to_dict()) | set(config.attribute_map)
-    found = unknown_extra(options, known | set(formats.load_arguments()))
+    found = unknown_extra(options, known)
     for name, value in config_fields(options).items():
         if name in known:
             holder = config if name in config.to_dict() or name in config.attribute_map else config.get_text_config()

@@ -15,8 +15,7 @@ from hasten.loading.quantization import Storage
 from hasten.loading.read_rows import FLOATS, convert_linears, read_rows
 from hasten.loading.shards import StoredTensor, is_converted
 from hasten.loading.vocabulary import seeded
-from hasten.option_problems import MODEL_ARGUMENTS
-from hasten.options import LoadOptions
+from hasten.options import MODEL_ARGUMENTS, LoadOptions
 from hasten.weights.formats import find_format
 
 

@@ -16,7 +16,6 @@ ALLOWED = {
     "weights/plain.py": "re-exports an operand",
     "model.py": "the public signature",
     "estimation.py": "the public signature",
-    "training/config.py": "the public signature of a job",
     "training/optimizers.py": "the package of transformers' optimizers",
     "demo/story.py": "calls the public signature",
 }
