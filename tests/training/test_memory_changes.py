@@ -286,7 +286,7 @@ def test_a_layer_that_dies_in_another_stream_does_not_free_what_a_copy_uses(retu
     tensor = torch.full((256, 64), 3.0, device=DEVICE)
     memory, layer = offloaded(tensor)
     assert memory.to_host is not None and memory.to_device is not None
-    side = memory.to_device if returns else memory.out
+    side = memory.to_device if returns else memory.to_host
     if not returns:
         with torch.cuda.stream(side):
             torch.cuda._sleep(CYCLES)

@@ -174,7 +174,7 @@ def test_a_copy_of_a_model_has_a_policy_of_its_own() -> None:
     checkpointing.enable(model, "offload")
     loss, _ = step(model, batch())
     twin = copy.deepcopy(model)
-    assert policy_of(twin) is not policy_of(model) and policy_of(twin).model is causal_lm_of(twin)
+    assert policy_of(twin) is not policy_of(model) and policy_of(twin).planner.model is causal_lm_of(twin)
     assert not policy_of(twin).runner.host and policy_of(twin).layers[0] is causal_lm_of(twin).model.layers[0]
     assert torch.equal(step(twin, batch())[0], loss)
 

@@ -53,13 +53,8 @@ class Peak:
         return self.weights + self.gradients + self.optimizer + self.layers + self.working
 
 
-class _Phase(NamedTuple):
-    """A phase of a step, in bytes. saved: activations of all layers. working: what the phase needs besides."""
-
-    when: str
-    gradients: int
-    saved: int
-    working: int
+_Phase = tuple[str, int, int, int]
+"""A phase of a step: its name, and bytes of gradients, of the saved activations of all layers, and of what it needs besides."""
 
 
 class _LayerCosts(NamedTuple):
@@ -91,22 +86,14 @@ def peak(
     if len(plan) != len(shape.layers):
         raise ValueError(f"{len(plan)} actions were given for {len(shape.layers)} layers")
     layers = _layer_costs(shape, batch, length, plan, tile)
-    phases = [
-        _Phase("optimizer step", shape.gradients, 0, 0),
+    phases: list[_Phase] = [
+        ("optimizer step", shape.gradients, 0, 0),
         *_forward_phases(shape, batch * length, layers, accumulates),
         *_backward_phases(shape, batch * length, layers, accumulates),
     ]
-    largest = max(phases, key=lambda phase: sum(phase[1:]))
+    when, gradients, saved, working = max(phases, key=lambda phase: sum(phase[1:]))
     host = sum(layer.saved.host for layer in layers)
-    return Peak(
-        largest.when,
-        shape.weights,
-        largest.gradients,
-        moments(shape, optimizer),
-        largest.saved,
-        largest.working + WORKSPACE,
-        host,
-    )
+    return Peak(when, shape.weights, gradients, moments(shape, optimizer), saved, working + WORKSPACE, host)
 
 
 def _layer_costs(
@@ -129,11 +116,11 @@ def _forward_phases(shape: ModelShape, n: int, layers: Sequence[_LayerCosts], ac
     gradients = shape.gradients if accumulates else 0
     saved = outgoing = 0  # outgoing: what the previous layer offloads is still being copied
     for index, layer in enumerate(layers):
-        yield _Phase(f"forward of layer {index}", gradients, saved, layer.forward + outgoing)
+        yield (f"forward of layer {index}", gradients, saved, layer.forward + outgoing)
         saved += layer.saved.device
         outgoing = layer.saved.host
     for working in _loss(shape, n):
-        yield _Phase("loss", gradients, saved, working + outgoing)
+        yield ("loss", gradients, saved, working + outgoing)
 
 
 def _backward_phases(shape: ModelShape, n: int, layers: Sequence[_LayerCosts], accumulates: bool) -> Iterator[_Phase]:
@@ -144,22 +131,25 @@ def _backward_phases(shape: ModelShape, n: int, layers: Sequence[_LayerCosts], a
         layer, own = layers[index], shape.layers[index]
         saved -= layer.saved.device
         of_mlp, of_layer = (0, 0) if accumulates else (own.mlp_gradients, own.gradients)
-        yield _Phase(f"backward of layer {index}'s MLP", before + new + of_mlp, saved, layer.mlp + ahead)
-        yield _Phase(f"backward of layer {index}'s attention", before + new + of_layer, saved, layer.attention + ahead)
+        yield (f"backward of layer {index}'s MLP", before + new + of_mlp, saved, layer.mlp + ahead)
+        yield (f"backward of layer {index}'s attention", before + new + of_layer, saved, layer.attention + ahead)
         new += of_layer
     if shape.embedding or shape.head and shape.tied:
         embedding = (shape.vocabulary + n) * shape.hidden * shape.itemsize
-        yield _Phase("backward of the embedding", shape.gradients, 0, embedding)
+        yield ("backward of the embedding", shape.gradients, 0, embedding)
 
 
 def _fetched_ahead(layers: Sequence[_LayerCosts]) -> list[int]:
     """For each layer's backward, the last layer first: bytes already fetched for the offloaded layer before it. The first
     offloaded layer that is fetched starts this (`offload.OffloadedLayer`)."""
+    before, last = [], 0
+    for layer in layers:
+        before.append(last)
+        last = layer.saved.host or last
     found, started = [], False
-    for index in reversed(range(len(layers))):
-        started = started or bool(layers[index].saved.host)
-        before = next((layer.saved.host for layer in reversed(layers[:index]) if layer.saved.host), 0)
-        found.append(before if started else 0)
+    for layer, size in zip(reversed(layers), reversed(before), strict=True):
+        started = started or bool(layer.saved.host)
+        found.append(size if started else 0)
     return found
 
 
