@@ -1,5 +1,6 @@
 # make demo   watch a small language model be trained, fine-tuned, merged and checked
 # make test   prove it: the whole suite on the CPU
+# make test-full   everything: exhaustive grids, compile tests, campaigns
 # make docs   build the documentation into build/site, every warning an error
 PYTHON ?= python3
 BIN = .venv/bin
@@ -8,7 +9,7 @@ DOCS = .venv-docs/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-oldest lint docs clean
+.PHONY: demo test test-full test-oldest lint docs clean
 
 # Threads that wait asleep: spinning ones make two threads ten times slower than one on a machine that is busy besides.
 demo: .venv/ready
@@ -16,6 +17,9 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-full: .venv/ready
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m ""
 
 test-oldest: .venv-oldest/ready
 	$(OLDEST)/python -m pytest tests/families tests/patching
