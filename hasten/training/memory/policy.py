@@ -7,6 +7,7 @@ place of whatever a trainer has set there, so nothing of transformers or torch i
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import weakref
@@ -264,6 +265,9 @@ def _drops(module: torch.nn.Module) -> bool:
 def _tensors(tree: Any) -> Iterator[torch.Tensor]:
     if isinstance(tree, torch.Tensor):
         yield tree
+    elif dataclasses.is_dataclass(tree):  # an attention context
+        for field_ in dataclasses.fields(tree):
+            yield from _tensors(getattr(tree, field_.name))
     elif isinstance(tree, dict):
         for value in tree.values():
             yield from _tensors(value)
