@@ -52,8 +52,8 @@ class BackboneOverlay(Overlay):
         """
         given = input_ids if input_ids is not None else inputs_embeds
         documents = kwargs.get("cu_seq_lens_q")
-        choose = attention_context is None and given is not None and _is_empty(past_key_values)
-        if choose and _is_per_token(given, attention_mask, position_ids):
+        chooses = attention_context is None and _is_empty(past_key_values)
+        if chooses and given is not None and _is_per_token(given, attention_mask, position_ids):
             if self.uses_own_attention(given, kwargs):
                 shape = (given.shape[0], given.shape[1], given.device)
                 attention_context = SpanAttention(row_spans(shape, attention_mask, position_ids, documents))

@@ -117,7 +117,8 @@ def _for_class(value: Any, old: type, made: CellType) -> Any:
     if isinstance(value, (classmethod, staticmethod)):
         return type(value)(_for_class(value.__func__, old, made))
     if isinstance(value, property):
-        return property(*(_for_class(f, old, made) for f in (value.fget, value.fset, value.fdel)), value.__doc__)
+        get, set_, delete = (_for_class(function, old, made) for function in (value.fget, value.fset, value.fdel))
+        return property(get, set_, delete, value.__doc__)
     return value
 
 
