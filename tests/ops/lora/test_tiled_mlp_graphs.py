@@ -48,11 +48,11 @@ def assert_near(found: Any, wanted: Any) -> None:
 
 
 def node_of(out: torch.Tensor) -> Any:
-    """The node that has the backward, in which autograd keeps `Run`."""
+    """The node that has the backward, in which autograd keeps the `TiledCall`."""
     todo = [out.grad_fn]
     while todo:
         node: Any = todo.pop()
-        if hasattr(node, "run"):
+        if hasattr(node, "call"):
             return node
         todo += [one for one, _ in node.next_functions if one is not None]
     raise AssertionError("no node of the op")
@@ -126,7 +126,7 @@ def test_a_second_backward_is_the_first_once_more(way: Any) -> None:
 def test_nothing_outlives_the_backward_where_somebody_keeps_the_loss(way: Any) -> None:
     mlp, stream = mlp_of_seed(), stream_of(14)
     out = way(layer, mlp, stream)
-    left = [weakref.ref(pa.untyped_storage()) for pa in node_of(out).run.pas]
+    left = [weakref.ref(one.untyped_storage()) for one in node_of(out).call.down_xa]
     assert len(left) == 4
     loss = out.cos().sum()
     loss.backward()

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from hasten.ops import NormConfig, NormInput, norm
-from hasten.ops.lora import LoraLinear, lora_mlp
+from hasten.ops.lora import LoraLinear, Weight, lora_mlp
 from hasten.ops.lora.kernels import mlp as kernel
 from hasten.ops.lora.kernels import tiled_mlp as tiled
 from hasten.ops.nf4 import NF4Weight
@@ -39,7 +39,7 @@ def mlp_of(kind: str, dtype: torch.dtype) -> MLP:
     if kind.startswith("trained"):
         gate, up, down = (trained(*shape, "bias" in kind) for shape in SHAPES)
         made = [
-            replace(one, weight=DenseWeight(_leaf(one.weight.held, dtype)), bias=_leaf(one.bias, dtype))
+            replace(one, weight=DenseWeight(_leaf(one.weight.stored, dtype)), bias=_leaf(one.bias, dtype))
             for one in (gate, up, down)
         ]
         return made[0], made[1], made[2]
@@ -70,7 +70,7 @@ def source_of(norm_kind: str | None, dtype: torch.dtype) -> tuple[torch.Tensor, 
         "rms, Gemma's casts": NormInput(stream, weight, NormConfig(1e-5, "rms", True, True)),
         "layer": NormInput(stream, weight, NormConfig(1e-5, "layer", False, True)),
     }
-    return rules[norm_kind].again().requires_grad_(), rules[norm_kind]
+    return rules[norm_kind].recompute().requires_grad_(), rules[norm_kind]
 
 
 def results(
@@ -178,27 +178,27 @@ def test_only_the_input_is_kept(norm_input: str | None) -> None:
 
 
 @dataclass
-class Counted:
-    """A matrix that counts how often somebody wants it dense."""
+class Counted(Weight):
+    """A dense weight that records how often it is dequantised."""
 
-    held: torch.Tensor
+    stored: torch.Tensor = field()
     calls: list[str] = field(default_factory=list)
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.held.shape[0], self.held.shape[1]
+        return self.stored.shape[0], self.stored.shape[1]
 
     @property
     def device(self) -> torch.device:
-        return self.held.device
+        return self.stored.device
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         self.calls.append("dense")
-        return self.held.to(dtype)
+        return self.stored.to(dtype)
 
     def write(self, out: torch.Tensor) -> None:
         self.calls.append("write")
-        out.copy_(self.held)
+        out.copy_(self.stored)
 
 
 def test_weights_are_made_dense_once_a_pass() -> None:
@@ -232,7 +232,7 @@ def test_a_recomputed_layer_runs_the_mlp_s_forward_once(monkeypatch: pytest.Monk
 
     found = []
     for run in (layer, partial(checkpoint, layer, use_reentrant=False)):
-        calls.update(make=0, make_again=0, project=0)
+        calls.update(gate_up_forward=0, recompute_gate_up=0, project=0)
         out: Any = run(stream)
         assert calls == {"gate_up_forward": 4, "recompute_gate_up": 0, "project": 4}
         found.append([out, *torch.autograd.grad(out.cos().sum(), [stream, *everything(mlp)])])
@@ -322,7 +322,7 @@ def test_memory_of_the_device_grows_by_the_stream_alone(kind: str) -> None:
     mlp: Any = tuple(linear(*shape, True, False, dtype, 16) for shape in shapes)
     if kind == "trained":
         mlp = tuple(
-            LoraLinear(DenseWeight(_leaf(linear(*shape, False, False, dtype).weight.held, dtype))) for shape in shapes
+            LoraLinear(DenseWeight(_leaf(linear(*shape, False, False, dtype).weight.stored, dtype))) for shape in shapes
         )
     found = {}
     for rows in (8192, 32768):

@@ -1,4 +1,4 @@
-"""The arguments as dataclasses: the seeds' order and defaults, and every problem of a call in one error."""
+"""The arguments of `from_pretrained`: order, defaults, and every problem of a call in one error."""
 
 import dataclasses
 
@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from hasten.errors import OptionError
-from hasten.options import AdapterOptions, LoadOptions, none_if_left_out
+from hasten.options import EngineOptions, LoadOptions, bad_values, weights
+from hasten.options.fields import LoadFields
+from hasten.options.load import LOAD_RULES
+from hasten.options.weights import load_arguments
 
 SEED_ORDER = [
     "model_name",
@@ -37,18 +40,6 @@ SEED_ORDER = [
     "load_in_fp8",
     "unsloth_tiled_mlp",
 ]
-ADAPTER_ORDER = [
-    "r",
-    "target_modules",
-    "lora_alpha",
-    "lora_dropout",
-    "bias",
-    "use_gradient_checkpointing",
-    "random_state",
-    "use_rslora",
-    "loftq_config",
-    "modules_to_save",
-]
 
 
 def problems(**arguments: object) -> str:
@@ -57,12 +48,10 @@ def problems(**arguments: object) -> str:
 
 def test_fields_stand_in_the_seeds_order() -> None:
     assert [f.name for f in dataclasses.fields(LoadOptions)][: len(SEED_ORDER)] == SEED_ORDER
-    assert [f.name for f in dataclasses.fields(AdapterOptions)][: len(ADAPTER_ORDER)] == ADAPTER_ORDER
 
 
 def test_defaults_are_fine() -> None:
     LoadOptions().validate()
-    AdapterOptions().validate()
 
 
 def test_positional_arguments_land_where_the_seeds_have_them() -> None:
@@ -107,16 +96,6 @@ def test_contradictions_are_one_problem_each(given: dict) -> None:
     assert len(LoadOptions.from_call(**given).problems()) == 1
 
 
-def test_a_left_out_4bit_flag_is_told_from_an_explicit_one() -> None:
-    @none_if_left_out("load_in_4bit")
-    def load(name: str, load_in_4bit: bool = True, **kwargs: object) -> tuple[object, dict]:
-        return load_in_4bit, kwargs
-
-    assert load("x") == (None, {})
-    assert load("x", True) == (True, {})
-    assert load("x", load_in_4bit=False, more=1) == (False, {"more": 1})
-
-
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -127,7 +106,7 @@ def test_a_left_out_4bit_flag_is_told_from_an_explicit_one() -> None:
         ({"qat_scheme": "int4"}, "later version"),
         ({"unsloth_tiled_mlp": 15}, "unsloth_tiled_mlp=15"),
         ({"unsloth_tiled_mlp": 0}, "unsloth_tiled_mlp=0"),
-        ({"unsloth_tiled_mlp": "arctic"}, "from 16 on"),
+        ({"unsloth_tiled_mlp": "arctic"}, "at least 16"),
         ({"unsloth_tiled_mlp": None}, "unsloth_tiled_mlp=None"),
         ({"use_gradient_checkpointing": "offloaded"}, "did you mean offload"),
         ({"use_gradient_checkpointing": "unslot"}, "did you mean unsloth"),
@@ -179,37 +158,31 @@ def test_all_problems_of_a_call_are_listed_once() -> None:
         assert f"  {number}. " in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ({"r": 0}, "r=0"),
-        ({"r": 8.0}, "r=8.0"),
-        ({"lora_alpha": 0}, "lora_alpha"),
-        ({"lora_dropout": 1.0}, "lora_dropout"),
-        ({"bias": "lora"}, "did you mean lora_only"),
-        ({"target_modules": []}, "target_modules"),
-        ({"modules_to_save": "lm_head"}, "modules_to_save"),
-        ({"layers_to_transform": [-1]}, "layers_to_transform"),
-        ({"qat_scheme": "int4"}, "later version"),
-        ({"use_gradient_checkpointing": "offloaded"}, "did you mean offload"),
-        ({"loftq_config": {"loftq_bits": 4}, "init_lora_weights": "gaussian"}, "loftq_config"),
-        ({"rank_patern": {}}, "did you mean rank_pattern"),
-    ],
-)
-def test_adapter_problems(given: dict, said: str) -> None:
-    found = AdapterOptions.from_call(**given).problems()
-    assert len(found) == 1
-    assert said in found[0]
+def test_a_format_is_named_by_the_argument_that_asks_for_it() -> None:
+    formats = load_arguments()
+    assert LoadOptions().weight_format == formats["load_in_4bit"]
+    for argument, name in formats.items():
+        assert LoadOptions.from_call(**{argument: True}).weight_format == name
+    assert LoadOptions(full_finetuning=True).weight_format == formats["load_in_16bit"]
+    own = LoadOptions.from_call(quantization_config={"load_in_8bit": True})
+    assert own.own_quantization and own.weight_format is None and not LoadOptions().own_quantization
 
 
-def test_adapter_options_take_lora_config_fields() -> None:
-    options = AdapterOptions.from_call(r=8, rank_pattern={"q_proj": 4}, target_modules="all-linear")
-    options.validate()
-    assert dict(options.extra) == {"rank_pattern": {"q_proj": 4}}
-    assert options.target_modules == "all-linear"
+def test_a_format_may_bring_an_argument_that_is_no_field(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "load_arguments", lambda: {"load_in_16bit": "dense", "load_in_toy": "toy"})
+    assert LoadOptions.from_call(load_in_toy=True).weight_format == "toy"
+    assert LoadOptions.from_call(load_in_toy=True, full_finetuning=True).problems()
 
 
-def test_equal_adapter_calls_compare_equal() -> None:
-    first = AdapterOptions.from_call(target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
-    assert first == AdapterOptions.from_call(target_modules=("q_proj", "v_proj"), modules_to_save=("lm_head",))
-    assert first != AdapterOptions.from_call(target_modules=["q_proj"], modules_to_save=["lm_head"])
+def test_the_engines_arguments_stand_together() -> None:
+    options = LoadOptions(gpu_memory_utilization=0.7, max_lora_rank=32)
+    assert options.engine_options == EngineOptions(gpu_memory_utilization=0.7, max_lora_rank=32)
+    assert set(EngineOptions.__dataclass_fields__) <= set(LoadFields.__dataclass_fields__)
+    assert all(
+        getattr(EngineOptions(), f.name) == getattr(LoadOptions(), f.name) for f in dataclasses.fields(EngineOptions)
+    )
+
+
+def test_every_rule_is_about_an_argument_and_holds_for_its_default() -> None:
+    assert set(LOAD_RULES) <= set(LoadFields.__dataclass_fields__)
+    assert not bad_values(LoadOptions())

@@ -14,7 +14,7 @@ from hasten.testing import relative_error
 TOKENS, WIDTH, WORDS = 37, 16, 101
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 both = pytest.mark.parametrize("backend", ["reference", "triton"])
-RULES = {
+CONFIGS = {
     "plain": {},
     "scaled": {"logit_scale": 0.25},
     "softcapped": {"softcap": 2.0},
@@ -25,17 +25,17 @@ RULES = {
 }
 
 
-def full_scores(raw: torch.Tensor, labels: torch.Tensor, rule: ScoreConfig) -> dict[str, torch.Tensor]:
+def full_scores(raw: torch.Tensor, labels: torch.Tensor, config: ScoreConfig) -> dict[str, torch.Tensor]:
     """The contract written out, on logits that are all there."""
-    z = raw * rule.logit_scale
-    z = z if rule.softcap is None else rule.softcap * torch.tanh(z / rule.softcap)
-    z = z / rule.temperature
-    kept = labels != rule.ignore_index
+    z = raw * config.logit_scale
+    z = z if config.softcap is None else config.softcap * torch.tanh(z / config.softcap)
+    z = z / config.temperature
+    kept = labels != config.ignore_index
     log_p = z.log_softmax(-1)
     safe = labels.clamp(min=0)
     scores = {
         "loss": F.cross_entropy(
-            z, labels, ignore_index=rule.ignore_index, label_smoothing=rule.label_smoothing, reduction="none"
+            z, labels, ignore_index=config.ignore_index, label_smoothing=config.label_smoothing, reduction="none"
         ),
         "log_prob": log_p[torch.arange(len(labels)), safe],
         "entropy": torch.distributions.Categorical(logits=z).entropy(),
@@ -62,9 +62,9 @@ def raw_logits(t: dict[str, torch.Tensor]) -> torch.Tensor:
     return raw + 0.5 * (t["hidden"] @ t["a"].T) @ t["b"].T if "a" in t else raw
 
 
-def fused(t: dict[str, torch.Tensor], labels: torch.Tensor, rule: ScoreConfig, backend: Any = None) -> Any:
+def fused(t: dict[str, torch.Tensor], labels: torch.Tensor, config: ScoreConfig, backend: Any = None) -> Any:
     lora = LoraHead(t["a"], t["b"], 0.5) if "a" in t else None
-    return linear_cross_entropy(t["hidden"], t["weight"], labels, rule, t.get("bias"), lora, backend)
+    return linear_cross_entropy(t["hidden"], t["weight"], labels, config, t.get("bias"), lora, backend)
 
 
 def make_labels() -> torch.Tensor:
@@ -74,16 +74,16 @@ def make_labels() -> torch.Tensor:
 
 
 @both
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(("lora", "bias"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("chunk", [8, 1024])
 def test_scores_and_gradients(name: str, lora: bool, bias: bool, chunk: int, backend: Any) -> None:
-    rule = ScoreConfig(**RULES[name], want=OPTIONAL_SCORES, chunk=chunk)
+    config = ScoreConfig(**CONFIGS[name], want=OPTIONAL_SCORES, chunk=chunk)
     labels = make_labels()
-    if rule.ignore_index != -100:
-        labels = labels.where(labels != -100, rule.ignore_index)
+    if config.ignore_index != -100:
+        labels = labels.where(labels != -100, config.ignore_index)
     mine, exact = inputs(torch.float32, lora, bias), inputs(torch.float64, lora, bias)
-    scores, reference = fused(mine, labels, rule, backend), full_scores(raw_logits(exact), labels, rule)
+    scores, reference = fused(mine, labels, config, backend), full_scores(raw_logits(exact), labels, config)
     for score, expected in reference.items():
         assert relative_error(getattr(scores, score), expected) < 3e-6, score
     weights = torch.randn(3, TOKENS, generator=torch.Generator().manual_seed(13)).to(DEVICE)
@@ -97,9 +97,9 @@ def test_scores_and_gradients(name: str, lora: bool, bias: bool, chunk: int, bac
 
 
 def test_scores_from_logits_are_the_same() -> None:
-    rule = ScoreConfig(logit_scale=0.5, softcap=3.0, want=OPTIONAL_SCORES)
+    config = ScoreConfig(logit_scale=0.5, softcap=3.0, want=OPTIONAL_SCORES)
     t, labels = inputs(torch.float64, False, False), make_labels()
-    ours, reference = score_logits(raw_logits(t), labels, rule), full_scores(raw_logits(t), labels, rule)
+    ours, reference = score_logits(raw_logits(t), labels, config), full_scores(raw_logits(t), labels, config)
     for name, expected in reference.items():
         torch.testing.assert_close(getattr(ours, name), expected)
 
@@ -115,12 +115,12 @@ def test_only_what_trains_gets_a_gradient(trained: str, backend: Any) -> None:
 
 def test_gradcheck() -> None:
     t = inputs(torch.float64, True, True)
-    rule = ScoreConfig(
+    config = ScoreConfig(
         logit_scale=0.5, softcap=3.0, temperature=0.8, label_smoothing=0.1, want=frozenset({"entropy"}), chunk=8
     )
 
     def function(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        scores = fused(dict(zip(t, values, strict=True)), make_labels(), rule, "reference")
+        scores = fused(dict(zip(t, values, strict=True)), make_labels(), config, "reference")
         return scores.loss, scores.log_prob, scores.entropy
 
     assert torch.autograd.gradcheck(function, tuple(t.values()))

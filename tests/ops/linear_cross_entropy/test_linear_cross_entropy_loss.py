@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from ops_kit import DEVICE, DTYPES, assert_as_good_as_torch, both, poisoned_memory
-from test_linear_cross_entropy import RULES, TOKENS, WIDTH, WORDS, inputs, make_labels, raw_logits
+from test_linear_cross_entropy import CONFIGS, TOKENS, WIDTH, WORDS, inputs, make_labels, raw_logits
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,30 +18,32 @@ from hasten.testing import relative_error
 
 
 def loss_of(
-    t: dict[str, torch.Tensor], backend: Any, rule: ScoreConfig | None = None, denominator: Any = None
+    t: dict[str, torch.Tensor], backend: Any, config: ScoreConfig | None = None, denominator: Any = None
 ) -> torch.Tensor:
     lora = LoraHead(t["a"], t["b"], 0.5) if "a" in t else None
-    rule = ScoreConfig(chunk=8) if rule is None else rule
+    config = ScoreConfig(chunk=8) if config is None else config
     labels = make_labels()
-    if rule.ignore_index != -100:
-        labels = labels.where(labels != -100, rule.ignore_index)
-    return linear_cross_entropy_loss(t["hidden"], t["weight"], labels, rule, denominator, t.get("bias"), lora, backend)
+    if config.ignore_index != -100:
+        labels = labels.where(labels != -100, config.ignore_index)
+    return linear_cross_entropy_loss(
+        t["hidden"], t["weight"], labels, config, denominator, t.get("bias"), lora, backend
+    )
 
 
 def formula(
-    t: dict[str, torch.Tensor], rule: ScoreConfig | None = None, denominator: float | None = None
+    t: dict[str, torch.Tensor], config: ScoreConfig | None = None, denominator: float | None = None
 ) -> torch.Tensor:
-    rule = ScoreConfig() if rule is None else rule
+    config = ScoreConfig() if config is None else config
     labels = make_labels()
-    if rule.ignore_index != -100:
-        labels = labels.where(labels != -100, rule.ignore_index)
+    if config.ignore_index != -100:
+        labels = labels.where(labels != -100, config.ignore_index)
     raw = raw_logits(t)
-    z = (raw if raw.dtype == torch.float64 else raw.float()) * rule.logit_scale
-    z = (z if rule.softcap is None else rule.softcap * torch.tanh(z / rule.softcap)) / rule.temperature
+    z = (raw if raw.dtype == torch.float64 else raw.float()) * config.logit_scale
+    z = (z if config.softcap is None else config.softcap * torch.tanh(z / config.softcap)) / config.temperature
     sums = F.cross_entropy(
-        z, labels, ignore_index=rule.ignore_index, label_smoothing=rule.label_smoothing, reduction="none"
+        z, labels, ignore_index=config.ignore_index, label_smoothing=config.label_smoothing, reduction="none"
     )
-    return sums.sum() / ((labels != rule.ignore_index).sum() if denominator is None else denominator)
+    return sums.sum() / ((labels != config.ignore_index).sum() if denominator is None else denominator)
 
 
 def gradients(loss: torch.Tensor, t: dict[str, torch.Tensor], **extra: Any) -> tuple[torch.Tensor, ...]:
@@ -73,11 +75,11 @@ def test_as_good_as_torch(dtype: torch.dtype, lora: bool, bias: bool, denominato
 
 
 @both
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_every_rule(name: str, backend: Any) -> None:
-    rule = ScoreConfig(**RULES[name], chunk=8)
+    config = ScoreConfig(**CONFIGS[name], chunk=8)
     mine, exact = inputs(torch.float32, True, True), inputs(torch.float64, True, True)
-    loss, expected = loss_of(mine, backend, rule), formula(exact, rule)
+    loss, expected = loss_of(mine, backend, config), formula(exact, config)
     assert relative_error(loss, expected) < 3e-6
     assert_near(gradients(loss, mine), gradients(expected, exact))
 
@@ -224,11 +226,11 @@ def test_nothing_is_left_unwritten(backend: Any) -> None:
     """With weights that train, one chunk after the other into the same room; the vocabulary fills no aligned row."""
     t = inputs(torch.float32, True, True)
     with poisoned_memory():
-        for rule in (ScoreConfig(chunk=8), ScoreConfig(chunk=8, want=OPTIONAL_SCORES)):
-            loss = loss_of(t, backend, rule)
+        for config in (ScoreConfig(chunk=8), ScoreConfig(chunk=8, want=OPTIONAL_SCORES)):
+            loss = loss_of(t, backend, config)
             assert bool(torch.stack([g.isfinite().all() for g in (loss, *gradients(loss, t))]).all())
         lora = LoraHead(t["a"], t["b"], 0.5)
-        scores = linear_cross_entropy(t["hidden"], t["weight"], make_labels(), rule, t["bias"], lora, backend)
+        scores = linear_cross_entropy(t["hidden"], t["weight"], make_labels(), config, t["bias"], lora, backend)
         for name in SCORES:
             assert bool(getattr(scores, name).isfinite().all()), name
 
@@ -241,13 +243,13 @@ def test_rows_of_many_blocks(words: int, softcap: float | None, columns: int) ->
     raw = (torch.randn(5, words, device=DEVICE) * 3).round()
     raw[3] = -30000.0
     labels = torch.tensor([0, words - 1, words // 2, 3, int(raw[4].argmax())], device=DEVICE)
-    rule = ScoreConfig(-0.5 if softcap is None else 0.5, softcap, 0.7, label_smoothing=0.1, want=OPTIONAL_SCORES)
+    config = ScoreConfig(-0.5 if softcap is None else 0.5, softcap, 0.7, label_smoothing=0.1, want=OPTIONAL_SCORES)
     upstream = Upstream(*torch.randn(3, 5, device=DEVICE))
     found = []
     for score_rows in (reference.score_rows, kernel.score_rows):
         extra = {"launch": kernel.Launch(columns, 2)} if score_rows is kernel.score_rows else {}
         scores = torch.full((6, 5), float("nan"), device=DEVICE)
-        found.append((scores, score_rows(raw.clone(), labels, rule, scores, upstream, **extra)))
+        found.append((scores, score_rows(raw.clone(), labels, config, scores, upstream, **extra)))
     (scores, d_raw), (mine, d_mine) = found
     # A GPU multiplies and subtracts in one rounding, so what is left of logits in the ten thousands is off by their own ulp.
     for row in range(5):

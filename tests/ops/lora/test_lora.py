@@ -112,7 +112,7 @@ def test_a_weight_that_changes_before_the_backward_is_refused(op: str, which: st
         return lora_mlp(x, mlp, "silu", tile=tile, backend="triton")
 
     out, one = run(), mlp[0]
-    changed = one.weight.held if which == "weight" else getattr(one, which)
+    changed = one.weight.stored if which == "weight" else getattr(one, which)
     with torch.no_grad():
         changed.mul_(2)
     with pytest.raises(RuntimeError, match="in place|inplace"):
