@@ -47,7 +47,7 @@ BANNED = {
     r"\bto the (?:letter|bit)\b": "exactly, bit-exact",
     r"\blaid\b": "stored, packed",
     r"\bby then\b": "name the time",
-    r"\bwhole numbers?\b": "integer",
+    r"\bwhole numbers?\b(?! of)": "integer",
     r"\bis no (?:positive|dtype|number|probability|rank|size|device|name|dict|share|list|hub)\b": "must be",
     r"\b(?:treatments?|seats?|parcels?|levers?|shortages?)\b": "action, checkpoint, offloaded layer, saving",
     r"\b(?:last|base|thin|LoRA's|large|largest|down's|gate's) products?\b": "matmul",
