@@ -76,9 +76,8 @@ class LoadOptions(LoadFields):
 
     @property
     def weight_format(self) -> str | None:
-        """The name of the weight format that was asked for, the default included; None with `own_quantization`.
-
-        Meaningful once validated.
+        """The name of the weight format that was asked for, or of the default; None where weights stay as the checkpoint
+        stores them, and with `own_quantization`. Meaningful once validated.
         """
         return weights.weight_format(self)
 
@@ -86,7 +85,9 @@ class LoadOptions(LoadFields):
     def quantization(self) -> Literal["nf4", "int8", "none", "own"]:
         """`weight_format` by the names that `hasten.loading` uses until it asks the registry of formats."""
         name: Any = self.weight_format
-        return "own" if name is None else "none" if name == "dense" else name
+        if self.own_quantization:
+            return "own"
+        return name if name in weights.load_arguments(quantized=True).values() else "none"
 
     @property
     def engine_options(self) -> EngineOptions:

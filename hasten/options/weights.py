@@ -5,18 +5,21 @@ from collections.abc import Mapping
 from hasten.options.fields import LoadFields
 from hasten.options.values import not_yet
 
-DEFAULT_ARGUMENT = "load_in_4bit"
-"""Asks for the format that is used when no argument asks for one and not all weights train."""
-DENSE_ARGUMENT = "load_in_16bit"
 OWN_ARGUMENT = "quantization_config"
 """transformers' own argument: the caller chooses the quantiser, and no format of ours is used."""
 PLANNED_ARGUMENTS: Mapping[str, str] = {"load_in_fp8": "use load_in_4bit, load_in_8bit or load_in_16bit"}
 """Arguments whose format comes later -> what to use until then."""
 
 
-def load_arguments() -> dict[str, str]:
-    """{argument of `from_pretrained`: name of the weight format that it asks for}."""
-    return {"load_in_4bit": "nf4", "load_in_8bit": "int8", "load_in_16bit": "dense"}
+def load_arguments(quantized: bool = False) -> dict[str, str]:
+    """{argument of `from_pretrained`: name of the weight format that it asks for}; quantized: without dense formats."""
+    dense = {} if quantized else {"load_in_16bit": "dense"}
+    return {"load_in_4bit": "nf4", "load_in_8bit": "int8", **dense}
+
+
+def default_argument() -> str:
+    """Asks for the format that is used when no argument asks for one and not all weights train."""
+    return "load_in_4bit"
 
 
 def asked_storage(options: LoadFields) -> list[str]:
@@ -28,16 +31,15 @@ def asked_storage(options: LoadFields) -> list[str]:
 
 
 def weight_format(options: LoadFields) -> str | None:
-    """The name of the format that was asked for, the default's included; None = the caller's quantization_config decides.
+    """The name of the format that was asked for, or of the default; None where weights stay as the checkpoint stores them
+    and where the caller's quantization_config decides.
 
-    Meaningful for options without problems. A checkpoint that is stored quantised keeps its own format.
+    Meaningful for options without problems.
     """
     asked, formats = asked_storage(options), load_arguments()
-    if OWN_ARGUMENT in asked:
-        return None
-    named = [name for name in asked if name in formats and name != DENSE_ARGUMENT]
-    default_on = _value(options, DEFAULT_ARGUMENT) is None and not asked and not options.full_finetuning
-    return formats[named[0] if named else DEFAULT_ARGUMENT if default_on else DENSE_ARGUMENT]
+    default_on = not asked and not options.full_finetuning and _value(options, default_argument()) is None
+    named = [default_argument()] if default_on else [name for name in asked if name in formats]
+    return formats[named[0]] if named else None
 
 
 def check(options: LoadFields) -> list[str]:
@@ -46,7 +48,8 @@ def check(options: LoadFields) -> list[str]:
     found = []
     if len(asked) > 1:
         found.append(f"{', '.join(asked)} were asked for together, and weights have one format; keep one of them")
-    quantised = [name for name in asked if name != DENSE_ARGUMENT]
+    dense = load_arguments().keys() - load_arguments(quantized=True).keys()
+    quantised = [name for name in asked if name not in dense]
     if options.full_finetuning and quantised:
         found.append(
             f"full_finetuning trains all weights, and weights held by {', '.join(quantised)} cannot train; drop one of them"

@@ -163,13 +163,16 @@ def test_a_format_is_named_by_the_argument_that_asks_for_it() -> None:
     assert LoadOptions().weight_format == formats["load_in_4bit"]
     for argument, name in formats.items():
         assert LoadOptions.from_call(**{argument: True}).weight_format == name
-    assert LoadOptions(full_finetuning=True).weight_format == formats["load_in_16bit"]
+    assert LoadOptions(full_finetuning=True).weight_format is None
+    assert LoadOptions(load_in_4bit=False).weight_format is None
     own = LoadOptions.from_call(quantization_config={"load_in_8bit": True})
     assert own.own_quantization and own.weight_format is None and not LoadOptions().own_quantization
 
 
 def test_a_format_may_bring_an_argument_that_is_no_field(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "load_arguments", lambda: {"load_in_16bit": "dense", "load_in_toy": "toy"})
+    monkeypatch.setattr(
+        weights, "load_arguments", lambda quantized=False: {"load_in_4bit": "nf4", "load_in_toy": "toy"}
+    )
     assert LoadOptions.from_call(load_in_toy=True).weight_format == "toy"
     assert LoadOptions.from_call(load_in_toy=True, full_finetuning=True).problems()
 
