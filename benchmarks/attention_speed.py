@@ -23,7 +23,7 @@ from triton.testing import do_bench
 from hasten.ops.attention import row_spans
 from hasten.ops.attention.kernels.backward import attention_bwd
 from hasten.ops.attention.kernels.forward import attention_fwd
-from hasten.ops.attention.kernels.tiles import Rule, Tile, Tiles, tiles_for
+from hasten.ops.attention.kernels.tiles import ScoreMaskConfig, Tile, Tiles, tiles_for
 from hasten.ops.backend import shared_memory
 
 COMPILERS = 12
@@ -92,7 +92,7 @@ class Inputs:
     v: torch.Tensor
     upstream: torch.Tensor
     spans: torch.Tensor | None
-    rule: Rule
+    rule: ScoreMaskConfig
 
 
 def draw(shape: Shape) -> Inputs:
@@ -106,7 +106,7 @@ def draw(shape: Shape) -> Inputs:
     if shape.documents > 1:
         position = torch.arange(shape.tokens, device="cuda") % (shape.tokens // shape.documents)
         spans = row_spans((*rows, both.device), None, position[None])
-    return Inputs(q, k, v, upstream, spans, Rule(shape.dim**-0.5, shape.window, None))
+    return Inputs(q, k, v, upstream, spans, ScoreMaskConfig(shape.dim**-0.5, shape.window, None))
 
 
 def line(name: str, shape: Shape, forward: float, backward: float) -> None:
