@@ -19,7 +19,7 @@ from hasten.training.memory.offload import HostMemory, OffloadedLayer
 from hasten.training.memory.plan_key import local_processes, round_up_length
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.usefixtures("everything_travels")
+pytestmark = pytest.mark.usefixtures("offload_everything")
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="a CPU has no streams")
 
 
@@ -76,7 +76,7 @@ def test_a_plan_is_made_anew_for_another_adapter_or_dtype() -> None:
 
 
 def test_gradients_of_a_step_before_take_part_in_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All weights train; the budget is enough for a first batch that keeps everything and not for a second one."""
+    """All weights train; the budget is enough for a first batch that saves all activations and not for a second one."""
     model = prepared("llama", None, num_hidden_layers=4, vocab_size=2000).requires_grad_(True)
     shape = ModelShape.of_model(model)
     first, second = (peak(shape, 1, 128, ActivationAction.SAVE_ALL, accumulates=there).total for there in (False, True))
@@ -91,7 +91,7 @@ def test_gradients_of_a_step_before_take_part_in_the_plan(monkeypatch: pytest.Mo
     assert set(policy_of(model).plan(1, 128).actions) == {ActivationAction.SAVE_ALL}
 
 
-def test_layers_on_several_devices_are_treated_as_leanly_as_can_be() -> None:
+def test_layers_on_several_devices_are_recomputed_and_offloaded() -> None:
     model = prepared("llama", lora())
     causal_lm_of(model).model.layers[1].to("meta")
     (note,) = checkpointing.enable(model, "auto")
@@ -114,7 +114,7 @@ class Other(torch.nn.Module):
     ("mode", "action"),
     [(True, ActivationAction.RECOMPUTE), ("offload", ActivationAction.OFFLOAD), ("auto", ActivationAction.OFFLOAD)],
 )
-def test_a_model_whose_memory_nobody_can_tell_trains(mode: Any, action: ActivationAction, caplog: Any) -> None:
+def test_a_model_of_unknown_shape_trains(mode: Any, action: ActivationAction, caplog: Any) -> None:
     found = []
     for asked in (False, mode):
         model = prepared("llama", None)
@@ -181,8 +181,8 @@ def _refuse(*_: Any, **__: Any) -> None:
     raise RuntimeError("refused")
 
 
-def test_weights_stay_where_they_are() -> None:
-    """Rows whose number is the model's width give a weight the look of what a layer keeps."""
+def test_weights_are_not_offloaded() -> None:
+    """With as many tokens as the model is wide, a weight has the shape of a saved activation."""
     model = planned()
     fix_plan(model, [ActivationAction.RECOMPUTE_MLP_OFFLOAD_REST])
     width = causal_lm_of(model).config.hidden_size
@@ -203,7 +203,7 @@ def test_weights_stay_where_they_are() -> None:
     assert packed and not weights & set(packed)
 
 
-def test_views_of_one_storage_travel_together_and_come_back_as_they_were() -> None:
+def test_views_of_one_storage_are_copied_once_and_come_back_as_they_were() -> None:
     """q, k and v of one product."""
     made = torch.randn(24, 80, device=DEVICE)
     views = made[:, :40], made[:, 60:], made
@@ -211,7 +211,7 @@ def test_views_of_one_storage_travel_together_and_come_back_as_they_were() -> No
     memory = HostMemory(made.device)
     layer = OffloadedLayer(memory, (24, 1), frozenset())
     handles = [layer._pack(view) for view in views]
-    assert layer._pack(by_heads) is by_heads, "its first dimension is no row a token"
+    assert layer._pack(by_heads) is by_heads, "its first dimension is not the tokens"
     assert memory.allocated - len(memory.free) * offload.CHUNK == 2 * offload.CHUNK, "7680 bytes, once"
     layer.release()
     for handle, view in zip(handles, views, strict=True):
@@ -234,7 +234,7 @@ def test_tiles_are_those_of_the_plan_whenever_a_layer_runs() -> None:
         assert seen[index] == [tile] * (2 if action in again else 1), action
 
 
-def test_host_memory_that_cannot_be_had_loses_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_allocation_of_cpu_memory_loses_no_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = HostMemory(torch.device("cpu"))
     memory.free += memory.take(2 * offload.CHUNK)
     monkeypatch.setattr(torch, "empty", _refuse)

@@ -19,7 +19,7 @@ from hasten.training.memory.actions import ActivationAction
 from hasten.training.optimizers import StochasticAdamW
 
 HERE = Path(__file__).parent
-pytestmark = pytest.mark.usefixtures("everything_travels")
+pytestmark = pytest.mark.usefixtures("offload_everything")
 
 
 def model_with(mode: str, **adapter: Any) -> Any:

@@ -95,9 +95,11 @@ def _half_rank(shape: ModelShape) -> ModelShape:
         return replace(one, rank=one.rank // 2, adapter=one.adapter * (one.rank // 2) // max(one.rank, 1))
 
     layers = [_mapped(layer, change) for layer in shape.layers]
-    kept = sum(_adapter_bytes(layer) for layer in layers) / max(sum(_adapter_bytes(layer) for layer in shape.layers), 1)
+    fraction = sum(_adapter_bytes(layer) for layer in layers) / max(
+        sum(_adapter_bytes(layer) for layer in shape.layers), 1
+    )
     in_layers = min(shape.moment_numbers, sum(_adapter_weights(layer) for layer in shape.layers))
-    return replace(_changed(shape, layers), moment_numbers=shape.moment_numbers - round(in_layers * (1 - kept)))
+    return replace(_changed(shape, layers), moment_numbers=shape.moment_numbers - round(in_layers * (1 - fraction)))
 
 
 def _adapter_weights(layer: LayerShape) -> int:

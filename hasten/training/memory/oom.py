@@ -71,7 +71,8 @@ class OomAdvisor:
             plan = uniform_plan(shape, batch, length, action, planner.tile)
         config = StepConfig(batch, length, with_tile(plan.actions, planner.tile), plan.tile)
         predicted = format_bytes(config.peak(shape))
-        step = f"This step ran {batch} sequences of {length} tokens, with a predicted peak of {predicted} ({plan})."
+        count = f"{batch} sequence{'s' if batch != 1 else ''}"
+        step = f"This step ran {count} of {length} tokens, with a predicted peak of {predicted} ({plan})."
         return f"{step}\n{advice(savings(shape, config))}"
 
     def watch_backward(self, outputs: Any) -> None:

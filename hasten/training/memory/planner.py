@@ -31,7 +31,7 @@ UNKNOWN_PEAK = Peak("unknown", 0, 0, 0, 0, 0)
 MAX_EXACT_PLANS = 16
 """Number of plans made for the exact batch shape; after that, lengths are rounded up (`round_up_length`)."""
 PLAN_CACHE_SIZE = 256
-"""Number of plans that are kept."""
+"""Number of cached plans; the oldest is dropped."""
 
 
 class Planner:
