@@ -1,4 +1,4 @@
-"""Is this machine fit for hasten? Facts are gathered in one place (`look`), judged in another (`examine`)."""
+"""Checks whether hasten works on this machine: `look` gathers the facts, `examine` judges them."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-Level = Literal["ok", "note", "fault"]
+Level = Literal["ok", "note", "problem"]
 
 NEEDED_DISK_GIB = 5.0
 """Room for one 16-bit merge of a 1B model (2.5 GiB), twice: the finished model and the one being written."""
@@ -26,7 +26,7 @@ WORTH_HAVING = ("triton", "vllm")
 
 @dataclass(frozen=True)
 class Need:
-    """One requirement of hasten. extra: the optional part it belongs to; None = hasten does not work without it."""
+    """One requirement of hasten. extra: the extra that it belongs to; None = hasten does not work without it."""
 
     name: str
     versions: SpecifierSet
@@ -44,7 +44,8 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """What was found. installed: distribution name -> version. driver: an NVIDIA driver is loaded, whatever torch sees.
+    """The facts about a machine. installed: distribution name -> version. driver: an NVIDIA driver is loaded, whether or not
+    torch sees a GPU.
 
     needs: None where hasten's own requirements could not be read (neither installed nor run from its source folder).
     """
@@ -62,12 +63,12 @@ class Machine:
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the examination. mend: what to do; empty where nothing needs doing."""
+    """One line of the result. fix: what to do; empty where nothing needs to be done."""
 
     subject: str
     level: Level
     found: str
-    mend: str = ""
+    fix: str = ""
 
 
 def look(folder: Path | None = None) -> Machine:
@@ -114,7 +115,7 @@ def own_requirements() -> tuple[SpecifierSet, tuple[Need, ...] | None]:
 
 
 def examine(machine: Machine) -> list[Finding]:
-    """Every finding, in the order of the checks. Pure: the same machine gives the same findings."""
+    """Every finding, in the order of the checks. Depends on nothing but `machine`."""
     findings = [_python(machine)]
     if machine.needs is None:
         findings.append(
@@ -124,9 +125,9 @@ def examine(machine: Machine) -> list[Finding]:
     return [*findings, *_gpus(machine), _disk(machine), _cache(machine)]
 
 
-def faults(findings: Sequence[Finding]) -> list[Finding]:
-    """Those findings with which hasten does not work as promised."""
-    return [finding for finding in findings if finding.level == "fault"]
+def problems(findings: Sequence[Finding]) -> list[Finding]:
+    """The findings that keep hasten from working."""
+    return [finding for finding in findings if finding.level == "problem"]
 
 
 def _python(machine: Machine) -> Finding:
@@ -134,30 +135,30 @@ def _python(machine: Machine) -> Finding:
         return Finding("python", "ok", machine.python)
     asked = machine.python_versions
     return Finding(
-        "python", "fault", f"{machine.python}, needs {asked}", f"make a virtual environment of Python {asked}"
+        "python", "problem", f"{machine.python}, needs {asked}", f"make a virtual environment of Python {asked}"
     )
 
 
 def _package(need: Need, version: str | None) -> Finding:
     asked = f"{need.name}{need.versions}"
     if version is None and need.extra is None:
-        return Finding(need.name, "fault", f"not installed, needs {need.versions}", f"pip install '{asked}'")
+        return Finding(need.name, "problem", f"not installed, needs {need.versions}", f"pip install '{asked}'")
     if version is None:
         return Finding(need.name, "note", "not installed (optional)", f"pip install 'hasten[{need.extra}]'")
     if not need.versions.contains(version, prereleases=True):
-        return Finding(need.name, "fault", f"{version}, needs {need.versions}", f"pip install -U '{asked}'")
+        return Finding(need.name, "problem", f"{version}, needs {need.versions}", f"pip install -U '{asked}'")
     return Finding(need.name, "ok", version)
 
 
 def _gpus(machine: Machine) -> list[Finding]:
     if not machine.gpus and machine.driver:
-        mend = "install a CUDA build of torch (pytorch.org/get-started), and check CUDA_VISIBLE_DEVICES"
-        return [Finding("gpu", "fault", "an NVIDIA driver is loaded, but torch sees no GPU", mend)]
+        fix = "install a CUDA build of torch (pytorch.org/get-started), and check CUDA_VISIBLE_DEVICES"
+        return [Finding("gpu", "problem", "an NVIDIA driver is loaded, but torch sees no GPU", fix)]
     if not machine.gpus:
         return [Finding("gpu", "note", "none: everything runs on the CPU, in reference implementations")]
     findings = [_gpu(index, gpu) for index, gpu in enumerate(machine.gpus)]
     if "triton" not in machine.installed:
-        findings.append(Finding("triton", "fault", "not installed: no kernels on the GPU", "pip install triton"))
+        findings.append(Finding("triton", "problem", "not installed: no kernels on the GPU", "pip install triton"))
     return findings
 
 
@@ -167,7 +168,7 @@ def _gpu(index: int, gpu: Gpu) -> Finding:
     subject = f"gpu {index}"
     if gpu.capability < OLDEST_CAPABILITY:
         oldest = ".".join(map(str, OLDEST_CAPABILITY))
-        return Finding(subject, "fault", found, f"hide it (CUDA_VISIBLE_DEVICES), or use a GPU of {oldest} or later")
+        return Finding(subject, "problem", found, f"hide it (CUDA_VISIBLE_DEVICES), or use a GPU of {oldest} or later")
     if gpu.capability < BF16_CAPABILITY:
         return Finding(subject, "note", f"{found}: no bfloat16", "models load in float16, Gemma in float32")
     return Finding(subject, "ok", found)
@@ -176,14 +177,16 @@ def _gpu(index: int, gpu: Gpu) -> Finding:
 def _disk(machine: Machine) -> Finding:
     found = f"{machine.free_disk_gib:.1f} GiB free"
     if machine.free_disk_gib < NEEDED_DISK_GIB:
-        return Finding("disk", "fault", found, f"free at least {NEEDED_DISK_GIB:.0f} GiB, or work in another folder")
+        return Finding("disk", "problem", found, f"free at least {NEEDED_DISK_GIB:.0f} GiB, or work in another folder")
     return Finding("disk", "ok", found)
 
 
 def _cache(machine: Machine) -> Finding:
     if machine.cache_writable:
         return Finding("hub cache", "ok", str(machine.cache))
-    return Finding("hub cache", "fault", f"{machine.cache} is not writable", "set HF_HOME to a folder you can write to")
+    return Finding(
+        "hub cache", "problem", f"{machine.cache} is not writable", "set HF_HOME to a folder you can write to"
+    )
 
 
 def _version(name: str) -> str | None:

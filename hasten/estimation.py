@@ -1,6 +1,6 @@
-"""Peak memory of one training step, and what becomes of each layer, from a checkpoint's config alone: nothing is allocated.
+"""Estimates the peak memory of one training step, and plans recomputation and offloading, from a checkpoint's config alone.
 
-The formulas are in `training.memory.costs`; docs/memory.md holds them against measured peaks.
+Nothing is allocated. The formulas are in `training.memory.costs`; docs/memory.md compares them with measured peaks.
 """
 
 from dataclasses import dataclass
@@ -16,20 +16,21 @@ from hasten.training.memory.actions import UNIFORM_ACTIONS
 from hasten.training.memory.advice import Saving, StepConfig, savings
 from hasten.training.memory.bandwidth import DeviceSpeed, measure
 from hasten.training.memory.costs import Optimizer, Peak, moments, peak, with_tile
-from hasten.training.memory.layer_shape import Quantization
 from hasten.training.memory.plan import LayerPlan, plan_layers
 from hasten.training.memory.shape import ModelShape
 from hasten.training.tiling import tile_of
 from hasten.units import format_bytes, parse_bytes
+from hasten.weights import formats
 
 ASSUMED = DeviceSpeed(bytes_per_s=25e9, flops_per_s=2e14)
-"""Of a machine that is not at hand: 16 lanes of PCIe 4 and a GPU of 200 TFLOP/s in 16 bits. Decides what hides, not the bytes."""
+"""Assumed where no GPU is available: 16 lanes of PCIe 4 and 200 TFLOP/s in 16 bits. Decides which transfers overlap with compute,
+not how many bytes are needed."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """peak: bytes by part at the moment at which most is allocated. plan: what becomes of the layers, in words. fits: whether
-    `total` is within the budget that was given. savings: what would lower `total`, largest gain first."""
+    """peak: bytes by part when most is allocated. plan: in words, which layers save, recompute or offload their activations.
+    fits: whether `total` is within the budget that was given. savings: what would lower `total`, largest gain first."""
 
     peak: Peak
     plan: str
@@ -46,13 +47,13 @@ class Estimate:
             "weights": self.peak.weights,
             "gradients": self.peak.gradients,
             "optimizer": self.peak.optimizer,
-            "kept by the layers": self.peak.layers,
+            "saved activations": self.peak.layers,
             f"needed at the peak ({self.peak.when})": self.peak.working,
         }
 
     def __str__(self) -> str:
         lines = [f"{label}: {format_bytes(size)}" for label, size in self.parts().items()]
-        host = [f"in host memory: {format_bytes(self.peak.host)}"] if self.peak.host else []
+        host = [f"in CPU memory: {format_bytes(self.peak.host)}"] if self.peak.host else []
         return "\n".join([*lines, f"total: {format_bytes(self.total)}", *host, f"plan: {self.plan}"])
 
 
@@ -62,7 +63,7 @@ def estimate(  # noqa: PLR0913
     batch_size: int = 1,
     seq_len: int = 2048,
     rank: int = 16,
-    quantization: Quantization | None = "4bit",
+    quantization: str | None = "4bit",
     checkpointing: bool | str = True,
     full_finetuning: bool = False,
     dtype: torch.dtype = torch.bfloat16,
@@ -74,9 +75,10 @@ def estimate(  # noqa: PLR0913
     """Estimates torch.cuda.max_memory_allocated over a step of `FastLanguageModel` on one GPU.
 
     config: a transformers config, or a folder that holds one. rank: LoRA rank on all seven Linears of every layer.
-    dtype: the compute dtype, and that of weights that are not quantised. checkpointing: as `use_gradient_checkpointing`:
-    False, True, "offload", or "auto" (= "unsloth"), for which memory_budget (bytes, or a text such as "24GiB"; None = the
-    memory of the GPU at hand) decides what each layer keeps. tiled_mlp: as `unsloth_tiled_mlp`. optimizer: "adamw",
+    quantization: a choice of `weights.formats` ("4bit", "8bit", ...), None = dense. dtype: the compute dtype, and that of
+    weights that are not quantised. checkpointing: as `use_gradient_checkpointing`: False, True, "offload", or "auto" (=
+    "unsloth"), which plans each layer for memory_budget (bytes, or a text such as "24GiB"; None = the memory of the
+    first GPU). tiled_mlp: as `unsloth_tiled_mlp`. optimizer: "adamw",
     "adamw_8bit" or "paged", see `costs.peak`.
 
     Not in it: the CUDA context, fragmentation by the allocator, `modules_to_save`, several GPUs.
@@ -84,7 +86,12 @@ def estimate(  # noqa: PLR0913
     Raises OptionError with every problem of the arguments, CheckpointError where there is no readable config or the
     architecture has other layers than those that hasten knows.
     """
-    budget = _check(locals())
+    sizes = {"batch_size": batch_size, "seq_len": seq_len, "rank": rank}
+    problems = [*_size_problems(sizes), *_storage_problems(quantization, full_finetuning)]
+    problems += _mode_problems(checkpointing, tiled_mlp, optimizer)
+    budget, budget_problems = _budget(memory_budget, checkpointing)
+    if problems := [*problems, *budget_problems]:
+        raise OptionError("estimate", problems)
     shape = ModelShape.of_config(_config(config), rank, quantization, full_finetuning, dtype, offload_embedding)
     tile = tile_of(tiled_mlp)
     if checkpointing in PLANNED:
@@ -102,41 +109,49 @@ def estimate(  # noqa: PLR0913
     return Estimate(found, text, budget is None or found.total <= budget, tuple(savings(shape, step)))
 
 
-def _check(a: dict[str, object]) -> int | None:
-    """The budget in bytes. Raises OptionError with every problem of `estimate`'s arguments."""
-    problems = [
-        f"{name}={a[name]}: must be a whole number of at least 1"
-        for name in ("batch_size", "seq_len", "rank")
-        if not isinstance(a[name], int) or int(str(a[name])) < 1
+def _size_problems(sizes: dict[str, int]) -> list[str]:
+    return [
+        f"{name}={size}: must be an integer of at least 1"
+        for name, size in sizes.items()
+        if not isinstance(size, int) or size < 1
     ]
-    quantization, mode, tiled = a["quantization"], a["checkpointing"], a["tiled_mlp"]
-    if quantization not in (None, *get_args(Quantization)):
-        problems.append(f"quantization={quantization!r}: known are '4bit', '8bit' and None")
-    if a["full_finetuning"] and quantization is not None:
+
+
+def _storage_problems(quantization: str | None, full_finetuning: bool) -> list[str]:
+    known = [choice for choice in formats.choices() if not formats.by_choice(choice).exact]
+    problems = []
+    if quantization not in (None, *formats.choices()):
+        problems.append(f"quantization={quantization!r}: known are {', '.join(map(repr, known))} and None")
+    elif full_finetuning and not formats.by_choice(quantization).trainable:
         problems.append(
             f"full_finetuning trains every weight, which {quantization} storage cannot; use quantization=None"
         )
+    return problems
+
+
+def _mode_problems(mode: bool | str, tiled: bool | int | str, optimizer: str) -> list[str]:
+    problems = []
     if mode not in CHECKPOINTING:
         problems.append(f"checkpointing={mode!r}: known are False, True, 'offload', 'auto' and 'unsloth'")
     if not (isinstance(tiled, bool) or tiled == "auto" or (isinstance(tiled, int) and tiled >= 1)):
         problems.append(f"tiled_mlp={tiled!r}: pass False, True, 'auto' or a number of rows")
-    if a["optimizer"] not in get_args(Optimizer):
-        problems.append(f"optimizer={a['optimizer']!r}: known are {', '.join(map(repr, get_args(Optimizer)))}")
-    budget = None
-    if a["memory_budget"] is not None:
+    if optimizer not in get_args(Optimizer):
+        problems.append(f"optimizer={optimizer!r}: known are {', '.join(map(repr, get_args(Optimizer)))}")
+    return problems
+
+
+def _budget(asked: int | str | None, mode: bool | str) -> tuple[int | None, list[str]]:
+    """(budget in bytes, None where none is needed or given; problems)."""
+    if asked is not None:
         try:
-            budget = parse_bytes(a["memory_budget"])  # pyright: ignore[reportArgumentType]
+            return parse_bytes(asked), []
         except ValueError as error:
-            problems.append(f"memory_budget: {error}")
-    elif mode in PLANNED and torch.cuda.is_available():
-        budget = torch.cuda.get_device_properties(0).total_memory
-    elif mode in PLANNED:
-        problems.append(
-            f"checkpointing={mode!r} plans for a budget, and no GPU is here: pass memory_budget, e.g. '24GiB'"
-        )
-    if problems:
-        raise OptionError("estimate", problems)
-    return budget
+            return None, [f"memory_budget: {error}"]
+    if mode not in PLANNED:
+        return None, []
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory, []
+    return None, [f"checkpointing={mode!r} plans for a budget, and there is no GPU: pass memory_budget, e.g. '24GiB'"]
 
 
 def _config(source: PreTrainedConfig | str | Path) -> PreTrainedConfig:

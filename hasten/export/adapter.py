@@ -1,4 +1,4 @@
-"""The adapter alone, as PEFT writes and reads it, with the base's name and revision."""
+"""Writes the adapter alone, as PEFT does, with the base's name and revision."""
 
 import copy
 import os
@@ -43,9 +43,9 @@ def write_adapter(model: Any, target: Path, tokenizer: Any) -> int:
 
 
 def _grown(causal_lm: Any) -> bool:
-    """Whether the vocabulary was resized after loading, so that the embedding itself belongs to the adapter.
+    """Whether the vocabulary was resized after loading, so that the adapter must contain the embedding.
 
-    An embedding that is trained fully is in the adapter anyway, as `modules_to_save`.
+    A fully trained embedding is in the adapter anyway, as `modules_to_save`.
     """
     embedding = causal_lm.get_input_embeddings()
     base = find_base(causal_lm)

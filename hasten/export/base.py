@@ -1,4 +1,4 @@
-"""The checkpoint that a model was loaded from, read again tensor by tensor, and how its names map to the model's."""
+"""Reads the checkpoint that a model was loaded from again, tensor by tensor, and maps its names to the model's."""
 
 import json
 from collections.abc import Iterable
@@ -42,7 +42,7 @@ class BaseCheckpoint:
 
 
 def find_base(model: Any) -> BaseCheckpoint | None:
-    """The dense checkpoint that the causal LM `model` was loaded from, or None where there is none to be read.
+    """The dense checkpoint that the causal LM `model` was loaded from, or None where there is none to read.
 
     By `config._name_or_path` at the very commit that was loaded; the local cache is asked first, the hub only for what
     is missing there. None for models built in memory, checkpoints that are themselves quantised, and moved folders.

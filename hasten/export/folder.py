@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all: written under a hidden name beside the target, then renamed."""
+"""Writes a folder atomically: under a hidden name beside the target, then renamed."""
 
 import contextlib
 import fcntl
@@ -85,7 +85,7 @@ def _hidden(target: Path, state: str) -> Path:
 
 
 def _remove_abandoned(target: Path) -> None:
-    """Removes what writers of the same target left when they were killed. A living writer holds a lock on its folder."""
+    """Removes what killed writers of the same target left. A running writer holds a lock on its folder."""
     for left in target.parent.glob(f".{target.name}.{WRITING}-*"):
         lock = os.open(left, os.O_RDONLY)
         try:
@@ -99,7 +99,7 @@ def _remove_abandoned(target: Path) -> None:
 
 
 def _seal(work: Path, method: str) -> None:
-    """Lists the files in the marker and forces all of them to the disk."""
+    """Lists the files in the marker and syncs all of them to the disk."""
     files = sorted(str(path.relative_to(work)) for path in work.rglob("*") if path.is_file())
     write_json(work / MARKER, {"written_by": "hasten", "save_method": method, "files": files})
     for path in [*work.rglob("*"), work]:

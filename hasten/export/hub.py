@@ -1,4 +1,4 @@
-"""The same artefacts in a hub repository."""
+"""Writes the same artefacts to a hub repository."""
 
 import tempfile
 from pathlib import Path
@@ -24,7 +24,7 @@ def push_to_hub_merged(  # noqa: PLR0913
 ) -> Any:
     """Writes to a temporary folder as `save_merged` does, then uploads it in one commit; returns the hub's CommitInfo.
 
-    private: of a repository that is made here (None = the account's default). revision: a branch, made if there is none.
+    private: of a repository that is created here (None = the account's default). revision: a branch, created if there is none.
     kwargs: `save_merged`'s max_shard_size, dtype, rows. Raises ExportError before anything is sent; the hub's own
     errors pass through.
     """

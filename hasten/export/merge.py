@@ -1,26 +1,26 @@
-"""One merged tensor at a time: the base's values, W + scale * B @ A in fp32, cast once.
+"""Merges one tensor at a time: W + scale * B @ A in fp32 over the base checkpoint's values, cast once.
 
-The sum is made on the CPU whatever device the model is on: the result is then the same bytes everywhere, and costs no
-accelerator memory.
+The sum runs on the CPU whatever device the model is on: the result is then the same bytes everywhere, and costs no GPU
+memory.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from hasten.errors import ExportError
 from hasten.export.slots import Slot
-from hasten.weights import active_adapters, dequantize, holds, storage_of
+from hasten.weights import active_adapters, dequantize, holds
+from hasten.weights.formats import is_quantized
 
-# Initialisations that moved a part of the base weight, or of its quantisation error, into the adapter: only the live
-# weight fits such an adapter. Where the live weight is dense, the comparison with the base finds the change by itself.
 TIED_TO_LIVE_WEIGHT = ("loftq", "pissa", "olora", "corda", "lora_ga")
+"""Initialisations that moved a part of the base weight, or of its quantisation error, into the adapter: such an adapter fits
+only the model's own weight. A dense weight that they changed is found by comparing it with the base."""
 
 
 class Merger:
-    """Makes merged tensors. `from_live`: names of tensors that differed from the base and came from the model instead."""
+    """Merges tensors. from_live: names of tensors that differ from the base and were therefore taken from the model."""
 
     def __init__(self, initialisations: list[str], dtype: torch.dtype | None, live_dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -54,13 +54,13 @@ class Merger:
         return cast
 
     def _source(self, name: str, slot: Slot, base: torch.Tensor | None) -> torch.Tensor:
-        """The base's values where the model still holds them, else the model's own."""
+        """The base's values where the model's weight is still the base's, else the model's own."""
         live = slot.value
         if live.device.type == "meta":
             if base is None:
                 raise ExportError(f"{name} is offloaded and its base checkpoint cannot be read; load the model without")
             return base
-        quantised = slot.kind == "weight" and isinstance(slot.module, nn.Linear) and storage_of(slot.module) != "dense"
+        quantised = slot.kind == "weight" and is_quantized(slot.module)
         if base is not None and not (quantised and slot.changes and self._needs_live):
             if quantised:
                 if holds(slot.module, base):
@@ -79,7 +79,7 @@ def _cast(base: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
 
 
 def _old_rows_from(base: torch.Tensor | None, live: torch.Tensor) -> torch.Tensor:
-    """`live`, but where only rows were added to the base (a grown vocabulary), the old rows as the base holds them."""
+    """`live`; where the vocabulary only grew, with the base's own values in the old rows."""
     if base is None or base.dim() != live.dim() or base.shape[1:] != live.shape[1:] or len(live) <= len(base):
         return live
     if not torch.equal(_cast(base, live), live[: len(base)]):
@@ -88,7 +88,7 @@ def _old_rows_from(base: torch.Tensor | None, live: torch.Tensor) -> torch.Tenso
 
 
 def _adapt(layer: Any, slot: Slot, result: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """`result` (fp32, may be changed in place) with every acting adapter of `layer`, in the order of PEFT's forward."""
+    """`result` (fp32, may be changed in place) with every active adapter of `layer`, in the order of PEFT's forward."""
     for name in active_adapters(layer):
         if hasattr(layer, "trainable_tokens_delta"):
             if name in layer.trainable_tokens_delta:

@@ -1,4 +1,4 @@
-"""The whole merged model as a checkpoint in the base's own format: which tensors, in what order, and its config."""
+"""Plans and writes the merged model as a checkpoint in the base's own layout: which tensors, in what order, and its config."""
 
 import copy
 import json
@@ -19,6 +19,7 @@ from hasten.export.shards import ShardWriter, write_json
 from hasten.export.slots import Slot, collect, same_source
 from hasten.state import causal_lm_of
 from hasten.weights import active_adapters, base_layer_of
+from hasten.weights.formats import is_quantized
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class MergePlan:
     converted: list[str] = field(default_factory=list)
 
     def tensors(self) -> Iterator[tuple[str, str | None, torch.Tensor]]:
-        """(name on disk, slot name, merged tensor on the CPU), made one at a time."""
+        """(name on disk, slot name, merged tensor on the CPU), one at a time."""
         for name, slot in self.entries:
             if slot is None:
                 assert self.base is not None
@@ -75,7 +76,7 @@ def plan_merge(model: nn.Module, dtype: torch.dtype | None) -> MergePlan:
     slots = collect(causal_lm)
     configs = getattr(model, "peft_config", {})
     if configs and not any(slot.layers for slot in slots.values()) and not _trained_copies(causal_lm):
-        raise ExportError("no adapter acts (all are inactive or disabled), so there is nothing to merge; activate one")
+        raise ExportError("no adapter is active, so there is nothing to merge; activate one")
     base = find_base(causal_lm)
     live_dtype = causal_lm.config.dtype if isinstance(causal_lm.config.dtype, torch.dtype) else causal_lm.dtype
     inits = [str(config.init_lora_weights) for config in configs.values() if hasattr(config, "init_lora_weights")]
@@ -83,7 +84,7 @@ def plan_merge(model: nn.Module, dtype: torch.dtype | None) -> MergePlan:
     plan = MergePlan(causal_lm, base, slots, Merger([name.lower() for name in inits], dtype, live_dtype))
     if base is None:
         plan.entries = list(disk_names_of(causal_lm, slots).items())
-        _warn_without_base(causal_lm)
+        _warn_without_base(causal_lm, slots)
     else:
         _enter_base(plan, base)
     _tie(plan)
@@ -105,7 +106,7 @@ def write_model(plan: MergePlan, target: Path, max_bytes: int, method: str, toke
 
 
 def write_beside(plan: MergePlan, work: Path, tokenizer: Any) -> None:
-    """The tokenizer just as it was given, and the model's generation config."""
+    """Writes the tokenizer as given, and the model's generation config."""
     if tokenizer is not None:
         tokenizer.save_pretrained(work)
     if getattr(plan.model, "generation_config", None) is not None:
@@ -159,7 +160,7 @@ def _enter_base(plan: MergePlan, base: BaseCheckpoint) -> None:
 
 
 def _tie(plan: MergePlan) -> None:
-    """Decides whether the head is still the embedding, and writes it once if so, twice if not."""
+    """Decides whether head and embedding are still equal, and so are written once, or twice if not."""
     head, embedding = _head_and_embedding(plan)
     plan.tied = bool(plan.model.config.tie_word_embeddings)
     if head is None or embedding is None or not plan.tied:
@@ -188,9 +189,9 @@ def _trained_copies(model: nn.Module) -> bool:
     return any(name in wrapper.modules_to_save for wrapper in wrappers for name in active_adapters(wrapper))  # pyright: ignore[reportOperatorIssue]
 
 
-def _warn_without_base(model: Any) -> None:
+def _warn_without_base(model: Any, slots: dict[str, Slot]) -> None:
     origin = model.config._name_or_path or "(built in memory)"
-    if getattr(model, "is_quantized", False):
+    if any(is_quantized(slot.module) for slot in slots.values() if slot.kind == "weight"):
         log.warning(
             "the unquantised weights of %s cannot be read, so the adapter is merged into the dequantised ones: the "
             "result carries the quantisation error. Load from the 16-bit checkpoint for an exact merge",

@@ -1,86 +1,91 @@
-"""The merged model requantised to NF4 in bitsandbytes' format, and how far that moves its predictions."""
+"""Writes the merged model requantised into a storage format, and measures how far that moves its predictions."""
 
 import copy
+import importlib.util
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
 from torch.nn import functional as F
-from transformers import BitsAndBytesConfig
 
 from hasten.errors import ExportError, MissingExtraError
 from hasten.export.folder import new_folder
 from hasten.export.merged import MergePlan, config_of, report_sources, write_beside
+from hasten.export.request import ExportRequest
 from hasten.export.shards import ShardWriter, write_json
 from hasten.patching.contract import stock_class
 from hasten.weights import base_layer_of
+from hasten.weights.formats import WeightFormat
 
-NF4_SHARE = 0.3  # of a 16-bit weight: half a byte for each value, and a scale for each 64 of them
-SYNTHETIC_ROWS, SYNTHETIC_LENGTH = 4, 64
+SLACK = 1.15
+"""Times the bytes of codes and scales: what a format stores beside them."""
+SYNTHETIC_SEQUENCES, SYNTHETIC_LENGTH = 4, 64
 
 
-def write_quantized(
-    plan: MergePlan, target: Path, max_bytes: int, tokenizer: Any, rows: torch.Tensor | None
-) -> tuple[int, float]:
-    """Writes the folder; returns (bytes of the weights, mean KL in nats per token).
+def check_package(into: WeightFormat) -> None:
+    """Raises MissingExtraError where the format's package is not installed."""
+    if into.package is not None and importlib.util.find_spec(into.package) is None:
+        raise MissingExtraError(f'save_method="{into.save_method}"', into.package, into.extra or into.package)
 
-    Raises MissingExtraError without bitsandbytes, ExportError for a model whose tensors are stored in another layout.
-    """
-    try:
-        import bitsandbytes.functional as bnb
-    except ImportError as error:
-        raise MissingExtraError('save_method="merged_4bit"', "bitsandbytes", "train") from error
+
+def check_layout(plan: MergePlan) -> None:
+    """Raises ExportError for a model whose tensors are stored in another layout than it runs them in."""
     if plan.converted:
         raise ExportError(f"{type(plan.model).__name__} stores its tensors in another layout; save it as merged_16bit")
-    linears = _quantisable(plan)
+
+
+def write_quantized(plan: MergePlan, into: WeightFormat, request: ExportRequest) -> tuple[int, float]:
+    """Writes the folder and returns (bytes of the weights, mean KL divergence from the 16-bit merge in nats per token)."""
+    kept = _kept_dense(plan)
+    linears = _quantizable(plan, kept)
     config = config_of(plan)
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, config["dtype"]),
-        llm_int8_skip_modules=_kept_dense(plan),
-    )
-    config["quantization_config"] = settings.to_dict()
+    config["quantization_config"] = into.export_config(getattr(torch, config["dtype"]), kept)
     dense: dict[str, torch.Tensor] = {}
     changed: dict[str, torch.Tensor] = {}
-    needed = sum(plan.bytes_of(name, slot) * (NF4_SHARE if slot in linears else 1) for name, slot in plan.entries)
-    with new_folder(target, int(needed), "merged_4bit") as work:
-        writer = ShardWriter(work, max_bytes)
+    needed = sum(_bytes_of(plan, into, name, slot, slot in linears) for name, slot in plan.entries)
+    with new_folder(request.target, needed, request.method) as work:
+        writer = ShardWriter(work, request.max_bytes)
         for name, slot, tensor in plan.tensors():
             if slot is not None:
                 dense[slot] = tensor
             if slot is None or slot not in linears:
                 writer.add(name, tensor)
                 continue
-            codes, state = bnb.quantize_4bit(tensor.contiguous(), compress_statistics=True, quant_type="nf4")
-            writer.add(name, codes)
-            for part, value in state.as_dict(packed=True).items():
-                writer.add(f"{name}.{part}", value)
-            changed[slot] = bnb.dequantize_4bit(codes, state)
+            stored = into.quantize(tensor)
+            for suffix, part in stored.tensors.items():
+                writer.add(f"{name}{suffix}", part)
+            changed[slot] = stored.dense
         writer.finish()
-        write_beside(plan, work, tokenizer)
-        kl = _kl(plan, dense, changed, rows)
+        write_beside(plan, work, request.tokenizer)
+        kl = _kl(plan, dense, changed, request.rows)
         write_json(work / "config.json", config)
     report_sources(plan)
     return writer.total_bytes, kl
 
 
-def _quantisable(plan: MergePlan) -> set[str]:
-    """Slots of the weights that transformers will expect as NF4: every Linear but the head."""
-    kept = set(_kept_dense(plan))
+def _bytes_of(plan: MergePlan, into: WeightFormat, name: str, slot: str | None, quantized: bool) -> int:
+    if slot is None or not quantized:
+        return plan.bytes_of(name, slot)
+    linear: Any = plan.slots[slot].module
+    itemsize = plan.bytes_of(name, slot) // plan.slots[slot].elements
+    return int(SLACK * into.bytes_for(linear.out_features, linear.in_features, itemsize))
+
+
+def _quantizable(plan: MergePlan, kept_dense: list[str]) -> set[str]:
+    """Slots of the weights that a loader will expect quantised: every Linear but the head."""
     return {
         name
         for name, slot in plan.slots.items()
-        if slot.kind == "weight" and isinstance(slot.module, nn.Linear) and name.removesuffix(".weight") not in kept
+        if slot.kind == "weight"
+        and isinstance(slot.module, nn.Linear)
+        and name.removesuffix(".weight") not in kept_dense
     }
 
 
 def _kept_dense(plan: MergePlan) -> list[str]:
-    """Module names that stay 16-bit: the head, which is often the embedding, and decides the most."""
+    """Module names that stay 16-bit: the head, which is often tied to the embedding, and matters most for accuracy."""
     head = plan.model.get_output_embeddings()
     module = None if head is None else base_layer_of(head)
     return [
@@ -93,7 +98,7 @@ def _kept_dense(plan: MergePlan) -> list[str]:
 def _kl(
     plan: MergePlan, dense: dict[str, torch.Tensor], changed: dict[str, torch.Tensor], rows: torch.Tensor | None
 ) -> float:
-    """Mean KL(16-bit || 4-bit) over all positions, in nats; both models made of the tensors that were written."""
+    """Mean KL(16-bit || quantised) over all positions, in nats; both models made of the tensors that were written."""
     config = copy.deepcopy(plan.model.config)
     config.tie_word_embeddings = plan.tied
     if hasattr(config, "quantization_config"):
@@ -103,7 +108,8 @@ def _kl(
     if rows is None:
         generator = torch.Generator().manual_seed(0)
         length = min(SYNTHETIC_LENGTH, config.get_text_config().max_position_embeddings)
-        rows = torch.randint(config.get_text_config().vocab_size, (SYNTHETIC_ROWS, length), generator=generator)
+        shape = (SYNTHETIC_SEQUENCES, length)
+        rows = torch.randint(config.get_text_config().vocab_size, shape, generator=generator)
     judge.load_state_dict(dense, strict=False, assign=True)
     judge.tie_weights()
     judge.eval()
@@ -114,6 +120,6 @@ def _kl(
 
 
 def _log_probabilities(model: Any, rows: torch.Tensor) -> Iterator[torch.Tensor]:
-    """(T, V) fp32 for each row."""
+    """(T, V) fp32 for each sequence."""
     for row in rows.cpu():
         yield F.log_softmax(model(input_ids=row[None], use_cache=False).logits[0].float(), dim=-1)

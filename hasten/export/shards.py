@@ -29,7 +29,7 @@ DTYPE_NAMES = {
 
 
 def parse_size(size: int | str) -> int:
-    """`amounts.bytes_of` for shards. Raises ExportError."""
+    """`units.parse_bytes` for shards. Raises ExportError."""
     try:
         return parse_bytes(size)
     except ValueError as error:
@@ -51,7 +51,7 @@ class ShardWriter:
         self._written: list[tuple[Path, list[str]]] = []
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Takes the tensor over; it is let go of once its shard is written."""
+        """Keeps the tensor until its shard is written."""
         size = tensor.numel() * tensor.element_size()
         if self._held and sum(t.numel() * t.element_size() for t in self._held.values()) + size > self.max_bytes:
             self._flush()

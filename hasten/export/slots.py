@@ -1,4 +1,4 @@
-"""Every tensor of the stock model under PEFT's wrappers: where it lives now, and which adapter layers act on it."""
+"""Lists every tensor of the stock model under PEFT's wrappers, with the adapter layers that act on it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hasten.errors import ExportError
 from hasten.weights import active_adapters, unwrap
+from hasten.weights.formats import find_format
 
 MERGEABLE_VARIANTS = ("DoraLinearVariant", "DoraEmbeddingVariant")
 
@@ -29,7 +30,7 @@ class Slot:
 
     @property
     def elements(self) -> int:
-        """How many values it stands for; a quantised weight packs several into one element."""
+        """Number of values; a quantised weight may pack several into one element."""
         if self.kind == "weight" and isinstance(self.module, nn.Linear):
             return self.module.in_features * self.module.out_features
         return self.value.numel()
@@ -62,12 +63,20 @@ def _walk(module: nn.Module, prefix: str, problems: list[str]) -> Iterator[tuple
         problem = _problem(stock, layer)
         if problem is not None:
             problems.append(f"{prefix.removesuffix('.')}: {problem}")
-    persistent = [name for name in stock._buffers if name not in stock._non_persistent_buffers_set]
-    for name in [*stock._parameters, *persistent]:
+    for name in _tensors_of(stock):
         if getattr(stock, name) is not None:
             yield prefix + name, Slot(stock, name, acting)
     for name, child in stock.named_children():
         yield from _walk(child, f"{prefix}{name}.", problems)
+
+
+def _tensors_of(stock: nn.Module) -> list[str]:
+    """The attributes that a checkpoint of the dense model holds: the scales of a quantised weight are not among them."""
+    found = find_format(stock) if isinstance(stock, nn.Linear) else None
+    if found is not None and not found.exact:
+        return ["weight", "bias"]
+    persistent = [name for name in stock._buffers if name not in stock._non_persistent_buffers_set]
+    return [*stock._parameters, *persistent]
 
 
 def _acts(layer: Any) -> bool:

@@ -1,4 +1,4 @@
-"""From a name to a stock transformers model with its weights and a tokenizer; what cannot be is refused before that."""
+"""Loads a stock transformers model and its tokenizer by name; refuses what cannot be done before it reads a weight."""
 
 from hasten.loading.load import Loaded, load
 from hasten.loading.resolve import Source

@@ -1,7 +1,7 @@
-"""Puts a saved adapter on a model: all of it or nothing.
+"""Attaches a saved adapter to a model: all of it or nothing.
 
-PEFT itself loads what fits and warns of the rest, so a renamed key leaves a model half trained. Here the file's header
-is compared with what PEFT would save for this model and this config, before the model is touched.
+PEFT loads the tensors that fit and warns about the rest, so a renamed key leaves a model half trained. Here the file's
+header is compared with what PEFT would save for this model and this config, before the model is changed.
 """
 
 import copy
@@ -40,11 +40,11 @@ def attach(
     token: str | bool | None = None,
     revision: str | None = None,
 ) -> PeftModel:
-    """Returns PEFT's model around the causal LM `model`, with the adapter of a folder or hub repository on it.
+    """Returns PEFT's model around the causal LM `model`, with the adapter of a folder or hub repository.
 
-    trainable: False freezes the adapter and sets eval mode. Raises CheckpointError, with the model left exactly as it
-    was, for a missing, unexpected or misshapen tensor (all are listed), for a pickled adapter, and where there is none.
-    A base other than the one that the adapter was trained on is only warned of: it may be a copy under another name.
+    trainable: False freezes the adapter and sets eval mode. Raises CheckpointError, with the model unchanged, for
+    missing, unexpected or misshapen tensors (all are listed), for a pickled adapter, and where there is no adapter. Only
+    warns of a base other than the one that the adapter was trained on: it may be a copy under another name.
     """
     causal_lm = causal_lm_of(model)
     if causal_lm is not model or getattr(model, "peft_config", None):
@@ -60,7 +60,7 @@ def attach(
         listed = "\n  ".join(problems)
         raise CheckpointError(f"the adapter in {folder} does not fit this model, nothing was attached:\n  {listed}")
     _warn_of_other_base(causal_lm, config)
-    with seeded(0):  # PEFT draws an adapter before it reads one; the caller's generators stay as they are
+    with seeded(0):  # PEFT draws an adapter before it reads one; the caller's generators must not change
         peft_model = PeftModel.from_pretrained(causal_lm, str(folder), is_trainable=trainable, config=config)
     # PEFT drops this field on reading; an export needs it, since such an adapter only fits the quantised base.
     repaired = json.loads((folder / CONFIG).read_text()).get("loftq_config")
@@ -78,19 +78,19 @@ def _fetch(source: str, token: str | bool | None, revision: str | None) -> Path:
             hf_hub_download(source, WEIGHTS, revision=revision, token=token)
         except (EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError, HFValidationError) as error:
             raise CheckpointError(
-                f"{source!r} is no folder, and the hub gave no {CONFIG} with {WEIGHTS} for it ({error}); pickled "
-                f"adapters ({PICKLE}) are not read, since loading one can run code"
+                f"{source!r} is not a folder, and {CONFIG} with {WEIGHTS} could not be fetched from the hub ({error}). Pass a "
+                f"folder or a hub id that has both; pickled adapters ({PICKLE}) are not read, since loading one can run code"
             ) from error
         return Path(path).parent
     if not (folder / WEIGHTS).is_file():
         if (folder / PICKLE).is_file():
             raise CheckpointError(
-                f"{folder} holds its adapter as a pickle ({PICKLE}), and loading one can run code. Convert it where you "
-                "trust it: load it with PEFT and save it again, which writes safetensors"
+                f"{folder} holds its adapter as a pickle ({PICKLE}), and loading one can run code. If you trust it, load "
+                "it with PEFT and save it again, which writes safetensors"
             )
-        raise CheckpointError(f"{folder} holds no {WEIGHTS}, so it is no adapter")
+        raise CheckpointError(f"{folder} holds no {WEIGHTS}, so it is not an adapter; pass the folder that has it")
     if not (folder / CONFIG).is_file():
-        raise CheckpointError(f"{folder} holds {WEIGHTS} but no {CONFIG}")
+        raise CheckpointError(f"{folder} holds {WEIGHTS} but no {CONFIG}; copy both files")
     return folder
 
 
@@ -115,20 +115,23 @@ def _read_header(path: Path) -> Shapes:
 def _expected(model: Any, config: PeftConfig) -> tuple[Shapes, Shapes]:
     """(tensors that PEFT saves for this adapter, tensors that it may add when the vocabulary was resized).
 
-    Read off a copy of the architecture without memory (meta device), wrapped by PEFT just as the model will be.
+    Read from a copy of the architecture on the meta device, wrapped by PEFT just as the model will be.
     """
     config = copy.deepcopy(config)
-    if getattr(config, "init_lora_weights", None) not in (None, "mica"):  # a variant, not only an initialisation
+    if getattr(config, "init_lora_weights", None) not in (
+        None,
+        "mica",
+    ):  # a variant of LoRA, not only an initialisation
         config.init_lora_weights = False  # pyright: ignore[reportAttributeAccessIssue]
     with torch.device("meta"):
         bare: Any = stock_class(model)(copy.deepcopy(model.config))
         bare.tie_weights()
         try:
-            worn = get_peft_model(bare, config)
+            wrapped = get_peft_model(bare, config)
         except ValueError as error:  # PEFT's own refusal: a target that matches nothing, a field out of range
             raise CheckpointError(f"the adapter's config does not fit {type(model).__name__}: {error}") from error
-    required = _shapes(get_peft_model_state_dict(worn, save_embedding_layers=False))
-    both = _shapes(get_peft_model_state_dict(worn, save_embedding_layers=True))
+    required = _shapes(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+    both = _shapes(get_peft_model_state_dict(wrapped, save_embedding_layers=True))
     return required, {name: shape for name, shape in both.items() if name not in required}
 
 

@@ -1,4 +1,4 @@
-"""What can only be judged with the checkpoint's config, its model class and its tokenizer at hand."""
+"""Checks that need the checkpoint's config, its model class or its tokenizer."""
 
 import copy
 import warnings
@@ -12,21 +12,22 @@ from hasten.errors import CheckpointError, HastenError, OptionError, TokenizerEr
 from hasten.families.schema import Family
 from hasten.loading.resolve import Source
 from hasten.options import HUB_ARGUMENTS, MODEL_ARGUMENTS, LoadOptions, unknown_extra
+from hasten.weights import formats
 
 
 class Findings:
-    """Everything found wrong with a call so far. `refuse` raises it as one error."""
+    """Every problem of a call so far. `refuse` raises them as one error."""
 
     def __init__(self, problems: list[str]) -> None:
         self.problems = list(problems)
         self.errors: list[HastenError] = []
 
     def add(self, error: HastenError) -> None:
-        """A fault of the checkpoint or tokenizer: raised as it is if it stays the only one."""
+        """A problem of the checkpoint or tokenizer: raised as it is if it stays the only one."""
         self.errors.append(error)
 
     def refuse(self) -> None:
-        """Raises what was found: a lone checkpoint or tokenizer error itself, anything else as one OptionError."""
+        """Raises all problems: a single checkpoint or tokenizer error itself, anything else as one OptionError."""
         if not self.problems and len(self.errors) == 1:
             raise self.errors[0]
         if self.problems or self.errors:
@@ -35,7 +36,7 @@ class Findings:
 
 def config_fields(options: LoadOptions) -> dict[str, Any]:
     """The keyword arguments that name fields of the config, low_cpu_mem_usage (always so here) left out."""
-    known = HUB_ARGUMENTS | MODEL_ARGUMENTS | {"low_cpu_mem_usage"}
+    known = HUB_ARGUMENTS | MODEL_ARGUMENTS | {"low_cpu_mem_usage", *formats.load_arguments()}
     return {name: value for name, value in options.extra.items() if name not in known}
 
 
@@ -58,7 +59,7 @@ def read_config(source: Source, options: LoadOptions) -> Any:
 def set_fields(config: Any, options: LoadOptions) -> list[str]:
     """Sets the config fields among the caller's keyword arguments; returns the problems with the unknown ones."""
     known = set(config.to_dict()) | set(config.get_text_config().to_dict()) | set(config.attribute_map)
-    found = unknown_extra(options, known)
+    found = unknown_extra(options, known | set(formats.load_arguments()))
     for name, value in config_fields(options).items():
         if name in known:
             holder = config if name in config.to_dict() or name in config.attribute_map else config.get_text_config()
@@ -91,7 +92,7 @@ def config_problems(config: Any, family: Family | None, options: LoadOptions) ->
         )
     if options.revision is not None and Path(options.model_name).expanduser().is_dir():
         found.append(
-            f"revision={options.revision!r} names a state of a hub repository, {options.model_name!r} is a local folder; "
+            f"revision={options.revision!r} names a commit of a hub repository, {options.model_name!r} is a local folder; "
             "leave it out"
         )
     if options.dtype == torch.float16 and family is not None and not family.fp16_safe:
@@ -99,7 +100,7 @@ def config_problems(config: Any, family: Family | None, options: LoadOptions) ->
             f"dtype=torch.float16: activations of {config.model_type} leave fp16's range; use bfloat16 or float32"
         )
     if options.offload_embedding and config.get_text_config().tie_word_embeddings:
-        found.append("offload_embedding: the embedding is also the head's weight, which the GPU needs; leave it out")
+        found.append("offload_embedding: the embedding is tied to the head, whose weight the GPU needs; leave it out")
     if softcapped(config, family) and options.attn_implementation == "sdpa":
         found.append("attn_implementation='sdpa' drops this model's softcap on scores; use 'eager', or leave it out")
     return found
@@ -112,7 +113,7 @@ def softcapped(config: Any, family: Family | None) -> bool:
 
 
 def vocabulary_error(needed: int, base: int, rows: int, options: LoadOptions) -> HastenError | None:
-    """needed: rows for every id of the tokenizer, base: for its vocabulary without added tokens, rows: the embedding's."""
+    """needed: embedding rows for every id of the tokenizer; base: for its vocabulary without added tokens; rows: the model's."""
     asked = options.resize_model_vocab
     if asked is not None and asked < needed:
         return OptionError(

@@ -1,4 +1,4 @@
-"""Where weights go and in which dtype: the defaults, from what this machine has."""
+"""Chooses device and dtype of the weights by what this machine has."""
 
 import os
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from hasten.options import PLACEMENTS
 def default_dtype(fp16_safe: bool, half: bool = False) -> torch.dtype:
     """bf16 where the device has it, else fp16; on a CPU without bf16 instructions, or where fp16 overflows, fp32.
 
-    half: the caller asked for 16 bits, so the CPU gets bf16 whether fast or not.
+    half: the caller asked for 16 bits, so a CPU uses bf16 even where that is slow.
     """
     if torch.cuda.is_available():
         if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -28,9 +28,9 @@ def cpu_has_bf16() -> bool:
 
 
 def resolve_device_map(device_map: Any) -> tuple[Any, list[str]]:
-    """(what transformers gets, notes). A machine without CUDA holds everything on the CPU.
+    """(what transformers gets, notes). Without CUDA everything is on the CPU.
 
-    Under torchrun every process takes the GPU of its local rank, since each holds a whole model.
+    Under torchrun every process takes the GPU of its local rank, since each has a whole model.
     """
     if not isinstance(device_map, str) or device_map not in PLACEMENTS:
         return (dict(device_map), []) if isinstance(device_map, Mapping) else ({"": torch.device(device_map)}, [])

@@ -1,4 +1,4 @@
-"""Keeps the input embedding in pinned host memory, so that a GPU only ever gets the rows of a batch."""
+"""Offloads the input embedding to pinned CPU memory; the GPU reads only the embedding rows of a batch's tokens."""
 
 import functools
 from collections.abc import Callable
@@ -14,17 +14,17 @@ from hasten.ops.host_rows import host_rows
 
 
 class HostEmbedding(nn.Embedding):
-    """An embedding whose weight stays in host memory wherever its model goes; its rows come where the ids are.
+    """An embedding whose weight stays in pinned CPU memory when its model moves; outputs are on the ids' device.
 
-    The weight is frozen: its gradient is refused. What a family's own class does with the rows (a scale) runs on them
-    as ever, since this class stands between that one and torch's.
+    The weight is frozen: a gradient is refused. What a family's own class does with the output (a scale) still runs, since
+    this class is inserted between that one and torch's.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """ids of any shape, (..., E) on their device. Raises InputError for a weight that is to train."""
+        """input: token ids of any shape. Returns (..., E) on their device. Raises InputError for a weight that trains."""
         if self.weight.requires_grad and torch.is_grad_enabled():
             raise InputError(
-                "offload_embedding keeps a frozen embedding on the host, and this one is to train; load the model without "
+                "offload_embedding keeps a frozen embedding in CPU memory, and this one trains; load the model without "
                 "offload_embedding"
             )
         if input.is_cuda and not self.weight.is_pinned():  # a copy, or of another dtype
@@ -32,7 +32,7 @@ class HostEmbedding(nn.Embedding):
         return host_rows(self.weight, input)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-        """`to`, `cuda`, `half`, ...: the weight follows in dtype and stays where it is; all else of the module moves."""
+        """`to`, `cuda`, `half`, ...: the weight takes the dtype and stays on the CPU; the rest of the module moves."""
         weight = self._parameters.pop("weight")
         assert weight is not None
         try:
@@ -47,7 +47,7 @@ class HostEmbedding(nn.Embedding):
 
 @functools.cache
 def _on_host(stock: type[nn.Module]) -> type[nn.Module]:
-    """`stock` over HostEmbedding, under its own name."""
+    """A subclass of `stock` and HostEmbedding, named as `stock`."""
     if stock is nn.Embedding:
         return HostEmbedding
     names = {"__module__": stock.__module__, "__doc__": stock.__doc__}
@@ -55,33 +55,32 @@ def _on_host(stock: type[nn.Module]) -> type[nn.Module]:
 
 
 def keep_embedding_on_host(model: PreTrainedModel) -> str:
-    """Moves the (frozen, untied) input embedding to the host. Returns a note. On a CPU it is there already.
+    """Moves the (frozen, untied) input embedding to pinned CPU memory. Returns a note. Does nothing on a CPU.
 
-    `model.device` and `next(model.parameters()).device` go on telling the layers' device.
+    `model.device` and `next(model.parameters()).device` remain the layers' device.
     """
     embedding: Any = model.get_input_embeddings()
     device = embedding.weight.device
     if device.type == "cpu":
-        return "offload_embedding: the embedding is in host memory already, as the whole model is"
+        return "offload_embedding: the embedding is in CPU memory already, as the whole model is"
     _stay(model, embedding)
     leave_out_of_ddp(model)
     embedding.weight.data = embedding.weight.data.to("cpu").pin_memory()
     size = embedding.weight.numel() * embedding.weight.element_size() / 2**20
-    return f"offload_embedding: {size:.0f} MiB of embedding in pinned host memory, from which {device} reads rows"
+    return f"offload_embedding: {size:.0f} MiB of embedding in pinned CPU memory, from which {device} reads"
 
 
 def leave_out_of_ddp(model: nn.Module) -> None:
-    """DDP refuses weights on a host beside others on a GPU; a frozen one has no gradient to share. model: what DDP will wrap."""
+    """Excludes the offloaded weight from DDP, which refuses weights on several devices; it is frozen, so it has no gradient to
+    reduce. model: what DDP will wrap."""
     names = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, HostEmbedding)]
     if names:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 
 
 def _stay(model: PreTrainedModel, embedding: Any) -> None:
-    """Gives the embedding its class, and a place behind its siblings.
-
-    transformers, and code that asks the first parameter, take its device for the model's.
-    """
+    """Changes the embedding's class, and moves it behind its siblings: transformers, and others, take the device of the first
+    parameter for the model's."""
     stock = type(embedding)
     embedding.__class__ = _on_host(stock)
     if "_old_forward" in embedding.__dict__:  # accelerate's hooks call the forward that they found

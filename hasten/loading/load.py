@@ -1,4 +1,4 @@
-"""`load`: everything that can be refused is refused first, then the weights are read, then what was planned is done."""
+"""`load`: refuses whatever can be refused first, then reads the weights, then does what was planned."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,13 +36,13 @@ class Loaded:
 
 @dataclass
 class Preparation:
-    """What `load` knows before a weight is read."""
+    """What `load` knows before it reads a weight."""
 
     config: Any
     empty: PreTrainedModel
     dtype: torch.dtype
     device_map: Any
-    quantization: Any
+    storage: quantization.Storage
     tokenizer: PreTrainedTokenizerBase
     fixes: tokens.TokenizerPlan | None
     notes: list[str] = field(default_factory=list)
@@ -53,7 +53,7 @@ class Preparation:
 
 
 def load(options: LoadOptions) -> Loaded:
-    """Loads what `options` name, as they say, or raises one error with every reason why not, before a weight is read.
+    """Loads the model that `options` describe, or raises one error with every reason why not, before it reads a weight.
 
     Raises OptionError (several problems, or one with the arguments), CheckpointError, TokenizerError, MissingExtraError.
     Nothing here draws from the caller's random generators.
@@ -79,7 +79,7 @@ def load(options: LoadOptions) -> Loaded:
     if options.use_safetensors is not False:
         stored = shards.read_checkpoint(source.folder, options.extra.get("variant"))
         shards.check_tensors(stored, ready.empty, source.folder)
-    place, how = ready.device_map, ready.quantization
+    place, how = ready.device_map, ready.storage
     model = read_model(Reading(source.folder, ready.config, ready.dtype, place, how, options, ready.empty, stored))
     notes = [*source.notes(), *ready.notes, *_finish(model, ready, options)]
     for holder in (model, model.config, ready.tokenizer):
@@ -90,7 +90,7 @@ def load(options: LoadOptions) -> Loaded:
 
 
 def _prepare(source: Source, options: LoadOptions, findings: checks.Findings) -> Preparation | None:
-    """Reads config and tokenizer and plans rope, dtype and tokenizer fixes; None where that much cannot be had."""
+    """Reads config and tokenizer and plans rope, dtype and tokenizer fixes; None where one of the two cannot be read."""
     config: Any = _attempt(findings, checks.read_config, source, options)
     if config is None:
         return None
@@ -98,7 +98,7 @@ def _prepare(source: Source, options: LoadOptions, findings: checks.Findings) ->
     findings.problems += checks.set_fields(config, options)
     empty: Any = _attempt(findings, checks.build_empty, config, options, options.dtype or torch.float32)
     if empty is None and options.attn_implementation is not None:
-        # One wrong name must not hide what else is wrong.
+        # One wrong name must not hide the other problems.
         plain = replace(options, attn_implementation=None)
         empty = _attempt(findings, checks.build_empty, config, plain, options.dtype or torch.float32)
     if empty is None:
@@ -108,7 +108,7 @@ def _prepare(source: Source, options: LoadOptions, findings: checks.Findings) ->
     place, place_notes = resolve_device_map(options.device_map)
     on_cpu = is_all_cpu(place)
     findings.problems += quantization.stored_problems(config, empty, on_cpu, options)
-    if missing := quantization.need_bitsandbytes(options, config):
+    if missing := quantization.missing_package(options, config):
         findings.add(missing)
     rope = plan_rope(config.get_text_config(), family, options.rope_scaling, options.max_seq_length)
     findings.problems += rope.problems
@@ -118,9 +118,9 @@ def _prepare(source: Source, options: LoadOptions, findings: checks.Findings) ->
         return None
     fixes = _plan_tokenizer(tokenizer, empty, source, options)
     dtype, notes = _choose_dtype(options, family is None or family.fp16_safe)
-    settings, quantization_notes = quantization.plan_quantization(config, empty, dtype, on_cpu, options)
-    notes += [*quantization_notes, *rope.notes, *place_notes, *_unused(options)]
-    ready = Preparation(config, empty, dtype, place, settings, tokenizer, fixes, notes)
+    storage = quantization.plan_storage(config, empty, dtype, on_cpu, options)
+    notes += [*storage.notes, *rope.notes, *place_notes, *_unused(options)]
+    ready = Preparation(config, empty, dtype, place, storage, tokenizer, fixes, notes)
     error = checks.vocabulary_error(ready.rows_needed, tokenizer.vocab_size, rows_of(empty), options)
     if isinstance(error, OptionError):
         findings.problems += error.problems
@@ -163,7 +163,7 @@ def _plan_tokenizer(
 
 
 def _unused(options: LoadOptions) -> list[str]:
-    """Says what has nothing to act on, in place of leaving it out silently."""
+    """Notes the arguments that have no effect in this call."""
     defaults = LoadOptions()
     engine = ("gpu_memory_utilization", "max_lora_rank", "disable_log_stats")
     given = [name for name in engine if getattr(options, name) != getattr(defaults, name)]
@@ -171,7 +171,7 @@ def _unused(options: LoadOptions) -> list[str]:
 
 
 def _finish(model: PreTrainedModel, ready: Preparation, options: LoadOptions) -> list[str]:
-    """Tokenizer fixes, vocabulary, which weights train, where the embedding lies. Returns notes."""
+    """Applies tokenizer fixes, resizes the vocabulary, sets what trains, offloads the embedding. Returns notes."""
     notes: list[str] = []
     if ready.fixes is not None:
         tokens.apply_fixes(ready.tokenizer, ready.fixes)
@@ -183,7 +183,7 @@ def _finish(model: PreTrainedModel, ready: Preparation, options: LoadOptions) ->
         new = ", new ones are the mean of the old" if rows > old else ""
         notes.append(f"vocabulary: {rows} rows{new}; the checkpoint has {old}")
     for parameter in model.parameters():
-        # Quantised storage is whole numbers, which have no gradient.
+        # Quantised codes are integers, which have no gradient.
         parameter.requires_grad_(options.full_finetuning and parameter.is_floating_point())
     if options.offload_embedding:
         notes.append(keep_embedding_on_host(model))

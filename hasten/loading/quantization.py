@@ -1,58 +1,75 @@
-"""How weights are held: what the checkpoint stores already, what is quantised while reading, and what must stay dense."""
+"""Decides how weights are stored: as the checkpoint stores them, or quantised while it is read. Asks `weights.formats`."""
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.quantizers.base import get_keys_to_not_convert
+from transformers import PreTrainedModel
 
 from hasten.errors import MissingExtraError
+from hasten.loading.shards import is_converted
 from hasten.options import LoadOptions
+from hasten.weights import formats
+from hasten.weights.formats import WeightFormat
 
-NF4_BLOCK = 64  # weights that share one scale, bitsandbytes' default
+
+@dataclass(frozen=True)
+class Storage:
+    """How the Linears' weights will be stored.
+
+    settings: the quantization_config that transformers gets to quantise while reading, None = none. own: the format whose
+    Linears hasten itself puts into the model, None = none. kept_dense: modules that `own` leaves dense. stored: the
+    checkpoint holds them in `own` already. notes: lines for the report.
+    """
+
+    settings: Any = None
+    own: WeightFormat | None = None
+    kept_dense: Sequence[str] = ()
+    stored: bool = False
+    notes: Sequence[str] = ()
 
 
-def stored_quantization(config: Any) -> str | None:
-    """How the checkpoint's own weights are quantised: "nf4", "fp4", "int8", another method's name, None = not at all."""
+def stored_name(config: Any) -> str | None:
+    """How the checkpoint's own weights are quantised: a format's name, another method's (e.g. "gptq"), None = not at all."""
     record = _record(config)
     if not record:
         return None
-    method = str(record.get("quant_method", "unknown"))
-    if method != "bitsandbytes":
-        return method
-    return "int8" if record.get("load_in_8bit") else str(record.get("bnb_4bit_quant_type", "nf4"))
+    found = formats.stored_format(record)
+    return str(record.get("quant_method", "unknown")) if found is None else found.name
 
 
 def stored_problems(config: Any, empty: PreTrainedModel, on_cpu: bool, options: LoadOptions) -> list[str]:
     """Why a checkpoint that is stored quantised cannot be loaded as asked."""
-    stored = stored_quantization(config)
+    stored = stored_name(config)
     if stored is None:
         return []
-    if stored == "fp8":
+    record = _record(config)
+    found = formats.stored_format(record)
+    if stored == "fp8" and found is None:
         return ["the checkpoint holds fp8 weights, which a later version of hasten reads; use its dense original"]
-    fits = {"nf4": "load_in_4bit", "fp4": "load_in_4bit", "int8": "load_in_8bit"}.get(stored)
+    fits = None if found is None else found.stored_argument or found.load_argument
     other = [name for name in options.asked_storage if name != fits]
-    if fits == "load_in_4bit" and options.load_in_4bit is False:
-        other.append("load_in_4bit=False")
+    default = str(formats.default().load_argument)
+    if fits == default and getattr(options, default, None) is False:
+        other.append(f"{default}=False")
     if options.full_finetuning:
         other.append("full_finetuning")
-    found = []
+    problems = []
     if other:
-        found.append(
+        problems.append(
             f"{', '.join(other)} was asked for, but the checkpoint is stored as {stored} already; leave it out to load it "
             "as it is, or pass the dense original"
         )
-    skipped = set(_record(config).get("llm_int8_skip_modules") or [])
-    wrong = [name for name in misread_on_cpu(empty) if name not in skipped]
-    if on_cpu and fits == "load_in_4bit" and wrong:
-        found.append(
-            f"the checkpoint is stored as {stored}, and bitsandbytes misreads {len(wrong)} of its layers on a CPU (the "
-            f"inputs of {wrong[0]} are no multiple of {NF4_BLOCK}); load it on a GPU, or pass the dense original"
-        )
-    return found
+    if found is not None:
+        problems += found.problems_on_load(empty, on_cpu, found.kept_dense_in(record))
+        if found.reads_stored() and is_converted(empty):
+            problems.append(
+                f"the checkpoint is stored as {stored}, and {type(empty).__name__} stores its tensors in another layout "
+                "than it runs them in; pass the dense original"
+            )
+    return problems
 
 
 def _record(config: Any) -> Mapping[str, Any]:
@@ -60,54 +77,42 @@ def _record(config: Any) -> Mapping[str, Any]:
     return stored if isinstance(stored, Mapping) else stored.to_dict()
 
 
-def misread_on_cpu(empty: PreTrainedModel) -> list[str]:
-    """Linears whose rows are no whole number of NF4 blocks.
-
-    bitsandbytes' CPU code starts each row at a new scale, though blocks run on across rows (seen in 0.50: relative error
-    0.28 in place of 0.09, and a RuntimeError from the first forward in eval mode).
-    """
-    kept = get_keys_to_not_convert(empty)
-    return [
-        name
-        for name, module in empty.named_modules()
-        if isinstance(module, nn.Linear) and module.in_features % NF4_BLOCK and name not in kept
-    ]
-
-
-def plan_quantization(
+def plan_storage(
     config: Any, empty: PreTrainedModel, dtype: torch.dtype, on_cpu: bool, options: LoadOptions
-) -> tuple[Any, list[str]]:
-    """(what transformers needs to quantise while it reads, notes). None for dense weights and those stored quantised."""
-    if options.quantization == "own":
-        return options.extra["quantization_config"], ["quantisation: by the caller's quantization_config"]
-    stored = stored_quantization(config)
+) -> Storage:
+    """How the weights will be stored, with notes for the report. empty: the model on the meta device."""
+    if options.own_quantization:
+        own = options.extra["quantization_config"]
+        return Storage(own, notes=["quantisation: by the caller's quantization_config"])
+    stored = stored_name(config)
     if stored is not None:
-        return None, [f"quantisation: {stored}, as the checkpoint is stored"]
-    if options.quantization == "none":
-        return None, []
-    if options.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True), ["quantisation: LLM.int8"]
-    dense = misread_on_cpu(empty) if on_cpu else []
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=[*get_keys_to_not_convert(empty), *dense] if dense else None,
-    )
-    notes = ["quantisation: NF4 with double quantisation"]
-    if dense:
-        kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in dense}))
-        notes.append(
-            f"quantisation: {len(dense)} layers stay dense ({kinds}): their inputs are no multiple of {NF4_BLOCK}, which "
-            "bitsandbytes misreads on a CPU"
-        )
-    return settings, notes
+        record = _record(config)
+        found = formats.stored_format(record)
+        notes = [f"quantisation: {stored}, as the checkpoint is stored"]
+        if found is None or not found.reads_stored():
+            return Storage(notes=notes)
+        return Storage(own=found, kept_dense=found.kept_dense_in(record), stored=True, notes=notes)
+    asked = _asked(options)
+    if asked is None or asked.exact:
+        return Storage()
+    plan = asked.plan_load(empty, dtype, on_cpu)
+    own = asked if plan.config is None else None
+    return Storage(plan.config, own, plan.kept_dense, notes=plan.notes)
 
 
-def need_bitsandbytes(options: LoadOptions, config: Any) -> MissingExtraError | None:
-    """An error where quantised weights are wanted or found and bitsandbytes is not installed."""
-    wanted = options.quantization in ("nf4", "int8") or stored_quantization(config) in ("nf4", "fp4", "int8")
-    if not wanted or importlib.util.find_spec("bitsandbytes") is not None:
+def missing_package(options: LoadOptions, config: Any) -> MissingExtraError | None:
+    """An error where the format that is wanted or found needs a package that is not installed."""
+    for one in (_asked(options), formats.stored_format(_record(config))):
+        if one is None or one.package is None or importlib.util.find_spec(one.package) is not None:
+            continue
+        default = formats.default().load_argument
+        what = f"Storing weights in {one.bits} bits ({default} is on by default)"
+        return MissingExtraError(what, one.package, one.extra or one.package)
+    return None
+
+
+def _asked(options: LoadOptions) -> WeightFormat | None:
+    """The format that the arguments ask for; None = the caller's own quantization_config, or no quantisation."""
+    if options.own_quantization or options.weight_format is None:
         return None
-    return MissingExtraError("Holding weights in 4 or 8 bits (load_in_4bit is on by default)", "bitsandbytes", "train")
+    return formats.named(options.weight_format)

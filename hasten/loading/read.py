@@ -1,4 +1,4 @@
-"""Reads the weights: through transformers' own loader, or row by row where they are quantised into host memory."""
+"""Reads the weights: through transformers' loader, or tensor by tensor where hasten quantises them itself (`read_rows`)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,64 +6,91 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hasten.errors import CheckpointError
 from hasten.loading.device import is_all_cpu
-from hasten.loading.read_rows import FLOATS, read_rows
+from hasten.loading.quantization import Storage
+from hasten.loading.read_rows import FLOATS, convert_linears, read_rows
 from hasten.loading.shards import StoredTensor, is_converted
 from hasten.loading.vocabulary import seeded
 from hasten.options import MODEL_ARGUMENTS, LoadOptions
+from hasten.weights.formats import find_format
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What the weights are read into: a config as it should be, a dtype, a place, and how they are quantised (or None).
+    """What the weights are read into.
 
-    empty: the model on the meta device. stored: the headers of its safetensors, none for pickle.
+    config: as the model shall have it. storage: how the weights are stored. empty: the model on the meta device.
+    stored: the headers of its safetensors, empty for pickle.
     """
 
     folder: Path
     config: Any
     dtype: torch.dtype
     device_map: Any
-    quantization: Any
+    storage: Storage
     options: LoadOptions
     empty: PreTrainedModel
     stored: Mapping[str, StoredTensor]
 
     @property
     def goes_by_rows(self) -> bool:
-        """Whether weights are quantised on the CPU, from a dense checkpoint that transformers loads name by name."""
-        model = self.empty
+        """Whether hasten reads the tensors itself: to quantise on the CPU from a dense checkpoint that transformers loads
+        name by name, or because only hasten knows the format in which the checkpoint is stored."""
+        storage, model = self.storage, self.empty
+        if storage.stored:
+            return True
         simple = not set(self.options.extra) & {"key_mapping", "generation_config", "quantization_config"}
         dense = bool(self.stored) and all(entry.dtype in FLOATS for entry in self.stored.values())
         on_cpu = is_all_cpu(self.device_map) and "disk" not in self.device_map.values()
         plain = type(model).__module__.startswith("transformers.") and not is_converted(model)
         fp32 = getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None)
-        return self.quantization is not None and simple and dense and on_cpu and plain and not fp32
+        quantises = storage.settings is not None or storage.own is not None
+        return quantises and simple and dense and on_cpu and plain and not fp32
 
 
 def read_model(reading: Reading) -> PreTrainedModel:
-    """The model in evaluation mode. Raises CheckpointError where the checkpoint left a weight without its values."""
+    """The model in evaluation mode. Raises CheckpointError where the checkpoint has no values for a weight."""
     with seeded(reading.options.random_state):
         if reading.goes_by_rows:
             attention = reading.options.attn_implementation
-            model = read_rows(
-                reading.folder, reading.config, attention, reading.dtype, reading.quantization, reading.stored
+            model: Any = read_rows(
+                reading.folder, reading.config, attention, reading.dtype, reading.storage, reading.stored
             )
+            if reading.storage.stored and not is_all_cpu(reading.device_map):
+                model.to(_one_device(reading.device_map))
         else:
             model = _read_whole(reading)
-    _keep_codes(model)
+            if reading.storage.own is not None:
+                convert_linears(model, reading.storage, lambda own, linear: own.convert(linear))
+                reading.storage.own.mark(model)
+    for module in model.modules():
+        found = find_format(module) if isinstance(module, nn.Linear) else None
+        if found is not None:
+            found.after_load(module)
     return model
 
 
+def _one_device(device_map: Any) -> torch.device:
+    """The single device of a device map; the first GPU for a map that transformers would spread."""
+    places = set(map(str, device_map.values())) if isinstance(device_map, Mapping) else {"cuda:0"}
+    if len(places) > 1:
+        raise CheckpointError(
+            f"device_map names {len(places)} devices, and a checkpoint in a format that only hasten reads goes to one: "
+            "name one device"
+        )
+    return torch.device(places.pop())
+
+
 def _read_whole(reading: Reading) -> PreTrainedModel:
-    """transformers' loader, which takes one tensor after the other from the mapped shards."""
+    """Loads through transformers, which reads one tensor after the other from the memory-mapped shards."""
     options = reading.options
     arguments = {n: v for n, v in options.extra.items() if n in MODEL_ARGUMENTS - {"config", "quantization_config"}}
-    if reading.quantization is not None:
-        arguments["quantization_config"] = reading.quantization
+    if reading.storage.settings is not None:
+        arguments["quantization_config"] = reading.storage.settings
     if options.attn_implementation is not None:
         arguments["attn_implementation"] = options.attn_implementation
     try:
@@ -90,14 +117,3 @@ def _read_whole(reading: Reading) -> PreTrainedModel:
             f"{', '.join(missing[:5])}. Use the config.json that belongs to these weights"
         )
     return model
-
-
-def _keep_codes(model: PreTrainedModel) -> None:
-    """Has bitsandbytes leave 4-bit weights as they are read.
-
-    On CPUs with AVX512-BF16 its first forward in evaluation mode repacks the codes and rounds their scales to bf16: one
-    `generate` would change the weights that are trained on and merged, and shapes off a multiple of 64 fail.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportArgumentType]

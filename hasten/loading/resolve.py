@@ -1,7 +1,7 @@
-"""Where a model is: a local folder, a hub repository, or the base that an adapter names.
+"""Finds a model: a local folder, a hub repository, or the base that an adapter names.
 
 Two steps, so that a call can be refused before gigabytes are downloaded: `resolve` fetches the small files, and
-`fetch_weights` the weights. A local folder is never asked about over the network.
+`fetch_weights` the weights. Nothing is fetched for a local folder.
 """
 
 import json
@@ -32,8 +32,8 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 class Source:
     """A checkpoint that has been found.
 
-    name: hub id, or absolute path of a local folder. revision: the commit of a hub id. folder: where its files lie on
-    this machine. adapter: the adapter that was asked for, whose base this is. tokenizer: folder to read it from.
+    name: hub id, or absolute path of a local folder. revision: the commit of a hub id. folder: where its files are
+    on this machine. adapter: the adapter that was asked for, whose base this is. tokenizer: folder to read it from.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Source:
 
 
 def resolve(options: LoadOptions) -> Source:
-    """Finds `options.model_name` and everything small in it. Raises CheckpointError if it is not there."""
+    """Finds `options.model_name` and fetches its small files. Raises CheckpointError if it does not exist."""
     found = _locate(options.model_name, options.revision, options)
     if not (found.folder / ADAPTER_CONFIG).is_file():
         _need_config(found)
@@ -72,14 +72,14 @@ def resolve(options: LoadOptions) -> Source:
 
 
 def fetch_weights(source: Source, options: LoadOptions) -> None:
-    """Downloads the weights of a hub source (a local one has them). Raises CheckpointError if that fails."""
+    """Downloads the weights of a hub source. Raises CheckpointError if that fails."""
     if source.revision is not None:
         kind = "*.bin" if options.use_safetensors is False else "*.safetensors"
         _download(source.name, source.revision, options, [kind])
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a vocabulary lies in `folder`. Without one transformers makes an empty tokenizer of the model's kind."""
+    """Whether `folder` has a vocabulary. Without one transformers makes an empty tokenizer of the model's kind."""
     return any(path.is_file() for pattern in TOKENIZER_FILES for path in folder.glob(pattern))
 
 

@@ -1,6 +1,6 @@
-"""Rotary positions: the scaling that the caller asked for, and the extension that a longer `max_seq_length` needs.
+"""Plans RoPE scaling: as the caller asks, or as a `max_seq_length` beyond the checkpoint's needs.
 
-transformers holds the parameters in `config.rope_parameters`: one dict, or one per kind of layer (Gemma 3). What two
+transformers keeps the parameters in `config.rope_parameters`: one dict, or one per kind of layer (Gemma 3). What two
 fields mean depends on the scaling type, by convention of the published checkpoints:
 - "dynamic", and "linear" in one dict for all layers: `max_position_embeddings` stays the length before scaling;
 - the others, and "linear" in a dict per kind of layer: it is the length after scaling.
@@ -31,7 +31,7 @@ class RopePlan:
 
 
 def plan_rope(config: Any, family: Family | None, scaling: Mapping[str, Any] | None, max_seq_length: int) -> RopePlan:
-    """What must change in the (text) config for `scaling` and `max_seq_length`. Changes nothing itself."""
+    """What must change in the (text) config for `scaling` and `max_seq_length`. Does not change it."""
     plan = RopePlan()
     limit = getattr(config, "max_position_embeddings", None)
     parameters = _rope_of(config)
@@ -60,7 +60,7 @@ def _rope_of(config: Any) -> dict[str, Any] | None:
 
 
 def _global(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-    """(the dict that holds for layers which see the whole sequence, whether it is one of several)."""
+    """(the dict of the layers with full attention, whether it is one of several)."""
     nested = all(isinstance(value, dict) or value is None for value in parameters.values())
     if not nested:
         return parameters, False  # pyright: ignore[reportReturnType]
@@ -84,7 +84,7 @@ def _states_unscaled(kind: str, nested: bool) -> bool:
 
 
 def _reach(limit: int, rope: Mapping[str, Any], nested: bool) -> int:
-    """The longest sequence that a checkpoint with this config is made for."""
+    """The longest sequence, in tokens, that a checkpoint with this config supports."""
     factor = float(rope.get("factor") or 1.0)
     if _type_of(rope) in ("default", "longrope"):
         return limit
@@ -113,7 +113,7 @@ def _plan_scaling(config: Any, plan: RopePlan, scaling: dict[str, Any], paramete
     rope.update({**kept, **scaling})
     factor = rope.get("factor")
     if factor is not None and (not isinstance(factor, int | float) or isinstance(factor, bool) or factor < 1):
-        plan.problems.append(f"rope_scaling has factor={factor!r}; pass a number from 1 on")
+        plan.problems.append(f"rope_scaling has factor={factor!r}; pass a number of at least 1")
         return
     length = config.max_position_embeddings
     if _states_unscaled(kind, nested) or kind == "default":
@@ -122,7 +122,7 @@ def _plan_scaling(config: Any, plan: RopePlan, scaling: dict[str, Any], paramete
         length = int(rope.get("original_max_position_embeddings", original) * float(factor))
     plan.changes = {"rope_parameters": parameters, "max_position_embeddings": length}
     if missing := _refused_by_transformers(config, plan.changes):
-        plan.problems.append(f"rope_scaling={scaling!r} is not complete: {missing}; add what is missing")
+        plan.problems.append(f"rope_scaling={scaling!r} is incomplete: {missing}; add what is missing")
         return
     plan.notes.append(f"rope: {_described(rope)}, as asked")
 
@@ -173,7 +173,7 @@ def _plan_extension(
         rope["factor"] = float(rope.get("factor") or 1.0) * ratio
     else:
         plan.problems.append(
-            f"max_seq_length={length} is beyond the checkpoint's {reach}, and its rope type {kind!r} is none that can be "
+            f"max_seq_length={length} is beyond the checkpoint's {reach}, and its rope type {kind!r} cannot be "
             f"extended; use max_seq_length={reach} or less"
         )
         return
@@ -183,7 +183,7 @@ def _plan_extension(
 
 
 def _only_near(config: Any, family: Family | None, limit: int) -> bool:
-    """Whether rotated queries and keys are never further apart than the checkpoint has seen: all have a window."""
+    """Whether every layer with RoPE has a sliding window within the checkpoint's length, so that no extension is needed."""
     window = getattr(config, "sliding_window", None)
     if family is None or not window or window > limit:
         return False

@@ -1,11 +1,10 @@
-"""Reads the headers of safetensors files, so that a broken or foreign checkpoint is refused before any weight is read.
+"""Reads the headers of safetensors files, to refuse a damaged or unfitting checkpoint before any weight is read.
 
 Format: 8 bytes little-endian length N, N bytes of JSON {tensor: {dtype, shape, data_offsets}}, then the tensors' bytes
 (https://huggingface.co/docs/safetensors).
 """
 
 import json
-import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from hasten.errors import CheckpointError
+from hasten.weights import formats
 
 LARGEST_HEADER = 100_000_000  # bytes, the format's own limit
 
@@ -36,7 +36,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= length <= min(LARGEST_HEADER, size - 8):
-            raise CheckpointError(f"{path.name} is no safetensors file, or is cut short ({size} bytes)")
+            raise CheckpointError(f"{path.name} is not a safetensors file, or is truncated ({size} bytes)")
         raw = file.read(length)
     try:
         header = json.loads(raw)
@@ -76,15 +76,16 @@ def read_checkpoint(folder: Path, variant: str | None = None) -> dict[str, Store
         lost = [f"{t} should be in {f}" for t, f in mapped.items() if t not in found or found[t].file != f]
         bad += [f"{line}, says the index" for line in lost]
     if bad:
-        raise CheckpointError(_listed(f"The checkpoint in {folder} is not whole", bad, "Download or save it again"))
+        raise CheckpointError(_listed(f"The checkpoint in {folder} is incomplete", bad, "Download or save it again"))
     return found
 
 
 def check_tensors(stored: Mapping[str, StoredTensor], model: PreTrainedModel, folder: Path) -> None:
-    """Raises one CheckpointError naming every tensor that `model` (on the meta device) needs and does not find as it is.
+    """Raises one CheckpointError naming every tensor that `model` (on the meta device) needs and that is missing or has
+    another shape.
 
-    Tensors that the model does not need are left alone, as transformers does. A model whose tensors transformers
-    renames or fuses while loading is compared after loading instead, by what transformers reports.
+    Tensors that the model does not need are ignored, as by transformers. Where transformers renames or fuses tensors
+    while loading, its own report is checked after loading instead.
     """
     if is_converted(model):
         return
@@ -111,7 +112,7 @@ def find(name: str, stored: Mapping[str, StoredTensor], tied: Mapping[str, str],
     """The key under which a checkpoint holds the model's tensor `name`, or one that is tied to it.
 
     tied: {tensor: the one whose weight it shares}. prefix: the backbone's name in the model; transformers reads a
-    backbone's own checkpoint into a causal LM and the other way round.
+    backbone's checkpoint into a causal LM and vice versa.
     """
     sharing = [name, *([tied[name]] if name in tied else []), *(t for t, source in tied.items() if source == name)]
     names = [n for one in sharing for n in (one, one.removeprefix(f"{prefix}."), f"{prefix}.{one}")]
@@ -119,10 +120,9 @@ def find(name: str, stored: Mapping[str, StoredTensor], tied: Mapping[str, str],
 
 
 def _packed(name: str, stored: Mapping[str, StoredTensor], entry: StoredTensor, count: int) -> bool:
-    """Whether the tensor is bitsandbytes' 4-bit storage of `count` weights: two in each byte."""
-    state = any(key.startswith(f"{name}.quant_state.") for key in stored)
-    width = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4}.get(entry.dtype, 0)
-    return state and math.prod(entry.shape) * width == (count + 1) // 2
+    """Whether the tensor can be a quantised format's codes of `count` weights, whose shape is not the weight's."""
+    suffixes = [key.removeprefix(name) for key in stored if key.startswith(name)]
+    return any(one.fits(entry.shape, entry.dtype, count, suffixes) for one in formats.FORMATS)
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -153,4 +153,4 @@ def _listed(what: str, bad: list[str], instead: str, most: int = 20) -> str:
     lines = [f"  - {line}" for line in bad[:most]]
     if len(bad) > most:
         lines.append(f"  - and {len(bad) - most} more")
-    return "\n".join([f"{what} ({len(bad)} faults). {instead}.", *lines])
+    return "\n".join([f"{what} ({len(bad)} problems). {instead}.", *lines])

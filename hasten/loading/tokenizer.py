@@ -1,6 +1,6 @@
-"""The tokenizer's fixes (`fix_tokenizer=True`): a pad token of its own, ids that agree with the model, right padding.
+"""Fixes a tokenizer (`fix_tokenizer=True`): a pad token of its own, ids that agree with the model, right padding.
 
-`model_max_length` stays as it is: set to `max_seq_length` it would let `truncation=True` cut rows without a word.
+`model_max_length` is not changed: set to `max_seq_length` it would let `truncation=True` cut sequences silently.
 """
 
 import re
@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from hasten.errors import TokenizerError
 from hasten.loading.resolve import TOKENIZER_FILES, has_tokenizer
 
-# In order of preference. Reserved tokens stand for nothing in any text that the model has seen.
+# In order of preference. Reserved tokens occur in no text that the model was trained on.
 PAD_NAMES = (
     r"<\|finetune_right_pad_id\|>",
     r"(<\|?|\[)(?i:pad)(ding|_token)?(\|?>|\])",
@@ -77,7 +77,7 @@ def plan_fixes(
     plan = TokenizerPlan(rows_needed=rows_needed(tokenizer))
     taken = {*as_ids(tokenizer.eos_token_id), *as_ids(tokenizer.bos_token_id), *eos_ids}
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id in taken:
-        was = "none" if tokenizer.pad_token is None else f"{tokenizer.pad_token}, which also ends or begins rows"
+        was = "none" if tokenizer.pad_token is None else f"{tokenizer.pad_token}, which also begins or ends sequences"
         plan.pad = _spare_token(tokenizer, rows, taken, pad_id)
         if plan.pad is None:
             plan.pad = next(name for name in NEW_PAD if name not in tokenizer.get_vocab())
@@ -127,7 +127,7 @@ def _template_notes(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def apply_fixes(tokenizer: PreTrainedTokenizerBase, plan: TokenizerPlan) -> None:
-    """Does what was planned, to the tokenizer. A token of the vocabulary keeps its id; a new one comes last."""
+    """Applies the plan to the tokenizer. A token of the vocabulary keeps its id; a new one comes last."""
     if plan.pad is not None:
         if plan.is_new:
             tokenizer.add_special_tokens({"pad_token": plan.pad})
@@ -137,10 +137,10 @@ def apply_fixes(tokenizer: PreTrainedTokenizerBase, plan: TokenizerPlan) -> None
 
 
 def agree(tokenizer: PreTrainedTokenizerBase, model: Any) -> list[str]:
-    """Sets pad, eos and bos ids of config and generation config to the tokenizer's, and says what changed.
+    """Sets pad, eos and bos ids of config and generation config to the tokenizer's, and returns what changed.
 
-    A list of eos ids (models that stop at several tokens) is kept and holds the tokenizer's too. Where the tokenizer has
-    no such token, the model keeps its own.
+    A list of eos ids (models that stop at several tokens) is kept, with the tokenizer's added. Where the tokenizer
+    has no such token, the model keeps its own.
     """
     notes = []
     text = model.config.get_text_config()

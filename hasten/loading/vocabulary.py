@@ -1,4 +1,4 @@
-"""Gives the embedding and the head another number of rows, the new ones the mean of the old."""
+"""Resizes the vocabulary: new rows of embedding and head are the mean of the old ones."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,30 +10,30 @@ from transformers import PreTrainedModel
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draws inside come from `seed`; the caller's generators, on all devices, are then as they were."""
+    """Seeds random draws inside; restores the caller's generators, on all devices, afterwards."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield
 
 
 def rows_of(model: PreTrainedModel) -> int:
-    """How many token ids the model's embedding has a row for."""
+    """Rows of the model's input embedding: the number of token ids that it has."""
     embedding: Any = model.get_input_embeddings()
     return embedding.weight.shape[0]
 
 
 @torch.no_grad()
 def resize(model: PreTrainedModel, rows: int, seed: int) -> None:
-    """Gives input embedding and head `rows` rows each; tied ones stay tied and the config says the same.
+    """Resizes input embedding and head to `rows` rows each, and the config with them; tied ones stay tied.
 
     New rows are the mean of all old ones, taken in fp32 and rounded once (Hewitt 2021, "Initializing new word embeddings
     for pretrained language models"). Surplus rows are cut from the end. Embedding and head must be dense, as
-    bitsandbytes' quantisation leaves them.
+    every quantised format leaves them.
     """
     old = rows_of(model)
     if rows == old:
         return
-    # transformers draws new rows at random before they are overwritten here; that must not move the caller's generator.
+    # transformers draws new rows at random before they are overwritten here; that must not change the caller's generator.
     with seeded(seed):
         model.resize_token_embeddings(rows, mean_resizing=False)
     head = model.get_output_embeddings()

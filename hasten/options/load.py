@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from hasten.errors import OptionError
 from hasten.options import (
@@ -80,14 +80,6 @@ class LoadOptions(LoadFields):
         stores them, and with `own_quantization`. Meaningful once validated.
         """
         return weights.weight_format(self)
-
-    @property
-    def quantization(self) -> Literal["nf4", "int8", "none", "own"]:
-        """`weight_format` by the names that `hasten.loading` uses until it asks the registry of formats."""
-        name: Any = self.weight_format
-        if self.own_quantization:
-            return "own"
-        return name if name in weights.load_arguments(quantized=True).values() else "none"
 
     @property
     def engine_options(self) -> EngineOptions:

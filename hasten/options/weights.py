@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from hasten.options.fields import LoadFields
 from hasten.options.values import not_yet
+from hasten.weights import formats
 
 OWN_ARGUMENT = "quantization_config"
 """transformers' own argument: the caller chooses the quantiser, and no format of ours is used."""
@@ -11,20 +12,9 @@ PLANNED_ARGUMENTS: Mapping[str, str] = {"load_in_fp8": "use load_in_4bit, load_i
 """Arguments whose format comes later -> what to use until then."""
 
 
-def load_arguments(quantized: bool = False) -> dict[str, str]:
-    """{argument of `from_pretrained`: name of the weight format that it asks for}; quantized: without dense formats."""
-    dense = {} if quantized else {"load_in_16bit": "dense"}
-    return {"load_in_4bit": "nf4", "load_in_8bit": "int8", **dense}
-
-
-def default_argument() -> str:
-    """Asks for the format that is used when no argument asks for one and not all weights train."""
-    return "load_in_4bit"
-
-
 def asked_storage(options: LoadFields) -> list[str]:
     """The arguments with which the caller asked for a weight format, or for a quantiser of transformers."""
-    known = load_arguments()
+    known = formats.load_arguments()
     arguments = [*known, *(name for name in PLANNED_ARGUMENTS if name not in known)]
     own = [OWN_ARGUMENT] if options.extra.get(OWN_ARGUMENT) is not None else []
     return [name for name in arguments if _value(options, name)] + own
@@ -36,10 +26,10 @@ def weight_format(options: LoadFields) -> str | None:
 
     Meaningful for options without problems.
     """
-    asked, formats = asked_storage(options), load_arguments()
-    default_on = not asked and not options.full_finetuning and _value(options, default_argument()) is None
-    named = [default_argument()] if default_on else [name for name in asked if name in formats]
-    return formats[named[0]] if named else None
+    asked, names, default = asked_storage(options), formats.load_arguments(), str(formats.default().load_argument)
+    default_on = not asked and not options.full_finetuning and _value(options, default) is None
+    named = [default] if default_on else [name for name in asked if name in names]
+    return names[named[0]] if named else None
 
 
 def check(options: LoadFields) -> list[str]:
@@ -48,13 +38,13 @@ def check(options: LoadFields) -> list[str]:
     found = []
     if len(asked) > 1:
         found.append(f"{', '.join(asked)} were asked for together, and weights have one format; keep one of them")
-    dense = load_arguments().keys() - load_arguments(quantized=True).keys()
+    dense = formats.load_arguments().keys() - formats.load_arguments(quantized=True).keys()
     quantised = [name for name in asked if name not in dense]
     if options.full_finetuning and quantised:
         found.append(
             f"full_finetuning trains all weights, and weights held by {', '.join(quantised)} cannot train; drop one of them"
         )
-    planned = [name for name in PLANNED_ARGUMENTS if name not in load_arguments()]
+    planned = [name for name in PLANNED_ARGUMENTS if name not in formats.load_arguments()]
     later = [name for name in planned if _value(options, name) not in (False, None)]
     return found + [not_yet(f"{name}={_value(options, name)!r}", PLANNED_ARGUMENTS[name]) for name in later]
 

@@ -10,7 +10,7 @@ from hasten.ops.attention import CUDNN_LENGTH_MULTIPLE
 from hasten.ops.backend import backend_for
 from hasten.overlays import AttentionOverlay, BackboneOverlay, HeadOverlay, MLPOverlay, Overlay
 from hasten.state import ModelState, causal_lm_of, find_state
-from hasten.weights import base_layer_of, lie_apart, plain_linear, read_linear, read_lora, storage_of
+from hasten.weights import label_of, lie_apart, plain_linear, read_linear, read_lora
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _fused_projections(base: nn.Module) -> dict[str, tuple[str, str, str]]:
             packed_projections: tuple[str, ...] = module.packed_projections  # pyright: ignore[reportAssignmentType]
             apart = packed_projections if lie_apart([getattr(module, name) for name in packed_projections]) else ()
             for name, member in members.items():
-                label = f"{name} ({_storage(member)})"
+                label = f"{name} ({label_of(member)})"
                 if blocked is None:
                     pair, _ = read_lora(member, training=True)
                     why = "plain LoRA" if pair else "no adapter"
@@ -147,18 +147,10 @@ def _describe(
     is_linear = hasattr(module, "base_layer") or hasattr(module, "original_module") or isinstance(module, nn.Linear)
     if not is_linear:
         return None
-    label = f"{name.rsplit('.', 1)[-1]} ({_storage(module)})"
+    label = f"{name.rsplit('.', 1)[-1]} ({label_of(module)})"
     if hasattr(module, "original_module"):
         return label, "trained copy", "modules_to_save"
     pair, reason = read_lora(module, training=True)
     if reason is not None:
         return label, "PEFT's LoRA, unfused", reason
     return (label, "LoRA through PEFT's module", "plain LoRA") if pair else (label, "its own matmul", "no adapter")
-
-
-def _storage(module: nn.Module) -> str:
-    base = base_layer_of(module)
-    if not isinstance(base, nn.Linear):
-        return type(base).__name__
-    storage = storage_of(base)
-    return str(base.weight.dtype).removeprefix("torch.") if storage == "dense" else storage

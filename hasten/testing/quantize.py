@@ -1,29 +1,26 @@
-"""NF4 in memory, for tests: the Linears of a model replaced by bitsandbytes' 4-bit ones, the head left dense."""
+"""Quantises a model in memory, for tests: every Linear but the head."""
 
 from typing import Any
 
 from torch import nn
 
 from hasten.errors import MissingExtraError
+from hasten.weights import formats
 
 
-def quantize_linears(model: Any) -> Any:
-    """Replaces every Linear but `lm_head` by a Linear4bit (NF4, double quantisation) in place, and returns the model."""
-    try:
-        import bitsandbytes as bnb
-    except ImportError as error:
-        raise MissingExtraError("quantizing a tiny model", "bitsandbytes", "train") from error
-    for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or name.endswith("lm_head"):
+def quantize_linears(model: Any, name: str | None = None) -> Any:
+    """Replaces every Linear but `lm_head` in place and returns the model. name: of the format, None = the default one.
+
+    Raises MissingExtraError where the format's package is not installed.
+    """
+    into = formats.default() if name is None else formats.named(name)
+    for path, module in list(model.named_modules()):
+        if type(module) is not nn.Linear or path.endswith("lm_head"):
             continue
-        dtype = module.weight.dtype
-        low = bnb.nn.Linear4bit(
-            module.in_features, module.out_features, module.bias is not None, dtype, True, "nf4", device="meta"
-        )
-        make: Any = bnb.nn.Params4bit
-        packed = make(module.weight.data.clone(), requires_grad=False, quant_type="nf4", compress_statistics=True)
-        low.weight = packed.to(module.weight.device)  # moving is what quantises
-        low.bias = module.bias
-        model.set_submodule(name, low)
-    model.is_loaded_in_4bit = True
+        try:
+            model.set_submodule(path, into.convert(module))
+        except ImportError as error:
+            package = into.package or into.name
+            raise MissingExtraError("quantizing a tiny model", package, into.extra or package) from error
+    into.mark(model)
     return model

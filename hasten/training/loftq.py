@@ -1,7 +1,7 @@
-"""LoftQ (Li et al. 2023, arXiv:2310.08659), one iteration: a LoRA that starts as the best low-rank repair of quantisation.
+"""LoftQ (Li et al. 2023, arXiv:2310.08659), one iteration: initialises LoRA as the best low-rank fit of the quantisation error.
 
-With Q the quantised weight that the model holds and W the checkpoint's: scale * B @ A is the rank-r part of W - Q that a
-truncated SVD gives. Q stays what it is, so the same checkpoint and adapter give the same model again.
+With Q the model's quantised weight and W the checkpoint's: scale * B @ A is the rank-r truncated SVD of W - Q. Q is not
+changed, so the same checkpoint and adapter give the same model again.
 """
 
 from collections.abc import Callable
@@ -10,25 +10,25 @@ from typing import Any
 import torch
 
 from hasten.errors import OptionError
-from hasten.weights import base_layer_of, dequantize, storage_of
-
-BITS = {"nf4": 4, "fp4": 4, "int8": 8}
+from hasten.weights import base_layer_of, dequantize, formats
 
 
 def problems(model: Any, config: dict[str, Any]) -> list[str]:
-    """Why LoftQ cannot be done as asked on `model`; empty = it can."""
+    """Why LoftQ cannot run on `model` as asked; empty = it can."""
     found = []
     unknown = sorted(set(config) - {"loftq_bits", "loftq_iter"})
     if unknown:
         found.append(f"loftq_config has {unknown}; its fields are loftq_bits and loftq_iter")
     if config.get("loftq_iter", 1) != 1:
         found.append(
-            f"loftq_iter={config['loftq_iter']}: further iterations would change the quantised base, which then no "
-            "longer is what the checkpoint gives; use 1"
+            f"loftq_iter={config['loftq_iter']}: further iterations would change the quantised base, so that loading the "
+            "checkpoint again would give another model; use 1"
         )
-    bits = {BITS.get(storage_of(m), 16) for m in model.modules() if "Linear" in type(m).__name__} - {16}
+    linears = [formats.format_of(m) for m in model.modules() if "Linear" in type(m).__name__]
+    bits = {one.bits for one in linears if not one.exact}
     if not bits:
-        found.append("loftq_config needs a quantised base to repair; load with load_in_4bit=True or load_in_8bit=True")
+        ways = " or ".join(f"{name}=True" for name in formats.load_arguments(quantized=True))
+        found.append(f"loftq_config needs a quantised base to repair; load with {ways}")
     elif config.get("loftq_bits", 4) not in bits:
         found.append(f"loftq_bits={config.get('loftq_bits', 4)}, but the base holds {sorted(bits)} bits")
     return found
@@ -41,7 +41,7 @@ def initialise(peft_model: Any, read: Callable[[str], torch.Tensor], adapter: st
         if adapter not in getattr(layer, "lora_A", {}):
             continue
         base: Any = base_layer_of(layer)
-        if storage_of(base) == "dense":
+        if formats.format_of(base).exact:
             continue
         if layer.lora_variant:
             raise OptionError("get_peft_model", [f"loftq_config repairs plain LoRA only; {name} is another variant"])

@@ -1,8 +1,11 @@
-"""What a Linear really holds, and how to read it: dense, NF4, LLM.int8; and the LoRA that PEFT put around it."""
+"""A Linear's stored weight (`formats`), the LoRA that PEFT put around it (`peft_layers`), and both as one operand (`reader`)."""
 
-from hasten.weights.linear import dequantize, holds, storage_of
-from hasten.weights.lora import LoraPair, active_adapters, base_layer_of, read_linear, read_lora, unwrap
-from hasten.weights.plain import is_watched, lie_apart, pack_weights, plain_linear
+from hasten.weights.linear import dequantize, holds, label_of, linear_bytes
+from hasten.weights.packing import is_packed, pack_weights
+from hasten.weights.peft_layers import LoraPair, active_adapters, base_layer_of, read_lora, unwrap
+from hasten.weights.reader import read_head
+from hasten.weights.shims import lie_apart, plain_linear, read_linear
+from hasten.weights.watched import is_watched
 
 __all__ = [
     "LoraPair",
@@ -10,12 +13,15 @@ __all__ = [
     "base_layer_of",
     "dequantize",
     "holds",
+    "is_packed",
     "is_watched",
-    "pack_weights",
+    "label_of",
     "lie_apart",
+    "linear_bytes",
+    "pack_weights",
     "plain_linear",
+    "read_head",
     "read_linear",
     "read_lora",
-    "storage_of",
     "unwrap",
 ]

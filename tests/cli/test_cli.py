@@ -8,6 +8,7 @@ import pytest
 from cli_kit import write_job
 from typer.testing import CliRunner
 
+import hasten
 from hasten.cli import FAILED, app
 from hasten.errors import CheckpointError, OptionError
 
@@ -30,6 +31,21 @@ def test_help_names_every_command() -> None:
     text = call("--help").output
     for command in ("demo", "train", "generate", "merge", "report", "estimate", "doctor", "run"):
         assert command in text
+
+
+def test_version() -> None:
+    done = call("--version")
+    assert done.exit_code == 0 and done.stdout.strip() == f"hasten {hasten.__version__}"
+
+
+def test_an_unknown_choice_names_the_known_ones(tmp_path: Path) -> None:
+    for arguments, known in (
+        (("estimate", tmp_path, "--load", "5bit"), "4bit, 8bit, 16bit"),
+        (("merge", tmp_path, tmp_path, "--method", "merged"), "merged_16bit, merged_4bit, lora"),
+    ):
+        done = call(*arguments)
+        said = " ".join(word for word in done.stderr.replace("│", " ").split())
+        assert done.exit_code == 2 and known in said
 
 
 def test_errors_are_a_message_and_an_exit_code(tmp_path: Path) -> None:
@@ -85,12 +101,12 @@ def test_report_shows_overlays_and_adapters(trained: Path) -> None:
 def test_estimate_prints_the_parts_and_their_sum(trained: Path) -> None:
     done = call("estimate", trained / "base", "--seq-len", 32, "--rank", 4)
     assert done.exit_code == 0, done.stderr
-    assert "kept by the layers" in done.stdout and "total" in done.stdout and "plan:" in done.stdout
+    assert "saved activations" in done.stdout and "total" in done.stdout and "plan:" in done.stdout
     missing = call("estimate", trained)
     assert missing.exit_code == FAILED and CheckpointError.__name__ in missing.stderr
 
 
-def test_doctor_ends_with_one_on_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_ends_with_one_on_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
     from hasten import doctor
@@ -100,7 +116,7 @@ def test_doctor_ends_with_one_on_a_fault(monkeypatch: pytest.MonkeyPatch) -> Non
     assert call("doctor").exit_code == 0
     monkeypatch.setattr(doctor, "look", lambda: replace(healthy, free_disk_gib=0.1))
     done = call("doctor")
-    assert done.exit_code == 1 and "0.1 GiB free" in done.stdout and "1 fault" in done.stderr
+    assert done.exit_code == 1 and "0.1 GiB free" in done.stdout and "1 problem" in done.stderr
 
 
 def test_run_hands_a_script_its_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

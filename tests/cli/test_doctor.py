@@ -60,9 +60,9 @@ def test_a_healthy_machine_has_no_fault() -> None:
 @pytest.mark.parametrize("name", FAULTS)
 def test_each_seeded_fault_is_found_alone_with_its_mend(name: str) -> None:
     machine, subject, mend = FAULTS[name]
-    found = doctor.faults(doctor.examine(machine))
+    found = doctor.problems(doctor.examine(machine))
     assert [f.subject for f in found] == [subject]
-    assert mend in found[0].mend
+    assert mend in found[0].fix
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_each_seeded_fault_is_found_alone_with_its_mend(name: str) -> None:
 def test_what_is_merely_absent_is_a_note(machine: Machine, subject: str) -> None:
     findings = doctor.examine(machine)
     assert [f.subject for f in findings if f.level != "ok"] == [subject]
-    assert not doctor.faults(findings)
+    assert not doctor.problems(findings)
 
 
 def test_this_machine_meets_hastens_own_requirements() -> None:
@@ -87,4 +87,4 @@ def test_this_machine_meets_hastens_own_requirements() -> None:
     extras = {need.name: need.extra for need in machine.needs}
     assert extras["torch"] is None and extras["trl"] == "train" and "pytest" not in extras
     packages: list[Finding] = [f for f in doctor.examine(machine) if f.subject in extras]
-    assert len(packages) == len(extras) and not doctor.faults(packages)
+    assert len(packages) == len(extras) and not doctor.problems(packages)

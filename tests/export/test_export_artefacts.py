@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hasten.errors import ExportError
 from hasten.export import push_to_hub_merged, save_merged
 from hasten.testing import tiny_tokenizer
-from hasten.weights import dequantize, storage_of
+from hasten.weights import dequantize
+from hasten.weights.formats import format_of
 
 
 @torch.no_grad()
@@ -46,7 +47,7 @@ def test_four_bit_is_the_16_bit_merge_requantised(tmp_path: Path, model_type: st
     for name, module in full.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             packed = small.get_submodule(name)
-            assert storage_of(packed) == "nf4"
+            assert format_of(packed).name == "nf4"
             expected = bnb.functional.dequantize_4bit(
                 *bnb.functional.quantize_4bit(module.weight.detach(), quant_type="nf4", compress_statistics=True)
             )

@@ -208,7 +208,7 @@ def test_arguments_that_cannot_be_honoured(tmp_path: Path, arguments: dict, mess
 
 def test_nothing_to_merge_is_an_error(tmp_path: Path) -> None:
     model = adapt(load(base_folder(tmp_path / "base")))
-    with model.disable_adapter(), pytest.raises(ExportError, match="no adapter acts"):
+    with model.disable_adapter(), pytest.raises(ExportError, match="no adapter is active"):
         save_merged(model, tmp_path / "out")
     model.merge_adapter()
     with pytest.raises(ExportError, match="unmerge_adapter"):

@@ -14,7 +14,8 @@ from hasten.loading import Loaded, load
 from hasten.loading.device import default_dtype
 from hasten.options import LoadOptions
 from hasten.testing import save_tiny
-from hasten.weights import dequantize, storage_of
+from hasten.weights import dequantize
+from hasten.weights.formats import format_of
 
 TEXT = "def f(x): return x"
 
@@ -52,8 +53,8 @@ def test_quantised_layers_hold_the_checkpoints_values(
     model = loaded(llama, dtype=torch.float32, **flags).model
     dense = loaded(llama, dtype=torch.float32, load_in_4bit=False).model
     layer, original = getattr(model.model.layers[1].mlp, name), getattr(dense.model.layers[1].mlp, name)
-    assert storage_of(layer) == storage
-    assert storage_of(model.lm_head) == "dense"
+    assert format_of(layer).name == storage
+    assert format_of(model.lm_head).name == "dense"
     error = (dequantize(layer).float() - original.weight).norm() / original.weight.norm()
     assert 0 < error < worst
     if storage == "nf4":
@@ -85,7 +86,7 @@ def test_base_weights_do_not_train_unless_all_do(llama: Path) -> None:
     assert not any(p.requires_grad for p in loaded(llama, load_in_4bit=False).model.parameters())
     full = loaded(llama, full_finetuning=True)
     assert all(p.requires_grad for p in full.model.parameters())
-    assert storage_of(full.model.model.layers[0].mlp.up_proj) == "dense"
+    assert format_of(full.model.model.layers[0].mlp.up_proj).name == "dense"
 
 
 @pytest.mark.parametrize(("wish", "dtype"), [(True, torch.float32), (False, torch.bfloat16), (None, torch.bfloat16)])
@@ -100,7 +101,7 @@ def test_a_checkpoint_stored_in_nf4_loads_as_it_is(llama: Path, tmp_path: Path) 
     first.tokenizer.save_pretrained(tmp_path / "nf4")
     again = loaded(tmp_path / "nf4", dtype=torch.bfloat16)
     layer = again.model.model.layers[0].mlp.up_proj
-    assert storage_of(layer) == "nf4"
+    assert format_of(layer).name == "nf4"
     assert torch.equal(layer.weight.data, first.model.model.layers[0].mlp.up_proj.weight.data)
     assert torch.equal(logits(again.model, again.tokenizer), logits(first.model, first.tokenizer))
 
@@ -156,7 +157,7 @@ def test_settings_of_an_engine_that_is_off_are_reported(llama: Path) -> None:
 
 
 def test_offload_embedding_on_a_cpu_is_there_already(llama: Path) -> None:
-    assert "in host memory already" in notes(loaded(llama, offload_embedding=True))
+    assert "in CPU memory already" in notes(loaded(llama, offload_embedding=True))
 
 
 def test_loading_leaves_the_callers_generators_alone(llama: Path) -> None:

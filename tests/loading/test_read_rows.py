@@ -8,10 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hasten.families import FAMILIES
-from hasten.loading import load, read_rows
+from hasten.loading import load
 from hasten.options import LoadOptions
 from hasten.testing import save_tiny, tiny_model
-from hasten.weights import storage_of
+from hasten.weights import formats
+from hasten.weights.formats import base, format_of
 
 pytest.importorskip("bitsandbytes")
 SETTINGS = {
@@ -49,10 +50,11 @@ def values(model: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("storage", ["nf4", "int8"])
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
 def test_equal_to_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str, storage: str) -> None:
-    monkeypatch.setattr(read_rows, "CHUNK", 200)  # several chunks for each matrix, the last one short
+    monkeypatch.setattr(base, "CHUNK", 200)  # several chunks for each matrix, the last one short
     calls: list[str] = []
-    quantise = getattr(read_rows, f"_{storage}")
-    monkeypatch.setattr(read_rows, f"_{storage}", lambda *a: (calls.append(storage), quantise(*a))[1])
+    kind = type(formats.named(storage))
+    fill = kind.fill
+    monkeypatch.setattr(kind, "fill", lambda *a: (calls.append(storage), fill(*a))[1])
     folder = tmp_path / "base"
     save_tiny(folder, model_type, max_shard_size="60KB", dtype=torch.bfloat16, intermediate_size=128, head_dim=32)
     ours, theirs = both(folder, storage)
@@ -91,7 +93,8 @@ def test_an_fp32_checkpoint_is_quantised_from_fp32(llama: Path) -> None:
 
 
 def test_what_it_leaves_to_transformers(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read_rows, "_nf4", None)
+    monkeypatch.setattr(formats.NF4, "fill", None)
+    monkeypatch.setattr(formats.FP4, "fill", None)
     own = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
     options = LoadOptions.from_call(model_name=str(llama), max_seq_length=64, quantization_config=own)
-    assert storage_of(load(options).model.get_submodule("model.layers.0.mlp.up_proj")) == "fp4"
+    assert format_of(load(options).model.get_submodule("model.layers.0.mlp.up_proj")).name == "fp4"

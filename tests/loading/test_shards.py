@@ -49,7 +49,7 @@ def test_missing_truncated_and_garbled_shards_are_named_together(llama: Path, co
     assert f"{short.name} has" in said
     assert f"{garbled.name} has an unreadable header" in said
     assert f"{swollen.name} has" in said
-    assert "(4 faults)" in said
+    assert "(4 problems)" in said
 
 
 @pytest.mark.parametrize("content", [b"", b"\x01", struct.pack("<Q", 2**40) + b"{}", struct.pack("<Q", 2) + b"[]"])

@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 
 from hasten.training.memory.actions import ActivationAction
 from hasten.training.memory.costs import Optimizer, peak, with_tile
-from hasten.training.memory.layer_shape import NF4_BYTES, LayerShape, LinearShape
+from hasten.training.memory.layer_shape import LayerShape, LinearShape
 from hasten.training.memory.shape import ModelShape
 from hasten.training.tiling import DEFAULT_TILE
 from hasten.units import format_bytes
+from hasten.weights import formats
 
 MIN_SAVING = 2**20
 """Bytes; smaller savings are not worth a change."""
@@ -76,16 +77,17 @@ def _changes(shape: ModelShape, step: StepConfig) -> list[tuple[str, ModelShape,
         found.append(("offload_embedding=True", replace(shape, weights=shape.weights - shape.lookup), step))
     linears = [one for layer in shape.layers for one in layer.linears]
     if not any(one.trained for one in linears):
-        found.append(("load_in_4bit=True", _in_4bit(shape), step))
+        smallest = formats.smallest_loadable()
+        found.append((f"{smallest.load_argument}=True", _quantized(shape, smallest), step))
     rank = max(one.rank for one in linears)
     if rank > 1:
         found.append((f"r={rank // 2}", _half_rank(shape), step))
     return found
 
 
-def _in_4bit(shape: ModelShape) -> ModelShape:
+def _quantized(shape: ModelShape, into: formats.WeightFormat) -> ModelShape:
     def change(one: LinearShape) -> LinearShape:
-        return replace(one, stored=min(one.stored, round(one.rows * one.columns * NF4_BYTES)), dense=False)
+        return replace(one, stored=min(one.stored, into.bytes_for(one.rows, one.columns, shape.itemsize)), dense=False)
 
     return _changed(shape, [_mapped(layer, change) for layer in shape.layers])
 

@@ -1,9 +1,9 @@
-"""One decoder layer as the memory formulas see it, read from modules: on meta tensors (nothing allocated) or of a live model."""
+"""The sizes of one decoder layer that the memory formulas need, read from modules: on the meta device or of a live model."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,21 +14,20 @@ from hasten.ops.backend import backend_for
 from hasten.overlays import AttentionConfig, LayerConfig
 from hasten.patching.configs import attention_config, layer_config
 from hasten.patching.plan import family_of
-from hasten.weights import base_layer_of, lie_apart, plain_linear, unwrap
+from hasten.weights import base_layer_of, is_packed, linear_bytes, unwrap
+from hasten.weights.formats import WeightFormat, find_format
+from hasten.weights.formats.base import tensor_bytes
+from hasten.weights.reader import read_linear
 
-Quantization = Literal["4bit", "8bit"]
-
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""Per weight: four bits, one 8-bit scale per 64 weights, one fp32 scale of scales per 256 blocks (arXiv:2305.14314)."""
 FP32 = 4
 
 
 @dataclass(frozen=True)
 class LinearShape:
-    """One Linear: `rows` outputs, `columns` inputs, and its LoRA's rank (0 = none).
+    """One Linear: `rows` output channels, `columns` input channels, and its LoRA's rank (0 = none).
 
-    stored: bytes of weight and bias. dense: whether a product reads the weight where it is stored. adapter: bytes of A
-    and B as they are stored. trained: bytes of the gradients of weight and bias, where they train.
+    stored: bytes of weight and bias. dense: a matmul reads the weight where it is stored, without dequantising or
+    copying. adapter: bytes of A and B. trained: bytes of the gradients of weight and bias, where they train.
     """
 
     rows: int
@@ -45,10 +44,10 @@ Linears = tuple[LinearShape, ...]
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One decoder layer. qkv and gate_up: the Linears that read one input. heads: of queries.
+    """One decoder layer. qkv, gate_up: the Linears that read the same input. heads: number of query heads.
 
-    fused: it runs the way of GPUs (`ops.lora`, `LayerOverlay._fused`). scores: its attention makes all T x T of them.
-    norms: bytes of the gradients of the norms' weights.
+    fused: it runs the fused GPU ops (`ops.lora`, `LayerOverlay._fused`). scores: its attention materialises the T x T
+    scores. norms: bytes of the gradients of the norms' weights.
     """
 
     qkv: Linears
@@ -84,23 +83,24 @@ class LayerShape:
 
     @cached_property
     def gradients(self) -> int:
-        """Bytes of the gradients of all that trains in the layer."""
+        """Bytes of the gradients of everything that trains in the layer."""
         return self.norms + sum(one.adapter + one.trained for one in self.linears)
 
     @cached_property
     def mlp_gradients(self) -> int:
-        """Those of `gradients` that are there once the MLP's backward has run."""
+        """The part of `gradients` that exists once the MLP's backward has run."""
         return sum(one.adapter + one.trained for one in (*self.gate_up, *self.down))
 
     def sdpa(self, length: int) -> bool:
-        """Whether plain rows of `length` take torch's fused attention on a GPU."""
+        """Whether unpacked, unpadded sequences of `length` tokens take torch's fused attention on a GPU."""
         return attention_backend(length, self.attention.window, self.attention.softcap, spans=False) == "sdpa"
 
 
 def read_layers(
     model: Any, read: Callable[[Any], LinearShape], fused: bool, trained_itemsize: int | None
 ) -> tuple[LayerShape, ...]:
-    """Every decoder layer, its Linears through `read`. trained_itemsize: of the norms' gradients, None = as they ask."""
+    """Every decoder layer, each Linear through `read`. trained_itemsize: bytes of an element of the norms' gradients (0 = they
+    do not train); None = a live model, which says itself what trains."""
     family, config = family_of(model), model.config
     found = []
     for index, layer in enumerate(decoder_layers(model)):
@@ -119,7 +119,7 @@ def read_layers(
         modules = [[getattr(owner, name) for name in names] for owner, names in groups]
         shapes = [tuple(map(read, group)) for group in modules]
         if trained_itemsize is None:  # a live model
-            shapes = [_as_they_lie(group, found) for group, found in zip(modules, shapes, strict=True)]
+            shapes = [_unless_packed(group, found) for group, found in zip(modules, shapes, strict=True)]
             fused_here = fused and family is not None and all(_is_plain(m) for group in modules for m in group)
         else:
             fused_here = fused and family is not None
@@ -136,8 +136,8 @@ def read_layers(
                 norms=sum(map(gradient_bytes, norms)) if trained_itemsize is None else _count(norms) * trained_itemsize,
             )
         )
-    alike: dict[LayerShape, LayerShape] = {}
-    return tuple(alike.setdefault(one, one) for one in found)  # layers that are alike are one object: see `costs.peak`
+    unique: dict[LayerShape, LayerShape] = {}
+    return tuple(unique.setdefault(one, one) for one in found)  # equal layers are one object: see `costs.peak`
 
 
 def decoder_layers(model: Any) -> Any:
@@ -150,14 +150,14 @@ def decoder_layers(model: Any) -> Any:
 
 
 def _makes_scores(base: Any) -> bool:
-    """Whether transformers' eager attention runs, on a CPU or because somebody named it."""
+    """Whether transformers' eager attention runs: on a CPU, or because the user asked for it."""
     config, replaced = base.config, getattr(getattr(base.get_decoder(), "overlay_config", None), "replaces", None)
     on_gpu = backend_for(next(base.parameters())) == "triton"
     return config._attn_implementation == "eager" and not (on_gpu and replaced == "eager")
 
 
 def live_linear(module: Any, dtype: torch.dtype) -> LinearShape:
-    """A Linear as it is, under whatever PEFT put around it."""
+    """A Linear of a live model, under PEFT or not. dtype: the compute dtype."""
     base: Any = base_layer_of(module)
     adapters = [p for layer in unwrap(module)[1] for p in layer.parameters() if p.requires_grad]
     own = {id(p) for p in base.parameters()}
@@ -165,21 +165,20 @@ def live_linear(module: Any, dtype: torch.dtype) -> LinearShape:
     rank = max((min(p.shape) for p in adapters if p.dim() == 2), default=0)
     dense = base.weight.dtype == dtype
     trained = sum(gradient_bytes(p) for p in base.parameters())
-    stored = sum(map(stored_bytes, base.parameters()))
     return LinearShape(
-        base.out_features, base.in_features, stored, rank, dense, sum(map(stored_bytes, adapters)), trained
+        base.out_features, base.in_features, linear_bytes(base), rank, dense, tensor_bytes(*adapters), trained
     )
 
 
-def _as_they_lie(modules: list[Any], shapes: Linears) -> Linears:
-    """`shapes`, none of them dense where one product over all must first copy their weights into one buffer."""
-    if len(modules) == 1 or not lie_apart(modules):
+def _unless_packed(modules: list[Any], shapes: Linears) -> Linears:
+    """`shapes`, none of them dense where one matmul over all must first copy their weights into one tensor."""
+    if len(modules) == 1 or is_packed(modules):
         return shapes
     return tuple(replace(one, dense=False) for one in shapes)
 
 
 def _is_plain(module: Any) -> bool:
-    return plain_linear(module, module.training)[0] is not None
+    return not isinstance(read_linear(module, module.training), str)
 
 
 def _count(parameters: Iterable[torch.Tensor]) -> int:
@@ -190,17 +189,21 @@ def gradient_bytes(parameter: torch.Tensor) -> int:
     return parameter.numel() * parameter.element_size() if parameter.requires_grad else 0
 
 
-def stored_bytes(tensor: Any) -> int:
-    """Of a tensor and, where bitsandbytes packed it, of its scales."""
-    state = getattr(tensor, "quant_state", None)
-    scales = [] if state is None else [state.absmax, *([state.state2.absmax] if state.nested else [])]
-    int8 = getattr(tensor, "SCB", None)
-    return sum(t.numel() * t.element_size() for t in (tensor, *scales, *([] if int8 is None else [int8])))
+def bytes_when_loaded(linear: nn.Linear, weight_format: WeightFormat, itemsize: int) -> int:
+    """Bytes of a Linear once loaded in a format, bias included. itemsize: bytes of the compute dtype."""
+    bias = 0 if linear.bias is None else linear.bias.numel() * itemsize
+    return weight_format.bytes_for(linear.out_features, linear.in_features, itemsize) + bias
 
 
-def bytes_when_loaded(linear: nn.Linear, quantization: Quantization | None, itemsize: int) -> int:
-    """Bytes of a Linear as loading would hold it: NF4, int8 with one fp32 scale a row, or dense."""
-    numbers, bias = linear.weight.numel(), 0 if linear.bias is None else linear.bias.numel() * itemsize
-    if quantization == "4bit":
-        return round(numbers * NF4_BYTES) + bias
-    return (numbers + FP32 * linear.out_features if quantization == "8bit" else numbers * itemsize) + bias
+def model_bytes(model: nn.Module, device: torch.device) -> int:
+    """Bytes of all weights, scales and buffers of a live model on one device; what is shared (tied) counts once."""
+    seen: set[int] = set()
+    total = 0
+    for module in model.modules():
+        own = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+        new = [t for t in own if id(t) not in seen and t.device == device]
+        seen.update(map(id, own))
+        found = find_format(module) if isinstance(module, nn.Linear) else None
+        if new:
+            total += tensor_bytes(*new) if found is None or found.exact else linear_bytes(module)
+    return total

@@ -14,26 +14,26 @@ from hasten.training.memory.layer_shape import (
     FP32,
     LayerShape,
     LinearShape,
-    Quantization,
     bytes_when_loaded,
     decoder_layers,
     gradient_bytes,
     live_linear,
+    model_bytes,
     read_layers,
-    stored_bytes,
 )
-from hasten.weights import base_layer_of
+from hasten.weights import base_layer_of, formats
+from hasten.weights.formats.base import tensor_bytes
 
 
 @dataclass(frozen=True)
 class ModelShape:
     """A causal LM. Bytes are those of one device.
 
-    itemsize: of the compute dtype, which is the stream's. weights: all weights and buffers, trained ones and adapters
-    included. embedding, head: bytes of the gradients of the two, 0 where they do not train; where one weight is both
-    (tied), head has them. head_itemsize: of the head's weight as it is stored. head_adapter: bytes of a LoRA on it.
-    norm: bytes of the last norm's gradient. moment_numbers: weights that train. lookup: bytes of an input embedding that
-    could wait in host memory: frozen, untied, on the device.
+    itemsize: of the compute dtype, which is that of the hidden states. weights: all weights and buffers, trained ones and
+    adapters included. embedding, head: bytes of their gradients, 0 where they do not train; where the two are tied, head
+    has them. head_itemsize: of the head's stored weight. head_adapter: bytes of a LoRA on it. norm: bytes of the last
+    norm's gradient. moment_numbers: number of weights that train. lookup: bytes of an input embedding that could be
+    offloaded to CPU memory: frozen, untied, on the device.
     """
 
     layers: tuple[LayerShape, ...]
@@ -55,7 +55,7 @@ class ModelShape:
 
     @cached_property
     def gradients(self) -> int:
-        """Bytes of the gradients of all that trains."""
+        """Bytes of the gradients of everything that trains."""
         outside = self.embedding + self.head + self.head_adapter + self.norm
         return outside + sum(layer.gradients for layer in self.layers)
 
@@ -64,31 +64,32 @@ class ModelShape:
         cls,
         config: PreTrainedConfig,
         rank: int = 16,
-        quantization: Quantization | None = "4bit",
+        quantization: str | None = None,
         full_finetuning: bool = False,
         dtype: torch.dtype = torch.bfloat16,
         offload_embedding: bool = False,
     ) -> "ModelShape":
-        """As `FastLanguageModel` would hold the model on a GPU, with a LoRA of `rank` on all seven Linears of each layer,
-        or with every weight training. dtype: the compute dtype, and that of weights that are not quantised.
+        """As `FastLanguageModel` would load the model on a GPU, with a LoRA of `rank` on all seven Linears of each layer,
+        or with every weight training. quantization: a choice of `weights.formats`, None = dense. dtype: the compute
+        dtype, and that of weights that are not quantised.
 
-        Raises CheckpointError for an architecture whose layers have no such seven Linears.
+        Raises CheckpointError for an architecture whose layers do not have these seven Linears.
         """
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config)
-        e = dtype.itemsize
+        e, stored_in = dtype.itemsize, formats.by_choice(quantization)
         rank = 0 if full_finetuning else rank
 
         def read(linear: Any) -> LinearShape:
             rows, columns = linear.out_features, linear.in_features
             numbers = sum(p.numel() for p in linear.parameters())
             adapter = rank * (rows + columns) * FP32
-            stored, trained = bytes_when_loaded(linear, quantization, e), numbers * e if full_finetuning else 0
-            return LinearShape(rows, columns, stored, rank, quantization is None, adapter, trained)
+            stored, trained = bytes_when_loaded(linear, stored_in, e), numbers * e if full_finetuning else 0
+            return LinearShape(rows, columns, stored, rank, stored_in.exact, adapter, trained)
 
-        layers = read_layers(model, read, quantization != "8bit", e if full_finetuning else 0)
+        layers = read_layers(model, read, stored_in.fused, e if full_finetuning else 0)
         linears = [m for layer in decoder_layers(model) for m in layer.modules() if isinstance(m, nn.Linear)]
-        held = sum(bytes_when_loaded(m, quantization, e) for m in linears)
+        held = sum(bytes_when_loaded(m, stored_in, e) for m in linears)
         in_linears = sum(p.numel() for m in linears for p in m.parameters())
         every = sum(p.numel() for p in model.parameters())
         embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
@@ -113,8 +114,8 @@ class ModelShape:
 
     @classmethod
     def of_model(cls, model: Any, dtype: torch.dtype | None = None) -> "ModelShape":
-        """A live model, with or without an adapter, as it is held and as it trains now. dtype: the compute dtype; None =
-        the stream's. Weights elsewhere than on the layers' device (an embedding in host memory) do not count.
+        """A live model, with or without an adapter, as it is stored and trains now. dtype: the compute dtype; None = that
+        of the hidden states. Weights on another device than the layers (an offloaded embedding) do not count.
 
         Raises CheckpointError as `of_config`.
         """
@@ -126,7 +127,6 @@ class ModelShape:
         assert dtype is not None
         probe = next(decoder_layers(base).parameters())
         layers = read_layers(base, lambda module: live_linear(module, dtype), backend_for(probe) == "triton", None)
-        here = [t for t in (*base.parameters(), *base.buffers()) if t.device == probe.device]
         trained = [p for p in base.parameters() if p.requires_grad]
         lookup, tied = embedding.weight, embedding.weight is head.weight
         last = sum(gradient_bytes(p) for p in base.get_decoder().norm.parameters())
@@ -135,7 +135,7 @@ class ModelShape:
             layers=layers,
             vocabulary=head.weight.shape[0],
             itemsize=dtype.itemsize,
-            weights=sum(stored_bytes(t) for t in here),
+            weights=model_bytes(base, probe.device),
             tied=tied,
             embedding=0 if tied else gradient_bytes(embedding.weight),
             head=gradient_bytes(head.weight),
@@ -143,5 +143,5 @@ class ModelShape:
             head_adapter=sum(gradient_bytes(p) for p in output.parameters() if p is not head.weight),
             norm=last,
             moment_numbers=sum(p.numel() for p in trained),
-            lookup=stored_bytes(lookup) if not (tied or lookup.requires_grad) and lookup.device == probe.device else 0,
+            lookup=tensor_bytes(lookup) if not (tied or lookup.requires_grad) and lookup.device == probe.device else 0,
         )

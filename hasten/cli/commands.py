@@ -1,8 +1,7 @@
-"""The `hasten` command. Every command is a few lines on top of the library; what is printed is printed here."""
+"""The `hasten` command. Every command is a few lines on top of the library, and only this file prints."""
 
 import logging
 import warnings
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,12 +11,14 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
+from hasten import __version__
+from hasten.cli.arguments import Checkpointing, Load, Method, ModelName, Optimizer
 from hasten.errors import HastenError
 from hasten.units import format_bytes
 
 FAILED = 2
-"""Exit code of every error that hasten raises on purpose. 1 is the doctor's, for a machine with a fault."""
-COLOURS = {"ok": "green", "note": "yellow", "fault": "bold red"}
+"""Exit code of every error that hasten raises on purpose. 1 is the doctor's, for a machine with a problem."""
+COLOURS = {"ok": "green", "note": "yellow", "problem": "bold red"}
 
 
 class Commands(TyperGroup):
@@ -34,47 +35,22 @@ class Commands(TyperGroup):
             raise typer.Exit(FAILED) from error
 
 
-class Storage(StrEnum):
-    """How the weights are held."""
-
-    four = "4bit"
-    eight = "8bit"
-    sixteen = "16bit"
-
-
-class Checkpointing(StrEnum):
-    """As `use_gradient_checkpointing`."""
-
-    off = "false"
-    on = "true"
-    offload = "offload"
-    auto = "auto"
-
-
-class Optimizer(StrEnum):
-    """As in `estimate`."""
-
-    adamw = "adamw"
-    eight_bit = "adamw_8bit"
-    paged = "paged"
-
-
-class Method(StrEnum):
-    """What is written, as in `save_pretrained_merged`."""
-
-    sixteen = "merged_16bit"
-    four = "merged_4bit"
-    lora = "lora"
-
-
 app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
-ModelName = Annotated[str, typer.Argument(help="A folder or hub id: a model, or an adapter (its base is loaded too).")]
-Held = Annotated[Storage, typer.Option("--load", help="How the weights are held.")]
+
+
+def show_version(asked: bool) -> None:
+    """Prints the version and ends the command."""
+    if asked:
+        typer.echo(f"hasten {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
 def main(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
 ) -> None:
     """Fast, lean and exact fine-tuning of Hugging Face causal language models."""
 
@@ -94,7 +70,7 @@ def demo(
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="A YAML file with model:, adapter:, data:, train: and save:.")],
-    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint of the run.")] = False,
+    resume: Annotated[bool, typer.Option(help="Resume from the newest checkpoint of the run.")] = False,
 ) -> None:
     """Fine-tune a model as a YAML file says."""
     quiet()
@@ -109,19 +85,19 @@ def train(
     done = run_job(job, FastLanguageModel.from_pretrained, FastLanguageModel.get_peft_model, console, resume)
     console.print(f"{done.steps} steps, mean loss {done.loss:.4f}; {done.counts}")
     if done.dropped:
-        console.print(f"[yellow]{done.dropped} rows were dropped for being too long[/]")
+        console.print(f"[yellow]{done.dropped} examples were dropped for being too long[/]")
     console.print(f"model: {done.saved}\nmetrics and curve: {done.folder}", soft_wrap=True)
 
 
 @app.command()
 def generate(
     model: ModelName,
+    load: Load,
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One or more prompts, each answered.")],
     max_new_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 = always the most likely token.")] = 0.0,
     raw: Annotated[bool, typer.Option(help="Continue the text as it is, without the chat template.")] = False,
     max_seq_length: Annotated[int, typer.Option(help="Prompt and answer together.")] = 2048,
-    load: Held = Storage.four,
 ) -> None:
     """Answer prompts, token by token."""
     quiet()
@@ -158,20 +134,20 @@ def generate(
 def merge(
     adapter: Annotated[str, typer.Argument(help="A folder or hub id that holds an adapter.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
-    method: Annotated[Method, typer.Option(help="What to write.")] = Method.sixteen,
+    method: Method = "merged_16bit",
 ) -> None:
     """Merge an adapter into its base and write an ordinary checkpoint."""
     quiet()
     from hasten.model import FastLanguageModel
 
     network, tokenizer = FastLanguageModel.from_pretrained(adapter, load_in_16bit=True, device_map="cpu")
-    done: Any = network.save_pretrained_merged(out, tokenizer, save_method=method.value)
+    done: Any = network.save_pretrained_merged(out, tokenizer, save_method=method)
     divergence = "" if done.kl is None else f", KL divergence from 16 bits {done.kl:.4g} nats per token"
     Console().print(f"{done.folder}: {done.method}, {format_bytes(done.bytes)}{divergence}", soft_wrap=True)
 
 
 @app.command()
-def report(model: ModelName, load: Held = Storage.four) -> None:
+def report(model: ModelName, load: Load) -> None:
     """Load a model and show what runs in each of its modules, and why."""
     quiet()
     from hasten.patching import report as report_of
@@ -183,29 +159,32 @@ def report(model: ModelName, load: Held = Storage.four) -> None:
 @app.command()
 def estimate(  # noqa: PLR0913
     model: Annotated[str, typer.Argument(help="A folder or hub id; only its config is read.")],
-    seq_len: Annotated[int, typer.Option(help="Tokens of a row.")] = 2048,
-    batch_size: Annotated[int, typer.Option(help="Rows of a step.")] = 1,
+    load: Load,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
+    batch_size: Annotated[int, typer.Option(help="Sequences of a step.")] = 1,
     rank: Annotated[int, typer.Option(help="Rank of the LoRA on all Linears.")] = 16,
-    load: Held = Storage.four,
-    checkpointing: Annotated[Checkpointing, typer.Option(help="What layers keep for the backward.")] = Checkpointing.on,
+    checkpointing: Annotated[
+        Checkpointing, typer.Option(help="Activation checkpointing: what layers recompute or offload.")
+    ] = Checkpointing.on,
     full_finetuning: Annotated[bool, typer.Option(help="All weights train.")] = False,
-    tiled_mlp: Annotated[bool, typer.Option(help="MLPs run some rows at a time.")] = False,
-    optimizer: Annotated[Optimizer, typer.Option(help="How the optimizer's moments are held.")] = Optimizer.adamw,
-    offload_embedding: Annotated[bool, typer.Option(help="The input embedding waits in host memory.")] = False,
-    memory_budget: Annotated[str | None, typer.Option(help='For auto, e.g. "24GiB"; else the GPU at hand.')] = None,
+    tiled_mlp: Annotated[bool, typer.Option(help="MLPs run some tokens at a time.")] = False,
+    optimizer: Annotated[Optimizer, typer.Option(help="How the optimizer stores Adam's moments.")] = Optimizer.adamw,
+    offload_embedding: Annotated[bool, typer.Option(help="The input embedding is offloaded to CPU memory.")] = False,
+    memory_budget: Annotated[
+        str | None, typer.Option(help='For auto, e.g. "24GiB"; default: the memory of the GPU.')
+    ] = None,
 ) -> None:
-    """Estimate the peak memory of a training step, and plan what layers keep, from the config alone."""
+    """Estimate the peak memory of a training step, and plan recomputation and offloading, from the config alone."""
     quiet()
     from hasten.estimation import estimate as estimate_of
     from hasten.training.memory.advice import advice
 
-    dense = full_finetuning or load is Storage.sixteen
     found = estimate_of(
         model,
         batch_size=batch_size,
         seq_len=seq_len,
         rank=rank,
-        quantization=None if dense else "4bit" if load is Storage.four else "8bit",
+        quantization=None if full_finetuning else load,
         checkpointing={"true": True, "false": False}.get(checkpointing.value, checkpointing.value),
         full_finetuning=full_finetuning,
         tiled_mlp=tiled_mlp,
@@ -219,28 +198,28 @@ def estimate(  # noqa: PLR0913
     table.add_section()
     table.add_row("[bold]total", f"[bold]{format_bytes(found.total)}")
     if found.peak.host:
-        table.add_row("in host memory", format_bytes(found.peak.host))
+        table.add_row("in CPU memory", format_bytes(found.peak.host))
     console = Console()
     console.print(table)
     console.print(f"plan: {found.plan}", soft_wrap=True)
     if not found.fits:
-        console.print(f"[yellow]more than {memory_budget or 'the GPU at hand has'}: no plan takes less[/]")
+        console.print(f"[yellow]more than {memory_budget or 'the GPU has'}: no plan needs less[/]")
     console.print(advice(found.savings), soft_wrap=True)
 
 
 @app.command()
 def doctor() -> None:
-    """Check versions, GPU, disk and optional parts. Exits with 1 if something is at fault, and says how to mend it."""
-    from hasten.doctor import examine, faults, look
+    """Check versions, GPU, disk and optional packages. Exits with 1 if there is a problem, and says how to fix it."""
+    from hasten.doctor import examine, look, problems
 
     findings = examine(look())
     table = Table("", "", "found", "what to do")
     for finding in findings:
         level = f"[{COLOURS[finding.level]}]{finding.level}[/]"
-        table.add_row(level, finding.subject, escape(finding.found), escape(finding.mend))
+        table.add_row(level, finding.subject, escape(finding.found), escape(finding.fix))
     Console().print(table)
-    if count := len(faults(findings)):
-        Console(stderr=True).print(f"[bold red]{count} fault{'s' if count > 1 else ''}[/]")
+    if count := len(problems(findings)):
+        Console(stderr=True).print(f"[bold red]{count} problem{'s' if count > 1 else ''}[/]")
         raise typer.Exit(1)
 
 
@@ -253,13 +232,16 @@ def run(ctx: typer.Context, script: Annotated[Path, typer.Argument(help="A Pytho
 
 
 def quiet() -> None:
-    """Leaves the terminal to the command: no progress bars and no advice from the libraries below, only errors."""
+    """Silences progress bars and everything below errors in the libraries that a command uses."""
     import transformers
+
+    from hasten.weights import formats
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for package in formats.packages():
+        logging.getLogger(package).setLevel(logging.ERROR)
     try:
         import datasets
     except ImportError:
@@ -267,8 +249,9 @@ def quiet() -> None:
     datasets.disable_progress_bars()
 
 
-def _load(model: str, storage: Storage, max_seq_length: int) -> tuple[Any, Any]:
+def _load(model: str, load: str, max_seq_length: int) -> tuple[Any, Any]:
     from hasten.model import FastLanguageModel
+    from hasten.weights import formats
 
-    options: dict[str, Any] = {f"load_in_{storage.value}": True}
+    options: dict[str, Any] = {str(formats.by_choice(load).load_argument): True}
     return FastLanguageModel.from_pretrained(model, max_seq_length, **options)

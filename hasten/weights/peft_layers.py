@@ -1,4 +1,4 @@
-"""Reads a PEFT layer: the base layer under it, what adapts it, and the plain LoRA pair, if that is all there is."""
+"""Reads PEFT's wrappers: the stock layer inside, the adapters that act, and the plain LoRA where that is all there is."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from hasten.weights.watched import is_watched
+
 
 @dataclass(frozen=True)
 class LoraPair:
-    """One active, plain LoRA: y += scale * (x @ a.T) @ b.T. a (R, in), b (out, R)."""
+    """One active, plain LoRA (Hu et al. 2021, arXiv:2106.09685): y += scale * (x @ a.T) @ b.T. a (R, in), b (out, R)."""
 
     a_RE: torch.Tensor
     b_VR: torch.Tensor
@@ -19,8 +21,8 @@ class LoraPair:
 def unwrap(module: Any) -> tuple[nn.Module, list[Any]]:
     """(the stock layer that PEFT wrapped, the adapter layers around it, innermost first).
 
-    Where `modules_to_save` made a trained copy that acts, the copy is the stock layer; a copy that does not act
-    (another adapter's, or adapters disabled) is passed over. Adapter layers are named whether or not they act.
+    Where `modules_to_save` made a trained copy and the copy is active, the copy is the stock layer; an inactive copy
+    (another adapter's, or adapters disabled) is ignored. Adapter layers are returned whether or not they are active.
     """
     layers: list[Any] = []
     while True:
@@ -45,7 +47,7 @@ def base_layer_of(module: Any) -> nn.Module:
 
 
 def active_adapters(layer: nn.Module) -> list[str]:
-    """The names of the adapters that act in an adapter layer, in PEFT's order; none while adapters are disabled."""
+    """The names of the active adapters of an adapter layer, in PEFT's order; none while adapters are disabled."""
     if getattr(layer, "disable_adapters", False):
         return []
     names = getattr(layer, "active_adapters", [])
@@ -53,12 +55,16 @@ def active_adapters(layer: nn.Module) -> list[str]:
 
 
 def read_lora(module: Any, training: bool) -> tuple[LoraPair | None, str | None]:
-    """(pair, None) for a plain LoRA, (None, None) where no adapter acts, (None, reason) for what must go through PEFT.
+    """(pair, None) for a plain LoRA, (None, None) where no adapter is active, (None, reason) for what must go through PEFT.
 
-    `training`: whether dropout acts. Reasons name what stands in the way of the fused path: several adapters, DoRA or
-    another variant, dropout, a bias on B, single trained token rows, another kind of adapter.
+    training: dropout acts. Reasons: several adapters, DoRA or another variant, dropout, a bias on B, hooks on A or B,
+    single trained token rows, another kind of adapter.
     """
-    _, layers = unwrap(module)
+    return read_adapters(unwrap(module)[1], training)
+
+
+def read_adapters(layers: list[Any], training: bool) -> tuple[LoraPair | None, str | None]:
+    """`read_lora` of the adapter layers that `unwrap` returned."""
     merged = [layer for layer in layers if getattr(layer, "merged", False)]
     if any(getattr(layer, "disable_adapters", False) for layer in merged):
         return None, "adapters disabled while merged"  # PEFT takes them out of the weight on the next forward
@@ -70,18 +76,6 @@ def read_lora(module: Any, training: bool) -> tuple[LoraPair | None, str | None]
     if len(acting) > 1:
         return None, f"{len(acting)} adapter layers on top of each other"
     return _read_layer(acting[0], training) if acting else (None, None)
-
-
-def read_linear(module: Any, training: bool) -> tuple[nn.Linear | None, LoraPair | None, str | None]:
-    """(base Linear, LoRA or None, None) where both together are all that `module` computes, else (None, None, reason)."""
-    pair, reason = read_lora(module, training)
-    if reason is not None:
-        return None, None, reason
-    base = base_layer_of(module)
-    # An overlay over a Linear is one: it differs in where it rounds, not in what it computes.
-    if getattr(type(base), "stock_class", type(base)) is not nn.Linear:
-        return None, None, f"held as {type(base).__name__}"
-    return base, pair, None  # pyright: ignore[reportReturnType]
 
 
 def _acting_copy(wrapper: Any) -> nn.Module | None:
@@ -107,4 +101,6 @@ def _read_layer(layer: Any, training: bool) -> tuple[LoraPair | None, str | None
     a, b = layer.lora_A[name], layer.lora_B[name]
     if b.bias is not None:
         return None, "bias on lora_B"
+    if is_watched(a) or is_watched(b):
+        return None, "hooks on the LoRA"
     return LoraPair(a.weight, b.weight, float(layer.scaling[name])), None

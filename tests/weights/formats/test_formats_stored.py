@@ -1,4 +1,4 @@
-"""What a quantised Linear holds, against bitsandbytes."""
+"""Stored weights of every format, against bitsandbytes."""
 
 import bitsandbytes as bnb
 import bitsandbytes.functional as bnbf
@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from hasten.weights import dequantize, holds, storage_of
+from hasten.weights import dequantize, holds
+from hasten.weights.formats import find_format, format_of
 
 OUT, IN = 64, 128
 
@@ -31,7 +32,7 @@ def _eight_bit() -> tuple[nn.Module, torch.Tensor]:
 def test_four_bit_gives_bitsandbytes_values(kind: str, dtype: torch.dtype, double: bool) -> None:
     layer, dense = _four_bit(kind, dtype, double)
     expected = bnbf.dequantize_4bit(*bnbf.quantize_4bit(dense, compress_statistics=double, quant_type=kind))
-    assert storage_of(layer) == kind
+    assert format_of(layer).name == kind
     for wanted in (None, torch.float32, torch.bfloat16):
         got = dequantize(layer, wanted)
         assert got.dtype == (wanted or dtype)
@@ -63,7 +64,7 @@ def test_int8_before_and_after_the_first_forward() -> None:
     layer, dense = _eight_bit()
     codes, scale, _ = bnbf.int8_vectorwise_quant(dense.half())
     expected = codes.float() * scale[:, None] / 127
-    assert storage_of(layer) == "int8"
+    assert format_of(layer).name == "int8"
     for _ in range(2):
         assert torch.allclose(dequantize(layer, torch.float32), expected, rtol=1e-6)
         assert dequantize(layer).dtype == torch.float16
@@ -75,7 +76,7 @@ def test_int8_before_and_after_the_first_forward() -> None:
 
 def test_dense_is_the_weight_itself() -> None:
     layer = nn.Linear(IN, OUT)
-    assert storage_of(layer) == "dense"
+    assert format_of(layer).name == "dense"
     assert dequantize(layer).data_ptr() == layer.weight.data_ptr()
     assert dequantize(layer, torch.bfloat16).dtype == torch.bfloat16
 
@@ -101,4 +102,5 @@ def test_unknown_storage_is_refused() -> None:
     layer = nn.Linear(4, 4)
     layer.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int16), requires_grad=False)
     with pytest.raises(TypeError, match="no weight that hasten can read"):
-        storage_of(layer)
+        format_of(layer)
+    assert find_format(layer) is None

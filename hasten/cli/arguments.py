@@ -1,0 +1,70 @@
+"""Arguments that several commands share. Choices come from the registries, which are imported only when they are needed."""
+
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+
+def one_of(values: Callable[[], list[str]]) -> Callable[[str], str]:
+    """An option's callback that refuses what is not in a registry, which is imported only when the option is used."""
+
+    def check(value: str) -> str:
+        if value not in values():
+            raise typer.BadParameter(f"{value!r} is not one of {', '.join(values())}")
+        return value
+
+    return check
+
+
+def storage_choices() -> list[str]:
+    """The values of --load."""
+    from hasten.weights import formats
+
+    return formats.choices()
+
+
+def default_storage() -> str:
+    """The value of --load where none is given."""
+    from hasten.weights import formats
+
+    return str(formats.default().choice)
+
+
+def save_methods() -> list[str]:
+    """The values of --method."""
+    from hasten.export import exporters
+
+    return exporters.names()
+
+
+class Checkpointing(StrEnum):
+    """As `use_gradient_checkpointing`."""
+
+    off = "false"
+    on = "true"
+    offload = "offload"
+    auto = "auto"
+
+
+class Optimizer(StrEnum):
+    """As in `estimate`."""
+
+    adamw = "adamw"
+    eight_bit = "adamw_8bit"
+    paged = "paged"
+
+
+ModelName = Annotated[str, typer.Argument(help="A folder or hub id: a model, or an adapter (its base is loaded too).")]
+Load = Annotated[
+    str,
+    typer.Option(
+        "--load",
+        callback=one_of(storage_choices),
+        default_factory=default_storage,
+        metavar="FORMAT",
+        help="Storage format of the weights: 16bit or a quantised one.",
+    ),
+]
+Method = Annotated[str, typer.Option(callback=one_of(save_methods), help="What to write, as save_pretrained_merged.")]
