@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu --out FOLDER [--only tests,ops,train,curves,sanitize] [--jobs 8b-lora,...]
                              [--variants hasten,unsloth,liger,transformers,trl]
-                             [--modes keep,recompute,offload,default,budget] [--profile]
+                             [--modes keep,recompute,offload,default,budget] [--profile] [--before FOLDER]
 FOLDER gets results.json (see benchmarks/results.py; parts of several calls: python -m benchmarks.publish --merge), and where
 there is something to say tests.txt, profiles.txt, errors.txt and sanitize.txt. Exits with 1 where a test, a library's parity with transformers or a sanitizer fails.
 """
@@ -43,12 +43,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=9.5, help="start no group of libraries that would end later")
     parser.add_argument("--room", type=float, help="GiB that a group may take; default: 94 %% of the card")
     parser.add_argument("--checkpoints", type=Path, default=Path(tempfile.gettempdir()) / "checkpoints")
+    parser.add_argument("--before", type=Path, help="source tree whose hasten the variant hasten-before imports")
     args = parser.parse_args(arguments)
     for name, known in (("only", PARTS), ("jobs", jobs.JOBS), ("variants", jobs.VARIANTS), ("modes", jobs.MODES)):
         asked = getattr(args, name).split(",")
         if unknown := [one for one in asked if one not in known]:
             parser.error(f"--{name}: no such {', '.join(unknown)}; there are {', '.join(known)}")
         setattr(args, name, asked)
+    if (jobs.BEFORE in args.variants) != (args.before is not None):
+        parser.error(f"--variants {jobs.BEFORE} and --before FOLDER go together")
+    if args.before is not None and not (args.before / "hasten/__init__.py").exists():
+        parser.error(f"--before: {args.before} must be a folder with a package hasten in it")
     return args
 
 
@@ -132,7 +137,7 @@ class Training:
         write_apart(jobs.JOBS[job].shape, self.args.checkpoints)
 
     def _start(self, job: str, mode: str, variant: str) -> Worker:
-        return Worker(variant, race.command_for(job, mode, variant, str(self.args.checkpoints)))
+        return Worker(variant, race.command_for(job, mode, variant, str(self.args.checkpoints), self.args.before))
 
     def _ask(self, job: str, mode: str, lane: race.Lane) -> None:
         if lane.row["variant"] != "hasten":
@@ -159,6 +164,13 @@ def line_of(row: dict[str, Any]) -> str:
     if "ms" not in row:
         return f"{name:36s} PARITY FAILED: {parity['worst']:.2e} from {parity['against']} at step {parity['step']}"
     agreed = f"within {parity['worst']:.1e} of {parity['against']}" if parity.get("against") else ""
+    if before := row.get("before"):
+        spread = f"{min(before['rounds']):.4f} to {max(before['rounds']):.4f} by round"
+        gradients = "-" if before["gradients"] is None else f"{before['gradients']:.1e}"
+        agreed += (
+            f"\n{'':36s} {before['ratio']:.4f} of the time before ({spread}), {before['peak_gib']:+.2f} GiB, "
+            f"losses within {before['worst']:.1e}, gradients {gradients}"
+        )
     return (
         f"{name:36s} {row['ms']:7.1f} ms ({row['min_ms']:.1f} to {row['max_ms']:.1f})  {row['peak_gib']:5.1f} GiB  "
         f"first {row['first_step_s']:.1f} s  load {row['load_s']:.1f} s  "

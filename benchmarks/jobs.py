@@ -83,12 +83,20 @@ RECOMPUTED = ("recompute", "offload")
 """Modes in which hasten makes every layer again."""
 VARIANTS: dict[str, str] = {
     "hasten": "hasten",
+    "hasten-before": "hasten of another source tree",
     "unsloth": "Unsloth",
     "liger": "Liger",
     "transformers": "transformers + PEFT",
     "trl": "transformers + PEFT + TRL's fused head",
 }
+BEFORE = "hasten-before"
+"""Runs the hasten of another checkout through the same public calls; nothing is read from its insides."""
 PACKAGE_OF = {"unsloth": "unsloth", "liger": "liger-kernel", "transformers": "transformers", "trl": "trl"}
+
+
+def is_hasten(variant: str) -> bool:
+    return variant in ("hasten", BEFORE)
+
 
 TARGETS: dict[tuple[str, str], tuple[float, float | None]] = {
     ("8b-lora", "keep"): (410, 40),
@@ -125,7 +133,7 @@ def sizes(shape: dict[str, Any]) -> Sizes:
     return Sizes(linears, head, 0 if shape["tie_word_embeddings"] else head)
 
 
-KEPT_PER_LAYER = {"hasten": 1.1, "unsloth": 1.2, "liger": 1.7, "transformers": 2.2, "trl": 2.2}
+KEPT_PER_LAYER = {"hasten": 1.1, "hasten-before": 1.1, "unsloth": 1.2, "liger": 1.7, "transformers": 2.2, "trl": 2.2}
 KEPT_IN_FULL = 2.8
 WHOLE_LOGITS = {"transformers"}
 OVERHEAD_GIB = 1.0
@@ -145,7 +153,7 @@ def memory_gib(job: Job, mode: str, variant: str) -> tuple[float, float]:
     paused = (weights + 4 * trained) / GIB + OVERHEAD_GIB
     width, mlp, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
     layer = (KEPT_IN_FULL if trained else KEPT_PER_LAYER[variant]) * (6 * width + 2 * mlp) * 2 * tokens
-    keeps = mode == "keep" or (mode, variant) == ("default", "hasten")
+    keeps = mode == "keep" or (mode == "default" and is_hasten(variant))
     kept = layers * layer if keeps else layers * width * 2 * tokens + layer
     logits = 14 * tokens * shape["vocab_size"] if variant in WHOLE_LOGITS else 2 * GIB
     return paused, paused + (kept + logits + 2 * trained) * 1.15 / GIB

@@ -10,9 +10,10 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from benchmarks.jobs import JOBS, memory_gib
+from benchmarks.jobs import BEFORE, JOBS, memory_gib
 from benchmarks.workers import Worker, WorkerFailed
 
 PARITY = 2e-3
@@ -43,6 +44,7 @@ class Lane:
     row: dict[str, Any]
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    rounds: list[float] = field(default_factory=list)
     peaks: list[tuple[float, float]] = field(default_factory=list)
 
     @property
@@ -77,8 +79,10 @@ def groups(job: str, mode: str, variants: Sequence[str], room_gib: float) -> lis
     return found or [[anchor]]
 
 
-def command_for(job: str, mode: str, variant: str, folder: str) -> list[str]:
-    return [sys.executable, "-m", "benchmarks.train_step", variant, job, mode, folder, "--serve"]
+def command_for(job: str, mode: str, variant: str, folder: str, before: Path | None = None) -> list[str]:
+    """before: the folder from which the worker of "hasten-before" imports hasten."""
+    command = [sys.executable, "-m", "benchmarks.train_step", variant, job, mode, folder, "--serve"]
+    return [*command, "--tree", str(before)] if variant == BEFORE else command
 
 
 def race(
@@ -132,6 +136,7 @@ def _turn(lane: Lane, plan: Plan) -> None:
     if done:
         lane.losses += done["losses"]
         lane.seconds += done["seconds"]
+        lane.rounds.append(statistics.median(done["seconds"]) * 1e3)
         lane.peaks.append((done["peak_gib"], done["reserved_gib"]))
         lane.row.update({name: done[name] for name in PREDICTIONS if name in done})
 
@@ -143,13 +148,14 @@ def _figures(lane: Lane) -> dict[str, Any]:
         "min_ms": times[0] * 1e3,
         "max_ms": times[-1] * 1e3,
         "steps": len(times),
+        "round_ms": lane.rounds,
         "peak_gib": max(peak for peak, _ in lane.peaks),
         "reserved_gib": max(reserved for _, reserved in lane.peaks),
     }
 
 
 PREDICTIONS = ("plan", "predicted_gib")
-FIGURES = ("ms", "min_ms", "max_ms", "peak_gib", "reserved_gib")
+FIGURES = ("ms", "min_ms", "max_ms", "round_ms", "peak_gib", "reserved_gib")
 
 
 def with_parity(rows: Sequence[Mapping[str, Any]], bound: float = PARITY) -> list[dict[str, Any]]:
@@ -157,7 +163,8 @@ def with_parity(rows: Sequence[Mapping[str, Any]], bound: float = PARITY) -> lis
     move to "unchecked", where no table takes them for a comparison.
 
     All are compared with transformers, or where it did not come through, hasten with the first peer that did. A row alone has
-    "against" None. Every step is compared that both have taken.
+    "against" None. Every step is compared that both have taken. hasten beside "hasten-before" also gets "before", see
+    `_before`; its parity fails where the two disagree.
     """
     sound = [row for row in rows if "error" not in row]
     stock = next((row for row in sound if row["variant"] == "transformers"), None)
@@ -173,14 +180,38 @@ def with_parity(rows: Sequence[Mapping[str, Any]], bound: float = PARITY) -> lis
         if other is None or row["variant"] == other["variant"]:
             row["parity"] = {"against": None}
             continue
-        row["parity"] = _compare(row["losses"], other["losses"], bound) | {"against": other["variant"]}
-        row["parity"]["gradients"] = _apart(row.get("gradients", []), other.get("gradients", []))
-        row["parity"]["ok"] &= row["parity"]["gradients"] is None or row["parity"]["gradients"] <= GRADIENTS
+        row["parity"] = _agreement(row, other, bound)
+        before = next((peer for peer in sound if peer["variant"] == BEFORE), None)
+        if row["variant"] == "hasten" and before is not None:
+            row["before"] = _before(row, before, bound)
+            if row["parity"]["ok"] and not row["before"]["ok"]:
+                row["parity"] = _agreement(row, before, bound)
         if not row["parity"]["ok"]:
             row["unchecked"] = {name: row.pop(name) for name in FIGURES if name in row}
     for row in checked:
         row.pop("gradients", None)
     return checked
+
+
+def _agreement(row: Mapping[str, Any], other: Mapping[str, Any], bound: float) -> dict[str, Any]:
+    found = _compare(row["losses"], other["losses"], bound) | {"against": other["variant"]}
+    found["gradients"] = _apart(row.get("gradients", []), other.get("gradients", []))
+    found["ok"] &= found["gradients"] is None or found["gradients"] <= GRADIENTS
+    return found
+
+
+def _before(row: Mapping[str, Any], before: Mapping[str, Any], bound: float) -> dict[str, Any]:
+    """{"ok", "worst", "gradients", "ratio": time over time before, "rounds": the same of each round's medians, "peak_gib": more}.
+
+    Without figures where the two disagree.
+    """
+    agreed = _agreement(row, before, bound)
+    found = {name: agreed[name] for name in ("ok", "worst", "gradients")}
+    if agreed["ok"]:
+        pairs = zip(row["round_ms"], before["round_ms"], strict=True)
+        found |= {"ratio": row["ms"] / before["ms"], "rounds": [ours / theirs for ours, theirs in pairs]}
+        found["peak_gib"] = row["peak_gib"] - before["peak_gib"]
+    return found
 
 
 def _apart(mine: Sequence[float], theirs: Sequence[float]) -> float | None:

@@ -165,9 +165,9 @@ def serve(make: Callable[[], tuple[dict[str, float], Steps]], commands: Iterator
         raise
 
 
-def load(variant: str, name: str, mode: str, folder: Path) -> tuple[dict[str, float], Steps]:
-    """(seconds of import and of loading the checkpoint with its adapter put on, the steps)."""
-    imported = import_library(variant)
+def load(variant: str, name: str, mode: str, folder: Path, tree: Path | None = None) -> tuple[dict[str, float], Steps]:
+    """(seconds of import and of loading the checkpoint with its adapter put on, the steps). tree: see `import_library`."""
+    imported = import_library(variant, tree)
     job = JOBS[name]
     written = checkpoint(job.shape, folder)
     wait()
@@ -190,7 +190,7 @@ def _own_stdout() -> TextIO:
 def _run_alone(args: argparse.Namespace) -> None:
     import statistics
 
-    loaded, steps = load(args.variant, args.job, args.mode, args.folder)
+    loaded, steps = load(args.variant, args.job, args.mode, args.folder, args.tree)
     warm, timed = steps.warm(WARM), steps.run(TIMED, 0)
     seconds = timed.pop("seconds")
     warm.pop("gradients")
@@ -212,9 +212,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--serve", action="store_true")
     parser.add_argument("--profile", type=Path)
+    parser.add_argument("--tree", type=Path, help="import hasten from this folder")
     args = parser.parse_args(arguments)
     if args.serve:
-        serve(lambda: load(args.variant, args.job, args.mode, args.folder), iter(sys.stdin), _own_stdout())
+        serve(lambda: load(args.variant, args.job, args.mode, args.folder, args.tree), iter(sys.stdin), _own_stdout())
     else:
         _run_alone(args)
 

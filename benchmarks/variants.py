@@ -1,5 +1,6 @@
 """Each library's own way to load a checkpoint and put a LoRA on it. Returns models that answer `labels` with a loss."""
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.jobs import GIB, Job
+from benchmarks.jobs import GIB, Job, is_hasten
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK = ALPHA = 16
@@ -16,12 +17,23 @@ CHECKPOINTING = {"keep": False, "recompute": True, "offload": "offload", "defaul
 """What hasten is asked for in each mode."""
 
 
-def import_library(variant: str) -> float:
-    """Imports the library that `variant` runs on, before anything else imports transformers. Returns seconds."""
+def import_library(variant: str, tree: Path | None = None) -> float:
+    """Imports the library that `variant` runs on, before anything else imports transformers. Returns seconds.
+
+    tree: a folder with a package `hasten` that is imported in place of the installed one; this package, `benchmarks`, stays
+    the running one. Raises ImportError where another hasten is imported already, or the folder has none.
+    """
     begin = time.perf_counter()
+    if tree is not None:
+        sys.path.insert(0, str(tree.resolve()))
+        import hasten
+
+        found = Path(hasten.__file__).resolve()
+        if not found.is_relative_to(tree.resolve()):
+            raise ImportError(f"hasten was to be imported from {tree.resolve()}, and comes from {found.parent}")
     if variant == "unsloth":
         import unsloth  # noqa: F401  # pyright: ignore[reportMissingImports]
-    elif variant == "hasten":
+    elif is_hasten(variant):
         import hasten  # noqa: F401
     elif variant == "liger":
         import liger_kernel.transformers  # noqa: F401  # pyright: ignore[reportMissingImports]
@@ -34,7 +46,7 @@ def import_library(variant: str) -> float:
 
 def build(variant: str, job: Job, mode: str, folder: Path) -> tuple[Any, Callable[..., Any]]:
     """(the model in training mode, a function (input ids) -> loss). `folder`: the checkpoint."""
-    make = _build_fast if variant in ("hasten", "unsloth") else _build_transformers
+    make = _build_fast if is_hasten(variant) or variant == "unsloth" else _build_transformers
     model = make(variant, job, mode, folder)
     same_start(model)
     extra = {"fused_lm_head": True} if variant == "trl" else {}
@@ -55,7 +67,7 @@ def _build_fast(variant: str, job: Job, mode: str, folder: Path) -> Any:
 
         checkpointing = CHECKPOINTING[mode]
     policy: dict[str, Any] = {"use_gradient_checkpointing": checkpointing}
-    if (variant, mode) == ("hasten", "budget"):
+    if is_hasten(variant) and mode == "budget":
         policy["memory_budget"] = f"{job.budget_gib}GiB"
     flags = {
         "load_in_4bit": job.kind == "qlora",
@@ -65,7 +77,7 @@ def _build_fast(variant: str, job: Job, mode: str, folder: Path) -> Any:
     extra = dict(policy) if job.kind == "full" else {}
     if job.offload_embedding:
         extra["offload_embedding"] = True
-    if variant == "hasten":
+    if is_hasten(variant):
         extra["fix_tokenizer"] = False
     model, _ = FastLanguageModel.from_pretrained(
         str(folder), max_seq_length=job.length, dtype=torch.bfloat16, **flags, **extra
