@@ -11,8 +11,9 @@ import pytest
 from benchmark_kit import fake_command, train_row
 
 import hasten
-from benchmarks import gpu, race
-from benchmarks.workers import Worker, WorkerFailed
+from benchmarks import gpu, train
+from benchmarks.harness import race
+from benchmarks.harness.workers import Worker, WorkerFailed
 
 PLAN = race.Plan(warm=1, rounds=2, steps=2, load_limit=120)
 
@@ -28,7 +29,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def test_two_trees_step_alike_in_processes_of_their_own(tree: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.shapes", "tiny", str(tmp_path)]
+    command = [sys.executable, "-m", "benchmarks.harness.checkpoints", "tiny", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True)
     logs: dict[str, str] = {}
 
@@ -58,8 +59,8 @@ def test_ratios_are_of_rounds_that_agree(tmp_path: Path, monkeypatch: pytest.Mon
         "hasten-before": {"seconds": 0.25, "peak": 2.5},
         "transformers": {"seconds": 0.4},
     }
-    monkeypatch.setattr(gpu.Training, "_write_checkpoint", lambda self, job: None)
-    monkeypatch.setattr(gpu.Training, "_start", lambda self, job, mode, v: Worker(v, fake_command(name=v, **told[v])))
+    monkeypatch.setattr(train.Training, "_write_checkpoint", lambda self, job: None)
+    monkeypatch.setattr(train.Training, "_start", lambda self, job, mode, v: Worker(v, fake_command(name=v, **told[v])))
     (tmp_path / "tree/hasten").mkdir(parents=True)
     (tmp_path / "tree/hasten/__init__.py").touch()
     code = gpu.main(
