@@ -86,7 +86,8 @@ class Inputs:
     def __init__(self, shape: Shape) -> None:
         heads, at = (shape.heads, shape.kv, shape.kv), (shape.batch, shape.tokens)
         parts = draw(*at, sum(heads) * shape.dim).split([n * shape.dim for n in heads], -1)
-        self.qkv = [part.unflatten(-1, (-1, shape.dim)) for part in parts]
+        q, k, v = (part.unflatten(-1, (-1, shape.dim)) for part in parts)
+        self.qkv = (q, k, v)
         self.upstream = draw(*at, shape.heads, shape.dim)
         self.rule, self.spans = Rule(shape.dim**-0.5, shape.window, None), None
         if shape.documents > 1:

@@ -32,7 +32,7 @@ class Asked:
 def measure(name: str, checkpoints: Path) -> Iterator[dict[str, Any]]:
     """Yields the rows of one job: "offload", each of TIMES, no budget."""
     _, steps = load("hasten", JOBS[name], "offload", checkpoints)
-    least = {"job": name} | one_row(steps, Asked("offload"))
+    least: dict[str, Any] = {"job": name} | one_row(steps, Asked("offload"))
     yield least
     budgets = [Asked("auto", times, int(times * least["predicted_gib"] * GIB)) for times in TIMES]
     for asked in [*budgets, Asked("auto")]:

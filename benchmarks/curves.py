@@ -172,7 +172,9 @@ def measure_all(setting: Setting | None = None) -> dict[str, Any]:
     else:
         found = [run_seed(seed, setting, texts) for seed in range(setting.seeds)]
     stages = {
-        stage: summarise(*([run[stage][variant] for run in found] for variant in VARIANTS), setting.smooth)
+        stage: summarise(
+            [run[stage]["stock"] for run in found], [run[stage]["hasten"] for run in found], setting.smooth
+        )
         for stage in STAGES
     }
     text = {
