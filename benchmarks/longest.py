@@ -127,7 +127,7 @@ def search(job: Job, cap: float, host_gib: float | None = None) -> dict[str, Any
     from hasten.estimation import ASSUMED
     from hasten.training.memory.bandwidth import measure
     from hasten.training.memory.plan import LayerPlan, plan_layers
-    from hasten.training.memory.policy import MARGIN, MAX_PINNED_FRACTION
+    from hasten.training.memory.planner import MARGIN, MAX_PINNED_FRACTION
     from hasten.training.memory.shape import ModelShape
 
     shape = ModelShape.of_config(config_of(job.shape), job.rank, "4bit", offload_embedding=job.offload_embedding)
@@ -136,7 +136,7 @@ def search(job: Job, cap: float, host_gib: float | None = None) -> dict[str, Any
     room = int(psutil.virtual_memory().available * MAX_PINNED_FRACTION) if host_gib is None else int(host_gib * GIB)
 
     def plan(grains: int) -> LayerPlan:
-        return plan_layers(shape, 1, grains * GRAIN, budget, speed, host_room=room)
+        return plan_layers(shape, 1, grains * GRAIN, budget, speed, max_pinned=room)
 
     low, high = 0, 1
     while plan(high).fits:

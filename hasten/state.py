@@ -45,9 +45,14 @@ class OverlayPlan(Protocol):
 
 
 class MemoryAdvisor(Protocol):
-    """What a forward asks of `training.memory`: an out-of-memory error inside the context says what would free memory."""
+    """What a causal LM's forward asks of `training.memory`, so that out-of-memory errors say which changes would free memory.
 
-    def advising(self, rows: tuple[int, int] | None) -> AbstractContextManager[None]: ...
+    advising: the context of a forward over (sequences, tokens per sequence). watch_backward: the same for the backward through
+    the forward's outputs.
+    """
+
+    def advising(self, batch_shape: tuple[int, int] | None) -> AbstractContextManager[None]: ...
+    def watch_backward(self, outputs: Any) -> None: ...
 
 
 @dataclass(frozen=True)

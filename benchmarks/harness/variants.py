@@ -130,12 +130,12 @@ def planned(model: Any, batch: int, length: int) -> dict[str, Any]:
     """
     from hasten.training.memory.actions import ActivationAction
     from hasten.training.memory.costs import ModelShape
-    from hasten.training.memory.plan import uniform
+    from hasten.training.memory.plan import uniform_plan
     from hasten.training.memory.policy import policy_of
 
     policy = policy_of(model)
     if policy is None or not policy.mode:
-        plan = uniform(ModelShape.of_model(model, torch.bfloat16), batch, length, ActivationAction.SAVE_ALL)
+        plan = uniform_plan(ModelShape.of_model(model, torch.bfloat16), batch, length, ActivationAction.SAVE_ALL)
     else:
         plan = policy.latest
     if plan is None:

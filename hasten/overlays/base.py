@@ -38,6 +38,8 @@ def with_oom_advice(forward: Callable[..., Any]) -> Callable[..., Any]:
         given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         shapes = ((t.shape[0], t.shape[1]) for t in given if isinstance(t, torch.Tensor))
         with state.memory.advising(next(shapes, None)):
-            return forward(self, *args, **kwargs)
+            outputs = forward(self, *args, **kwargs)
+        state.memory.watch_backward(outputs)
+        return outputs
 
     return forward_with_advice

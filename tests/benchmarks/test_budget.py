@@ -24,13 +24,13 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_the_whole_sweep_on_a_cpu(written: dict[str, Any]) -> None:
     least, *planned = written["budget"]
-    assert least["mode"] == "offload" and "host memory" in least["plan"]
+    assert least["mode"] == "offload" and "CPU memory" in least["plan"]
     assert [row["times"] for row in planned] == [*budget.TIMES, None]
     for row in planned[:-1]:
         assert row["budget_gib"] == pytest.approx(row["times"] * least["predicted_gib"])
     for row in written["budget"]:
         assert row["ok"] and row["ms"] > 0 and row["predicted_gib"] > 0 and len(row["losses"]) == 4
-    assert planned[-1]["plan"] == "2 of 2 layers keep what is dear to make again"
+    assert planned[-1]["plan"] == "2 of 2 layers save all activations"
     assert len({row["losses"][0] for row in written["budget"]}) > 1, "every row takes new steps"
 
 

@@ -37,7 +37,7 @@ def test_points_and_a_series_on_a_cpu(tmp_path: Path, points: Path) -> None:
     told = [(row["cap_gib"], row["length"]) for row in rows]
     assert told == [(1.0, 64), (2.0, 4096), (None, 64), (None, 128), (None, 256)]
     assert all(row["ok"] and row["seconds"] > 0 and 5 < row["loss"] < 8 for row in rows)
-    assert all("host memory" in row["plan"] for row in rows[2:]) and "host memory" not in rows[0]["plan"]
+    assert all("CPU memory" in row["plan"] for row in rows[2:]) and "CPU memory" not in rows[0]["plan"]
     assert rows[1]["predicted_gib"] > rows[0]["predicted_gib"] > 0
     assert written["linearity"]["rows"] == 3
     later = written | {"longest": [row | {"loss": 1.0} for row in rows[:2]]}

@@ -149,4 +149,4 @@ def test_a_real_worker_steps_and_says_what_it_was_asked(tmp_path: Path) -> None:
     assert mine["ms"] > 0 and len(set(mine["losses"])) == 4
     assert costs["host_waits"]["count"] == 0 and [row["length"] for row in costs["lengths"]] == [64, 33]
     assert "Self CPU" in costs["text"]
-    assert mine["predicted_gib"] > 0 and "keep what is dear" in mine["plan"] and "plan" not in stock
+    assert mine["predicted_gib"] > 0 and "save all activations" in mine["plan"] and "plan" not in stock

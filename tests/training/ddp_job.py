@@ -26,7 +26,7 @@ MICROBATCHES = 2
 
 def let_everything_travel() -> None:
     """Tiny tensors too."""
-    offload.SMALLEST, offload.CHUNK = 1, 4096
+    offload.MIN_BYTES, offload.CHUNK = 1, 4096
 
 
 def rows_of(rank: int, micro: int) -> torch.Tensor:

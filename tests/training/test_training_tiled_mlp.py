@@ -144,9 +144,9 @@ def test_a_trainer_trains_the_same(tmp_path: Path) -> None:
     ("asked", "rows", "said"),
     [
         (False, None, None),
-        (True, tiling.DEFAULT_ROWS, f"{tiling.DEFAULT_ROWS} rows at a time"),
-        (16, 16, "2 MLPs run 16 rows at a time"),
-        ("auto", tiling.DEFAULT_ROWS, "where the memory policy does not choose"),
+        (True, tiling.DEFAULT_TILE, f"tiles of {tiling.DEFAULT_TILE} tokens"),
+        (16, 16, "2 MLPs run in tiles of 16 tokens"),
+        ("auto", tiling.DEFAULT_TILE, "where the memory policy does not choose"),
     ],
 )
 def test_the_argument_sets_tiles_and_the_report_says_so(tmp_path: Path, asked: Any, rows: Any, said: Any) -> None:
@@ -177,7 +177,9 @@ def test_a_value_that_means_nothing_raises_before_anything_is_read() -> None:
 
 def test_a_model_without_overlays_is_said_not_to_be_tiled() -> None:
     model = restore(small("llama", True))
-    assert tiling.enable(model, True) == ["tiled MLP: nothing is tiled, no MLP of this model runs under an overlay"]
+    assert tiling.enable(model, True) == [
+        "tiled MLP: not applied, because no MLP of this model runs as a hasten overlay"
+    ]
 
 
 def test_tiles_of_one_layer_and_off_again() -> None:
