@@ -23,7 +23,7 @@ from benchmarks.harness.timing import draw, milliseconds
 from hasten.ops.attention import row_spans
 from hasten.ops.attention.kernels.backward import attention_bwd
 from hasten.ops.attention.kernels.forward import attention_fwd
-from hasten.ops.attention.kernels.tiles import Rule, Tile, Tiles, tiles_for
+from hasten.ops.attention.kernels.tiles import ScoreMaskConfig, Tile, Tiles, tiles_for
 from hasten.ops.backend import shared_memory
 
 COMPILERS = 12
@@ -89,7 +89,7 @@ class Inputs:
         q, k, v = (part.unflatten(-1, (-1, shape.dim)) for part in parts)
         self.qkv = (q, k, v)
         self.upstream = draw(*at, shape.heads, shape.dim)
-        self.rule, self.spans = Rule(shape.dim**-0.5, shape.window, None), None
+        self.rule, self.spans = ScoreMaskConfig(shape.dim**-0.5, shape.window, None), None
         if shape.documents > 1:
             position = torch.arange(shape.tokens, device="cuda") % (shape.tokens // shape.documents)
             self.spans = row_spans((*at, self.upstream.device), None, position[None])

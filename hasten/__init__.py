@@ -32,7 +32,7 @@ _HOMES = {
     "PatchError": "errors",
     "TokenizerError": "errors",
     "TrainingError": "errors",
-    "check_dataset": "training.trainer",
+    "check_dataset": "data",
     "check_family": "testing",
     "estimate": "estimation",
     "install_as_unsloth": "unsloth_compat",

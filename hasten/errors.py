@@ -1,4 +1,4 @@
-"""Errors for users: what was asked, what was found, what to do. All are ValueErrors, so a caller's own handling works."""
+"""Errors for users. Their messages say what was asked, what was found, and what to do. All are ValueErrors."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ class HastenError(ValueError):
 
 
 class OptionError(HastenError):
-    """One or more arguments cannot be honoured. `problems` lists every one found, each with what to do instead."""
+    """One or more arguments cannot take effect. `problems` lists each, with what to do instead."""
 
     def __init__(self, call: str, problems: Sequence[str]) -> None:
         self.problems = list(problems)
@@ -22,27 +22,27 @@ class CheckpointError(HastenError):
 
 
 class TokenizerError(HastenError):
-    """Tokenizer and model disagree in a way that cannot be mended without losing something."""
+    """Tokenizer and model do not fit together, and no fix would be lossless."""
 
 
 class InputError(HastenError):
-    """What was given to a model (length, mask, labels) is outside of what it was loaded for."""
+    """An input of a model (length, mask, labels) is outside of what the model was loaded for."""
 
 
 class DatasetError(HastenError):
-    """A dataset has nothing to learn from: empty, or every label masked."""
+    """A dataset cannot be read, is empty, or has every label masked."""
 
 
 class TrainingError(HastenError):
-    """A training run cannot go on, or cannot be taken up again. The message names the step."""
+    """A training run cannot continue or resume. The message names the step."""
 
 
 class PatchError(HastenError):
-    """The model is not in a state in which overlays can be put on or taken off; nothing was changed."""
+    """Overlays cannot be applied to the model or removed from it; nothing was changed."""
 
 
 class ContractError(PatchError):
-    """An installed transformers class does not look as the family's data file records it."""
+    """An installed transformers class differs from what the family's data file records."""
 
 
 class AccuracyError(HastenError):
@@ -50,11 +50,11 @@ class AccuracyError(HastenError):
 
 
 class ExportError(HastenError):
-    """A model could not be written; nothing that looks like a finished model was left behind."""
+    """A model cannot be written; no partial model is left on disk."""
 
 
 class MissingExtraError(HastenError, ImportError):
-    """An optional dependency is needed for what was asked. The message names the extra that installs it."""
+    """An optional dependency is missing. The message names the extra that installs it."""
 
     def __init__(self, wanted: str, package: str, extra: str) -> None:
         super().__init__(

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from hasten.errors import CheckpointError, OptionError
-from hasten.option_problems import CHECKPOINTING, PLANNED
+from hasten.options import CHECKPOINTING, PLANNED
 from hasten.training.memory.actions import UNIFORM_ACTIONS
 from hasten.training.memory.advice import Saving, StepConfig, savings
 from hasten.training.memory.bandwidth import DeviceSpeed, measure

@@ -52,7 +52,7 @@ def test_qlora_sft(example: Callable[[str], str], tmp_path: Path) -> None:
     printed = example("qlora_sft")
     first, last = before_and_after(printed, "loss")
     assert last < first - 0.3
-    assert "gate_proj (nf4)" in printed and "200 rows of" in printed
+    assert "gate_proj (nf4)" in printed and "200 examples, " in printed
     assert (tmp_path / "adapter_model.safetensors").is_file() and not (tmp_path / "model.safetensors").exists()
 
 

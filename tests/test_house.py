@@ -10,14 +10,14 @@ import hasten
 
 ROOT = Path(hasten.__file__).parent
 FLOORS = [
-    {"families", "errors", "units"},
+    {"families", "errors", "units", "suggest"},
     {"ops"},
     {"weights"},
-    {"option_problems"},
     {"options"},
     {"state"},
     {"overlays"},
     {"patching"},
+    {"data"},
     {"loading", "training", "inference", "export"},
     {"methods", "estimation"},
     {"model"},
@@ -25,7 +25,7 @@ FLOORS = [
     {"cli"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
-ONLY: dict[str, set[str]] = {"families": set(), "errors": set(), "units": set()}
+ONLY: dict[str, set[str]] = {"families": set(), "errors": set(), "units": set(), "suggest": set()}
 FILES = sorted(ROOT.rglob("*.py"))
 MAY_PRINT = {"cli", "demo"}
 

@@ -76,7 +76,7 @@ def test_unknown_targets_name_the_near_ones_and_leave_the_model_alone(llama: Pat
         FastLanguageModel.get_peft_model(model, target_modules=["q_prj", "norm"], modules_to_save=["lm_heat"])
     assert len(caught.value.problems) == 3
     text = str(caught.value)
-    assert "near names: q_proj" in text and "no layer that can be adapted" in text and "lm_head" in text
+    assert "did you mean q_proj" in text and "not a Linear layer" in text and "lm_head" in text
     assert list(model.state_dict()) == names
 
 

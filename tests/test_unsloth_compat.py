@@ -1,4 +1,4 @@
-"""Code written for unsloth runs unchanged: every example of tests/data/seeds, against local checkpoints of those names."""
+"""Code written for unsloth runs unchanged: every example of tests/seeds, against local checkpoints of those names."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from hasten.errors import HastenError, InputError, OptionError
 from hasten.testing import save_tiny
 from hasten.unsloth_compat import DropInError, install_as_unsloth, run
 
-SEEDS = Path(__file__).parent / "data" / "seeds"
+SEEDS = Path(__file__).parent / "seeds"
 CHECKPOINTS = {
     "unsloth/Llama-3.2-1B-Instruct": "llama",
     "meta-llama/Llama-3.2-1B": "llama",

@@ -11,8 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from hasten.errors import CheckpointError, HastenError, OptionError, TokenizerError
 from hasten.families.schema import Family
 from hasten.loading.resolve import Source
-from hasten.option_problems import HUB_ARGUMENTS, MODEL_ARGUMENTS, unknown_extra
-from hasten.options import LoadOptions
+from hasten.options import HUB_ARGUMENTS, MODEL_ARGUMENTS, LoadOptions, unknown_extra
 
 
 class Findings:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hasten.option_problems import PLACEMENTS
+from hasten.options import PLACEMENTS
 
 
 def default_dtype(fp16_safe: bool, half: bool = False) -> torch.dtype:

@@ -16,8 +16,7 @@ from hasten.loading.read import Reading, read_model
 from hasten.loading.resolve import Source, fetch_weights, resolve
 from hasten.loading.rope import plan_rope
 from hasten.loading.vocabulary import resize, rows_of
-from hasten.option_problems import bad_values
-from hasten.options import LoadOptions
+from hasten.options import LoadOptions, bad_values
 from hasten.patching import family_of
 
 

@@ -13,8 +13,7 @@ from hasten.loading.device import is_all_cpu
 from hasten.loading.read_rows import FLOATS, read_rows
 from hasten.loading.shards import StoredTensor, is_converted
 from hasten.loading.vocabulary import seeded
-from hasten.option_problems import MODEL_ARGUMENTS
-from hasten.options import LoadOptions
+from hasten.options import MODEL_ARGUMENTS, LoadOptions
 
 
 @dataclass(frozen=True)

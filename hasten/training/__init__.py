@@ -1,7 +1,7 @@
-"""Training: checkpointing policy, adapters, the glue for TRL's trainers, and jobs."""
+"""Training: activation checkpointing and the memory policy, adapters, settings for TRL's trainers, and jobs."""
 
 from hasten.training.modes import for_training
 from hasten.training.optimizers import StochasticAdamW, stochastic_adamw
-from hasten.training.trainer import DatasetCounts, check_dataset, sft_config
+from hasten.training.trainer import sft_config
 
-__all__ = ["DatasetCounts", "StochasticAdamW", "check_dataset", "for_training", "sft_config", "stochastic_adamw"]
+__all__ = ["StochasticAdamW", "for_training", "sft_config", "stochastic_adamw"]

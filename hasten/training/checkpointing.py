@@ -3,7 +3,7 @@
 from typing import Any
 
 from hasten.errors import OptionError
-from hasten.option_problems import CHECKPOINTING, PLANNED
+from hasten.options import CHECKPOINTING, PLANNED
 from hasten.state import causal_lm_of, state_of
 from hasten.training.memory.policy import MemoryPolicy, policy_of
 from hasten.training.tiling import requested_tile

@@ -1,71 +1,38 @@
-"""A training job as a YAML file: five sections, every key of which takes effect or is named in one error."""
+"""Reads a training job from YAML: five sections, every key of which takes effect or is named in one error."""
 
 import dataclasses
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 import yaml
 
 from hasten.errors import MissingExtraError, OptionError
-from hasten.option_problems import HUB_ARGUMENTS, MODEL_ARGUMENTS
-from hasten.options import AdapterOptions, LoadOptions
+from hasten.options import HUB_ARGUMENTS, MODEL_ARGUMENTS, AdapterOptions, DataOptions, LoadOptions, SaveOptions
+from hasten.options.data import SaveMethod, TooLong
+from hasten.options.weights import load_arguments
+from hasten.suggest import did_you_mean
 
 INSTEAD = {
-    "max_length": "model.max_seq_length",
-    "model_init_kwargs": "the model section",
-    "trust_remote_code": "model.trust_remote_code",
-    "gradient_checkpointing": "model.use_gradient_checkpointing (or the adapter section's)",
-    "gradient_checkpointing_kwargs": "model.use_gradient_checkpointing (or the adapter section's)",
-    "truncation_mode": "data.too_long",
-    "dataset_text_field": "data.text_field",
-    "dataset_kwargs": "the data section",
-    "resume_from_checkpoint": "hasten train --resume",
-    "disable_tqdm": "nothing: hasten draws its own progress line",
+    "max_length": "use model.max_seq_length",
+    "model_init_kwargs": "use the model section",
+    "trust_remote_code": "use model.trust_remote_code",
+    "gradient_checkpointing": "use model.use_gradient_checkpointing (or the adapter section's)",
+    "gradient_checkpointing_kwargs": "use model.use_gradient_checkpointing (or the adapter section's)",
+    "truncation_mode": "use data.too_long",
+    "dataset_text_field": "use data.text_field",
+    "dataset_kwargs": "use the data section",
+    "resume_from_checkpoint": "use hasten train --resume",
+    "disable_tqdm": "leave it out, hasten shows its own progress line",
 }
-"""SFTConfig's fields that the other sections decide, and where."""
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """path: a .jsonl, .json, .parquet or .csv file, a folder saved by `datasets`, or a hub id (`name`: its config).
-
-    split, eval_split: as `datasets` spells them ("train", "train[:90%]"). eval_path: a second file for evaluation.
-    text_field: the column of plain text to train on. Without it the columns decide: `messages` (chat), `prompt` and
-    `completion`, or `text`. too_long: what becomes of rows longer than max_seq_length: "truncate" (counted and
-    reported), "drop" (likewise), or "error".
-    """
-
-    path: str
-    name: str | None = None
-    revision: str | None = None
-    split: str = "train"
-    eval_path: str | None = None
-    eval_split: str | None = None
-    text_field: str | None = None
-    too_long: Literal["truncate", "drop", "error"] = "truncate"
-
-
-SaveMethod = Literal["lora", "merged_16bit", "merged_4bit"]
-
-
-@dataclass(frozen=True)
-class SaveOptions:
-    """method: as in `save_pretrained_merged`; None = "lora" with an adapter, "merged_16bit" without.
-
-    folder: default: `model` beside the run's metrics.
-    """
-
-    method: SaveMethod | None = None
-    folder: str | None = None
+"""Fields of SFTConfig that a job file sets elsewhere -> where."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A read and checked file. adapter: None = no such section. output: where metrics, curve and checkpoints go."""
+    """A checked job file. adapter: None = no such section. output: the folder of metrics, loss curve and checkpoints."""
 
     model: Mapping[str, Any]
     adapter: Mapping[str, Any] | None
@@ -81,10 +48,10 @@ class Job:
 
 
 def read_job(path: str | Path) -> Job:
-    """Reads a job file. Relative paths in it count from its own folder, or are hub ids if nothing is there.
+    """Reads a job file. Relative paths in it are relative to its folder, or hub ids where no such path exists.
 
-    Raises OptionError with every problem found: what is not YAML, missing or unknown sections and keys (with near
-    names), values outside of their choices.
+    Raises OptionError with every problem found: not YAML, missing or unknown sections and keys (with the names that may
+    have been meant), values that are none of their choices. Raises MissingExtraError without TRL.
     """
     path = Path(path)
     call = f"train {path}"
@@ -93,18 +60,19 @@ def read_job(path: str | Path) -> Job:
     problems += [f"section {name!r} is missing" for name in ("model", "data") if name not in sections]
     for name, value in sections.items():
         if value is not None and not isinstance(value, dict):
-            problems.append(f"section {name!r} must hold names and values, found {value!r}")
+            problems.append(f"section {name!r} must be a mapping of names to values, found {value!r}")
     if problems:
         raise OptionError(call, problems)
     parts: dict[str, dict[str, Any]] = {name: dict(value or {}) for name, value in sections.items()}
     train = {name: _number(value) for name, value in parts.get("train", {}).items()}
-    load = (*_fields(LoadOptions, "extra", "expected_model_type"), *HUB_ARGUMENTS, *MODEL_ARGUMENTS)
+    fields = _fields(LoadOptions, "extra", "expected_model_type")
+    load = (*fields, *load_arguments(), *HUB_ARGUMENTS, *MODEL_ARGUMENTS)
     problems += _unknown("model", parts["model"], load)
     problems += _unknown("adapter", parts.get("adapter", {}), (*_fields(AdapterOptions, "extra"), *_lora_fields()))
     problems += _unknown("data", parts["data"], _fields(DataOptions))
     problems += _unknown("train", train, (*_sft_fields(), *INSTEAD))
     problems += _unknown("save", parts.get("save", {}), _fields(SaveOptions))
-    problems += [f"train.{name} is decided elsewhere: use {INSTEAD[name]}" for name in train if name in INSTEAD]
+    problems += [f"train.{name} cannot be set here; {INSTEAD[name]}" for name in train if name in INSTEAD]
     problems += _values(parts)
     if problems:
         raise OptionError(call, problems)
@@ -133,16 +101,16 @@ def _read_yaml(path: Path, call: str) -> dict[str, Any]:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise OptionError(call, [f"the file cannot be read: {error.strerror}; give the path of a YAML file"]) from error
+        raise OptionError(call, [f"the file cannot be read: {error.strerror}; pass the path of a YAML file"]) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise OptionError(call, [f"the file is not YAML: {error}"]) from error
     if not isinstance(found, dict):
-        raise OptionError(call, ["the file holds no sections; it needs at least model: and data:"])
+        raise OptionError(call, ["the file has no sections; it needs at least model: and data:"])
     return found
 
 
 def _values(parts: Mapping[str, dict[str, Any]]) -> list[str]:
-    """What is wrong with values that only this file can get wrong; the rest is judged by those who take them."""
+    """Problems with values that only a job file has; the others are checked by the calls that take them."""
     problems = []
     model, data = parts["model"], parts["data"]
     problems += [
@@ -155,29 +123,27 @@ def _values(parts: Mapping[str, dict[str, Any]]) -> list[str]:
     ]
     dtype = model.get("dtype")
     if dtype is not None and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
-        problems.append(f"model.dtype={dtype!r} is no dtype of torch; use bfloat16, float16 or float32")
-    if data.get("too_long", "truncate") not in ("truncate", "drop", "error"):
-        problems.append(f"data.too_long={data['too_long']!r} is none of 'truncate', 'drop', 'error'")
+        problems.append(f"model.dtype={dtype!r}: must be bfloat16, float16 or float32")
+    policy = data.get("too_long", "truncate")
+    if policy not in get_args(TooLong):
+        choices = ", ".join(get_args(TooLong))
+        problems.append(f"data.too_long={policy!r}: must be one of {choices}{did_you_mean(policy, get_args(TooLong))}")
     if model.get("full_finetuning") and "adapter" in parts:
         problems.append("model.full_finetuning trains all weights, and there is an adapter section; remove one of them")
     method = parts.get("save", {}).get("method")
     if method is not None and method not in get_args(SaveMethod):
-        problems.append(f"save.method={method!r} is none of {', '.join(get_args(SaveMethod))}")
+        choices = ", ".join(get_args(SaveMethod))
+        problems.append(f"save.method={method!r}: must be one of {choices}{did_you_mean(method, get_args(SaveMethod))}")
     if method == "lora" and model.get("full_finetuning"):
-        problems.append("save.method='lora' saves an adapter, and full fine-tuning makes none; use merged_16bit")
+        problems.append("save.method='lora' saves an adapter, and full fine-tuning has none; use merged_16bit")
     return problems
 
 
 def _unknown(section: str, found: Iterable[Any], known: Iterable[str]) -> list[str]:
     known = sorted(set(known))
-    problems = []
-    for name in found:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=3)
-            hint = f"; near names: {', '.join(near)}" if near else f"; known: {', '.join(known)}"
-            where = "section" if section == "section" else f"key of {section}:"
-            problems.append(f"unknown {where} {name!r}" + (hint if near or len(known) < 12 else ""))
-    return problems
+    where = "section" if section == "section" else f"key of {section}:"
+    listed = f"; known: {', '.join(known)}" if len(known) < 12 else ""
+    return [f"unknown {where} {name!r}{did_you_mean(name, known) or listed}" for name in found if name not in known]
 
 
 def _fields(kind: type, *without: str) -> tuple[str, ...]:
@@ -199,7 +165,7 @@ def _sft_fields() -> tuple[str, ...]:
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads 2e-4, which everybody writes, as text; it needs 2.0e-4. A number in text is meant as a number."""
+    """A number that YAML reads as text: YAML 1.1 takes 2.0e-4 for a number and the common 2e-4 for a string."""
     if not isinstance(value, str):
         return value
     try:
@@ -209,5 +175,5 @@ def _number(value: Any) -> Any:
 
 
 def _local(name: str, home: Path) -> str:
-    """The path from the file's own folder if something is there; else the name as it stands."""
+    """`name` as a path relative to the job file's folder if that exists, else unchanged."""
     return str(home / name) if (home / name).exists() else name

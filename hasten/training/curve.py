@@ -1,4 +1,4 @@
-"""Loss curves: a PNG for people with a screen, a line of blocks for a terminal."""
+"""Loss curves: a PNG, and a sparkline for the terminal."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 def sparkline(values: Sequence[float], width: int = 60) -> str:
-    """`values` as at most `width` block characters, each the mean of its share; the lowest is flat, the highest full."""
+    """`values` as at most `width` block characters, each the mean of an equal part of them; from lowest to full block."""
     if not values:
         return ""
     width = min(width, len(values))
@@ -22,7 +22,7 @@ def sparkline(values: Sequence[float], width: int = 60) -> str:
 
 
 def plot_losses(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> Path:
-    """Writes training and evaluation losses of metrics rows as a PNG. Raises MissingExtraError without matplotlib."""
+    """Plots training and evaluation loss of metrics.jsonl as a PNG. Raises MissingExtraError without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

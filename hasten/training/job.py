@@ -9,13 +9,13 @@ from typing import Any
 from rich.console import Console
 from transformers.trainer_utils import get_last_checkpoint
 
+from hasten.data import DatasetCounts, check_dataset, drop_long, read_dataset, tokenized
 from hasten.errors import DatasetError, MissingExtraError, OptionError, TrainingError
 from hasten.training.config import Job
-from hasten.training.data import drop_long, read_rows
 from hasten.training.metrics import counting
 from hasten.training.optimizers import STOCHASTIC, stochastic_adamw
 from hasten.training.progress import TrainingMonitor
-from hasten.training.trainer import DatasetCounts, check_dataset, longest_row, sft_config, tokenized
+from hasten.training.trainer import max_seq_length_of, sft_config
 
 DEFAULTS = {
     "logging_steps": 1,
@@ -27,9 +27,9 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class Finished:
-    """loss: mean over the run. counts: what became of the rows. folder: metrics.jsonl, loss.png, summary.json.
+    """loss: mean over the run, in nats per token. counts: of the training data. folder: metrics.jsonl, loss.png, summary.json.
 
-    saved: the model's folder. dropped: rows left out for being too long.
+    saved: the model's folder. dropped: examples dropped for being too long.
     """
 
     model: Any
@@ -51,16 +51,16 @@ def run(
 ) -> Finished:
     """Trains and saves. load, adapt: `FastLanguageModel.from_pretrained` and `.get_peft_model`.
 
-    resume: go on from the newest checkpoint of `job.output`. Data are read before the model is; what is wrong with
+    resume: continue from the newest checkpoint of `job.output`. Data are read before the model is; what is wrong with
     either raises before step 1. Raises DatasetError, OptionError, CheckpointError, TrainingError, ExportError.
     """
     checkpoint = _last_checkpoint(job.output) if resume else None
-    train_rows, eval_rows = read_rows(job.data)
+    train_data, eval_data = read_dataset(job.data)
     model, tokenizer = load(**job.model)
     if not job.model.get("full_finetuning") and (job.adapter is not None or not hasattr(model, "peft_config")):
         model = adapt(model, **(job.adapter or {}))
-    trainer = make_trainer(model, tokenizer, job, train_rows, eval_rows)
-    counts, dropped = _apply_too_long(trainer, train_rows, job.data.too_long)
+    trainer = make_trainer(model, tokenizer, job, train_data, eval_data)
+    counts, dropped = _apply_too_long(trainer, train_data, job.data.too_long)
     title = f"{Path(str(job.model['model_name'])).name}: training loss"
     with counting(model) as counter, TrainingMonitor(job.output, counter, console, title) as monitor:
         result = monitor.watch(trainer).train(resume_from_checkpoint=checkpoint)
@@ -73,17 +73,18 @@ def run(
     return finished
 
 
-def make_trainer(model: Any, tokenizer: Any, job: Job, train_rows: Any, eval_rows: Any) -> Any:
+def make_trainer(model: Any, tokenizer: Any, job: Job, train_data: Any, eval_data: Any) -> Any:
     """TRL's SFTTrainer for `job`. Raises OptionError for settings that TRL or transformers refuses."""
     try:
         from trl import SFTTrainer
     except ImportError as error:
         raise MissingExtraError("hasten train", "trl", "train") from error
-    settings = {**DEFAULTS, "eval_strategy": "no" if eval_rows is None else "epoch", **job.train}
+    settings = {**DEFAULTS, "eval_strategy": "no" if eval_data is None else "epoch", **job.train}
     if job.data.text_field:
         settings["dataset_text_field"] = job.data.text_field
-    if eval_rows is None and settings["eval_strategy"] != "no":
-        problem = f"train.eval_strategy={settings['eval_strategy']!r}, but data has neither eval_split nor eval_path"
+    if eval_data is None and settings["eval_strategy"] != "no":
+        asked = settings["eval_strategy"]
+        problem = f"train.eval_strategy={asked!r} needs evaluation data; set data.eval_split or data.eval_path"
         raise OptionError("train", [problem])
     try:
         stochastic = settings.get("optim") == STOCHASTIC
@@ -93,8 +94,8 @@ def make_trainer(model: Any, tokenizer: Any, job: Job, train_rows: Any, eval_row
         return SFTTrainer(
             model=model,
             args=config,
-            train_dataset=train_rows,
-            eval_dataset=eval_rows,
+            train_dataset=train_data,
+            eval_dataset=eval_data,
             processing_class=tokenizer,
             optimizer_cls_and_kwargs=stochastic_adamw(config) if stochastic else None,
         )
@@ -104,21 +105,24 @@ def make_trainer(model: Any, tokenizer: Any, job: Job, train_rows: Any, eval_row
         raise OptionError("train", [f"the trainer refuses these settings or data: {error}"]) from error
 
 
-def _apply_too_long(trainer: Any, rows: Any, policy: str) -> tuple[DatasetCounts, int]:
-    """Counts, and what `data.too_long` asks for. Returns the counts and how many rows were dropped.
+def _apply_too_long(trainer: Any, dataset: Any, policy: str) -> tuple[DatasetCounts, int]:
+    """Counts the training data and applies `data.too_long`. Returns the counts and how many examples were dropped.
 
-    TRL has already cut what the trainer holds, except with `padding_free` alone, where it cuts nothing.
+    TRL has already truncated what the trainer holds, except with `padding_free` alone, where it truncates nothing.
     """
-    limit = trainer.args.max_length or longest_row(trainer.model)
+    limit = trainer.args.max_length or max_seq_length_of(trainer.model)
     if trainer.args.max_length is None:
-        counts = check_dataset(tokenized(rows, trainer, "train"), max_length=limit)
+        counts = check_dataset(tokenized(dataset, trainer, "train"), max_length=limit)
     else:
-        counts = check_dataset(rows, trainer)
+        counts = check_dataset(dataset, trainer)
     if not counts.truncated or limit is None:
         return counts, 0
-    too_long = f"{counts.truncated} of {counts.rows} rows are longer than max_seq_length={limit} ({counts.lost} tokens)"
+    too_long = (
+        f"{counts.truncated} of {counts.examples} examples are longer than max_seq_length={limit} "
+        f"({counts.lost} tokens too many)"
+    )
     if policy == "drop":
-        drop_long(trainer, rows, limit)
+        drop_long(trainer, dataset, limit)
         return counts, counts.truncated
     if policy == "error":
         raise DatasetError(
@@ -135,8 +139,8 @@ def _last_checkpoint(folder: Path) -> str:
     found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if found is None:
         raise TrainingError(
-            f"{folder} holds no checkpoint to resume from; train without --resume, with train.save_steps set so that "
-            "there is one the next time"
+            f"{folder} holds no checkpoint to resume from; train without --resume, and set train.save_steps so that "
+            "checkpoints are written"
         )
     return found
 
@@ -145,7 +149,7 @@ def _write_summary(finished: Finished, method: str) -> None:
     summary = {
         "steps": finished.steps,
         "mean_loss": finished.loss,
-        "rows": asdict(finished.counts),
+        "dataset": asdict(finished.counts),
         "dropped_too_long": finished.dropped,
         "saved": str(finished.saved),
         "save_method": method,

@@ -1,6 +1,5 @@
 """Builds the adapter that `get_peft_model` asked for, as a plain PEFT adapter."""
 
-import difflib
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -13,6 +12,7 @@ from hasten.options import AdapterOptions
 from hasten.overlays import Fp32Embedding, Fp32Head, Fp32WeightConfig, Overlay
 from hasten.patching.apply import overlay_class
 from hasten.patching.contract import stock_class
+from hasten.suggest import did_you_mean
 from hasten.training import loftq
 
 EMBEDDINGS = ("embed_tokens", "lm_head")
@@ -21,10 +21,9 @@ EMBEDDINGS = ("embed_tokens", "lm_head")
 def build(model: Any, options: AdapterOptions, read_dense: Callable[[str], torch.Tensor] | None = None) -> Any:
     """Returns PEFT's model around `model`, LoRA A drawn from `options.random_state`; the caller's RNG is untouched.
 
-    read_dense: the base checkpoint's tensor of a name, for LoftQ (None = there is no such checkpoint).
-    Names in `target_modules` that mean the embedding or the head are trained fully instead (moved to
-    `modules_to_save`); where both share one weight they go on sharing it. Raises OptionError for names that match
-    nothing, before the model is touched.
+    read_dense: reads a dense tensor of the base checkpoint by name, for LoftQ (None = there is no such checkpoint).
+    Embedding and head in `target_modules` are trained fully instead (moved to `modules_to_save`); tied weights stay
+    tied. Raises OptionError for names that match nothing, before the model is changed.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -62,7 +61,7 @@ def build(model: Any, options: AdapterOptions, read_dense: Callable[[str], torch
 
 
 def trains_embedding(options: AdapterOptions) -> bool:
-    """Whether the adapter would train (a copy of) the input embedding."""
+    """Whether the adapter trains (a copy of) the input embedding."""
     names = [
         *(options.modules_to_save or []),
         *([] if isinstance(options.target_modules, str) else options.target_modules),
@@ -71,26 +70,26 @@ def trains_embedding(options: AdapterOptions) -> bool:
 
 
 def set_dtypes(peft_model: Any, fp32: bool) -> dict[str, torch.dtype]:
-    """Casts what trains to fp32 (True) or to the model's dtype (False), and returns name -> dtype of every trained weight.
+    """Casts trained weights to fp32 (True) or to the model's dtype (False); returns {name: dtype} of every trained weight.
 
-    LoRA weights, and the trained copies of embedding and head, which then go on feeding and reading a stream of the
-    model's dtype. Other trained copies (a norm, say) keep the dtype of the module that they replace.
+    Casts LoRA weights, and the trained copies of embedding and head, whose outputs and inputs stay in the model's dtype.
+    Other trained copies (of a norm, say) keep the dtype of the module that they replace.
     """
     base = peft_model.get_base_model()
-    stream = base.config.dtype if isinstance(base.config.dtype, torch.dtype) else base.dtype
-    wide = torch.float32 if fp32 else stream
+    compute = base.config.dtype if isinstance(base.config.dtype, torch.dtype) else base.dtype
+    wide = torch.float32 if fp32 else compute
     for name, parameter in peft_model.named_parameters():
         if parameter.requires_grad and "lora_" in name:
             parameter.data = parameter.data.to(wide)
-    if wide != stream:
-        _widen(base.get_input_embeddings(), Fp32Embedding, stream)
-        _widen(base.get_output_embeddings(), Fp32Head, stream)
+    if wide != compute:
+        _widen(base.get_input_embeddings(), Fp32Embedding, compute)
+        _widen(base.get_output_embeddings(), Fp32Head, compute)
     return {name: p.dtype for name, p in peft_model.named_parameters() if p.requires_grad}
 
 
-def _widen(module: Any, overlay: type[Overlay], stream: torch.dtype) -> None:
+def _widen(module: Any, overlay: type[Overlay], compute: torch.dtype) -> None:
     for copy in getattr(module, "modules_to_save", {}).values():
-        copy.__class__ = overlay_class(stock_class(copy), overlay, Fp32WeightConfig(stream))
+        copy.__class__ = overlay_class(stock_class(copy), overlay, Fp32WeightConfig(compute))
         copy.weight.data = copy.weight.data.float()
 
 
@@ -122,7 +121,9 @@ def _check(
     if options.loftq_config:
         problems += loftq.problems(model, dict(options.loftq_config))
         if read_dense is None:
-            problems.append("loftq_config needs the dense checkpoint that the base was quantised from; it is not there")
+            problems.append(
+                "loftq_config needs the dense checkpoint that the base was quantised from, and there is none"
+            )
     if problems:
         raise OptionError("get_peft_model", problems)
 
@@ -133,11 +134,8 @@ def _unmatched(argument: str, names: Iterable[str], among: list[str], paths: lis
     for name in names:
         if any(path == name or path.endswith(f".{name}") for path in among):
             continue
-        near = difflib.get_close_matches(name, ends, n=3) or ends[:8]
-        found = (
-            "is no layer that can be adapted"
-            if any(p == name or p.endswith(f".{name}") for p in paths)
-            else "matches nothing"
-        )
-        problems.append(f"{argument} {name!r} {found} in this model; near names: {', '.join(near)}")
+        present = any(path == name or path.endswith(f".{name}") for path in paths)
+        found = "is not a Linear layer of this model" if present else "matches no module of this model"
+        hint = did_you_mean(name, ends) or f"; it has {', '.join(ends[:8])}"
+        problems.append(f"{argument} {name!r} {found}{hint}")
     return problems

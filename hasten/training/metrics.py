@@ -1,4 +1,4 @@
-"""What a training run tells about itself: one row per logged step, counted from the batches that the model was given."""
+"""Metrics of a training run: one line of metrics.jsonl per logged step, tokens counted from the batches of the model."""
 
 import json
 import math
@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 
-IGNORED = -100
+from hasten.data import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
 class StepMetrics:
     """One line of metrics.jsonl, for the optimizer steps since the line before.
 
-    loss: nats per learned token. grad_norm: before clipping. tokens: real ones, padding left out. learned_tokens: those
-    whose label counts. masked_percent: share of tokens that are not learned. total_tokens: since step 1, resumed runs
-    included. peak_memory_bytes: of the GPU since the start, or of the process where there is none. eta_seconds: to the
-    last step, at this run's mean pace.
+    loss: nats per token with a label. grad_norm: before clipping. tokens: without padding. learned_tokens: those with a
+    label. masked_percent: of tokens, those without a label. total_tokens: since step 1, resumed runs included.
+    peak_memory_bytes: of the GPU since the start, or of the process where there is none. eta_seconds: to the last step,
+    at this run's mean step time.
     """
 
     step: int
@@ -40,7 +40,7 @@ class StepMetrics:
 
 
 class TokenCounter:
-    """A forward pre-hook that counts the tokens of training batches. Sums stay on the device until `take`."""
+    """A forward pre-hook that counts the tokens of training batches. Sums stay on the device until `take`: no sync per step."""
 
     def __init__(self) -> None:
         self._tokens: int | torch.Tensor = 0
@@ -52,10 +52,12 @@ class TokenCounter:
             return
         mask = kwargs.get("attention_mask")
         self._tokens = self._tokens + (labels.numel() if mask is None else mask.sum())
-        self._learned = self._learned + (labels[:, 1:] != IGNORED).sum()  # nothing predicts the first token
+        self._learned = (
+            self._learned + (labels[:, 1:] != IGNORE_INDEX).sum()
+        )  # the first token is predicted from nothing
 
     def take(self) -> tuple[int, int]:
-        """Tokens and learned tokens since the last call."""
+        """(tokens, tokens with a label) since the last call."""
         taken = int(self._tokens), int(self._learned)
         self._tokens = self._learned = 0
         return taken
@@ -63,7 +65,7 @@ class TokenCounter:
 
 @contextmanager
 def counting(model: torch.nn.Module) -> Iterator[TokenCounter]:
-    """Counts what `model` is given in training mode, until the block ends."""
+    """Counts the tokens of the batches that `model` gets in training mode, inside the context."""
     counter = TokenCounter()
     handle = model.register_forward_pre_hook(counter, with_kwargs=True)
     try:
@@ -73,19 +75,19 @@ def counting(model: torch.nn.Module) -> Iterator[TokenCounter]:
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line, written out at once, so a killed run leaves every finished step."""
+    """metrics.jsonl: one JSON object per line, each written immediately, so that a killed run keeps all logged steps."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def rows(self) -> list[dict[str, Any]]:
-        """What is written so far. Training rows have `loss`, evaluation rows `eval_loss`; both have `step`."""
+        """The lines written so far. Training has `loss`, evaluation `eval_loss`; both have `step`."""
         if not self.path.exists():
             return []
         return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
-        """Drops rows after `step`, which a resumed run will make again, and returns those that are left."""
+        """Drops the lines after `step`, which a resumed run writes again, and returns those that are left."""
         kept = [row for row in self.rows() if row["step"] <= step] if step else []
         self.path.parent.mkdir(parents=True, exist_ok=True)
         fresh = self.path.with_suffix(".part")
@@ -94,19 +96,19 @@ class MetricsFile:
         return kept
 
     def add(self, row: StepMetrics | Mapping[str, Any]) -> None:
-        """Appends one row."""
+        """Appends one line."""
         values = asdict(row) if isinstance(row, StepMetrics) else dict(row)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(_line(values))
 
 
 def losses(rows: Sequence[Mapping[str, Any]], name: str = "loss") -> list[tuple[int, float]]:
-    """(step, value) of every row that has a finite `name`."""
+    """(step, value) of every line of metrics.jsonl that has a finite `name`."""
     return [(row["step"], row[name]) for row in rows if row.get(name) is not None and math.isfinite(row[name])]
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that tensors took on a GPU, or that this process took where there is none."""
+    """Peak bytes that torch allocated on the GPU, or the peak resident size of this process where there is none."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB, on macOS in bytes

@@ -1,4 +1,4 @@
-"""Watches a Trainer: a live line, metrics.jsonl, the loss curve, and a stop at the first number that is not finite."""
+"""Follows a Trainer: progress line, metrics.jsonl, loss curve, and a stop at the first gradient or loss that is not finite."""
 
 import math
 import time
@@ -20,8 +20,8 @@ from hasten.training.metrics import MetricsFile, StepMetrics, TokenCounter, loss
 class TrainingMonitor(TrainerCallback):
     """A callback and a context: `with counting(model) as c, TrainingMonitor(folder, c) as m: m.watch(trainer).train()`.
 
-    folder: where metrics.jsonl and loss.png go. console: where the live line goes; None = nowhere. Only the main
-    process writes. Leaving the context, by an exception too, ends the live line and draws the curve.
+    folder: of metrics.jsonl and loss.png. console: shows the progress line; None = no such line. Only the main process
+    writes. Leaving the context, also by an exception, ends the progress line and plots the loss curve.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class TrainingMonitor(TrainerCallback):
         self._started = self._last_log = 0.0
 
     def watch(self, trainer: Any) -> Any:
-        """Takes the place of transformers' own progress output in `trainer`, and returns it."""
+        """Replaces transformers' progress output in `trainer`, and returns it."""
         for printing in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(printing)
         trainer.add_callback(self)
@@ -60,7 +60,7 @@ class TrainingMonitor(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Opens the file (after the rows of the steps that a resumed run has behind it) and the live line."""
+        """Opens metrics.jsonl (a resumed run keeps the lines up to its checkpoint) and the progress line."""
         self._main = state.is_world_process_zero
         self._first_step = state.global_step
         self._started = self._last_log = time.monotonic()
@@ -85,7 +85,7 @@ class TrainingMonitor(TrainerCallback):
     ) -> None:
         """Raises TrainingError before a step that would write NaN or infinity into the weights.
 
-        Not in fp16, whose loss scaler meets infinities by design and skips those steps itself.
+        Not in fp16: its loss scaler expects infinities and skips those steps itself.
         """
         if args.fp16:
             return
@@ -102,7 +102,7 @@ class TrainingMonitor(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Writes one row and moves the live line. Raises TrainingError where the loss is not finite."""
+        """Writes one line of metrics and updates the progress line. Raises TrainingError where the loss is not finite."""
         logs = logs or {}
         if "loss" in logs and not math.isfinite(logs["loss"]):
             raise self._not_finite(f"the loss ({logs['loss']})", state.global_step)
@@ -120,7 +120,7 @@ class TrainingMonitor(TrainerCallback):
         now = time.monotonic()
         tokens, learned = self._counter.take()
         self._total_tokens += tokens
-        pace = (now - self._started) / max(1, state.global_step - self._first_step)
+        seconds_per_step = (now - self._started) / max(1, state.global_step - self._first_step)
         row = StepMetrics(
             step=state.global_step,
             epoch=round(state.epoch or 0.0, 4),
@@ -133,7 +133,7 @@ class TrainingMonitor(TrainerCallback):
             total_tokens=self._total_tokens,
             tokens_per_second=round(tokens / max(now - self._last_log, 1e-9), 1),
             peak_memory_bytes=peak_memory_bytes(args.device),
-            eta_seconds=round(pace * (state.max_steps - state.global_step), 1),
+            eta_seconds=round(seconds_per_step * (state.max_steps - state.global_step), 1),
         )
         self._last_log = now
         return row
@@ -150,8 +150,8 @@ class TrainingMonitor(TrainerCallback):
 
     def _not_finite(self, what: str, step: int) -> TrainingError:
         written = [row["step"] for row in self.file.rows()] if self._main else []
-        last = f"the last good step is {written[-1]}" if written else "no step was good"
+        last = f"the last good step is {written[-1]}" if written else "no step before it was logged"
         return TrainingError(
-            f"step {step}: {what} is not finite; {last}. Training was stopped and nothing was saved after it. Lower the "
-            "learning rate, set max_grad_norm, or use bfloat16 or float32 in place of float16"
+            f"step {step}: {what} is not finite; {last}. Training stopped, and nothing was saved after it. Lower the "
+            "learning rate, set max_grad_norm, or use bfloat16 or float32 instead of float16"
         )

@@ -7,18 +7,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from hasten.ops.lora import DenseWeight, LoraLinear
+from hasten.ops.lora import DenseWeight, LoraLinear, Weight
 from hasten.ops.lora.stacked import stacked_view
 from hasten.ops.nf4 import NF4Weight, dequantize_nf4
 from hasten.weights.lora import base_layer_of, read_lora
 
 
 @dataclass(frozen=True)
-class PackedWeight:
+class PackedWeight(Weight):
     """An NF4 weight, dequantised anew at each call."""
 
     weight: NF4Weight
-    held: None = None
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -121,7 +121,7 @@ def test_amounts() -> None:
     assert parse_bytes("24GiB") == parse_bytes(" 24 gib") == parse_bytes(24 * 2**30) == 24 * 2**30
     assert parse_bytes("1.5GB") == 1_500_000_000 and parse_bytes("12") == 12
     for wrong in ("", "GiB", "-1GB", "1 furlong", 0, "0.2"):
-        with pytest.raises(ValueError, match="is no size"):
+        with pytest.raises(ValueError, match="must be a size"):
             parse_bytes(wrong)
 
 

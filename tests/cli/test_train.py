@@ -15,7 +15,8 @@ from hasten import FastLanguageModel
 from hasten.cli import Method
 from hasten.errors import DatasetError, HastenError, OptionError, TrainingError
 from hasten.export.save import METHODS
-from hasten.training.config import SaveMethod, read_job
+from hasten.options.data import SaveMethod
+from hasten.training.config import read_job
 from hasten.training.job import Finished, run
 
 
@@ -39,7 +40,7 @@ def test_a_run_leaves_metrics_curve_summary_and_a_model_that_loads(tmp_path: Pat
         assert row["masked_percent"] == round(100 * (1 - row["learned_tokens"] / row["tokens"]), 2)
     assert (tmp_path / "out/loss.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((tmp_path / "out/summary.json").read_text())
-    assert summary["steps"] == 4 and summary["save_method"] == "lora" and summary["rows"]["rows"] == 16
+    assert summary["steps"] == 4 and summary["save_method"] == "lora" and summary["dataset"]["examples"] == 16
     reloaded, _ = FastLanguageModel.from_pretrained(str(done.saved))
     trained = {n: p for n, p in done.model.named_parameters() if "lora_B" in n}
     assert trained and all(torch.equal(p, trained[n]) for n, p in reloaded.named_parameters() if "lora_B" in n)
@@ -60,7 +61,7 @@ def test_rows_that_are_too_long(tmp_path: Path, policy: str) -> None:
     write_rows(tmp_path / "rows.jsonl", [*CHATS, long, long])
     path = write_job(tmp_path, data={"too_long": policy})
     if policy == "error":
-        with pytest.raises(DatasetError, match="2 of 18 rows are longer than max_seq_length=64"):
+        with pytest.raises(DatasetError, match="2 of 18 examples are longer than max_seq_length=64"):
             train(path)
         assert not (tmp_path / "out/metrics.jsonl").exists()
         return
@@ -68,7 +69,7 @@ def test_rows_that_are_too_long(tmp_path: Path, policy: str) -> None:
     assert done.counts.truncated == 2
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert summary["dropped_too_long"] == done.dropped == (2 if policy == "drop" else 0)
-    assert summary["rows"]["lost"] == done.counts.lost == 2 * (106 - 64)
+    assert summary["dataset"]["lost"] == done.counts.lost == 2 * (106 - 64)
 
 
 @pytest.mark.parametrize("batching", ["padded", "packing", "padding_free"])
@@ -87,7 +88,7 @@ def test_dropping_leaves_only_short_rows_to_the_trainer(tmp_path: Path, batching
 
 def test_padding_free_rows_cannot_be_truncated(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl", [{"prompt": "q", "completion": "a" * 100}] * 4)
-    with pytest.raises(DatasetError, match="4 of 4 rows are longer than max_seq_length=64"):
+    with pytest.raises(DatasetError, match="4 of 4 examples are longer than max_seq_length=64"):
         train(write_job(tmp_path, train={"assistant_only_loss": False, "padding_free": True}))
 
 
@@ -101,7 +102,7 @@ def test_padding_free_rows_cannot_be_truncated(tmp_path: Path) -> None:
             "no label|no row|left",
         ),
         ([{"question": "a", "answer": "b"}], {}, "has the columns answer, question|has the columns question, answer"),
-        ([{"text": "a"}, {"text": None}], {}, "1 rows have nothing in 'text'"),
+        ([{"text": "a"}, {"text": None}], {}, "1 examples have nothing in 'text'"),
         (CHATS, {"data": {"split": "test"}}, "cannot be read"),
         (CHATS, {"data": {"path": "missing.jsonl"}}, "missing.jsonl"),
     ],
@@ -264,10 +265,10 @@ def test_metrics_of_steps_that_will_run_again_are_dropped(tmp_path: Path) -> Non
 
 
 def test_ways_of_saving_are_checked_before_training(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="none of lora, merged_16bit, merged_4bit"):
+    with pytest.raises(OptionError, match="one of lora, merged_16bit, merged_4bit"):
         read_job(write_job(tmp_path, save={"method": "gguf"}))
     path = write_job(tmp_path, save={"method": "lora"}, model={"full_finetuning": True})
-    with pytest.raises(OptionError, match="full fine-tuning makes none"):
+    with pytest.raises(OptionError, match="full fine-tuning has none"):
         read_job(path)
     assert set(get_args(SaveMethod)) == set(METHODS) == {method.value for method in Method}
 

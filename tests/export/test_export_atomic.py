@@ -192,8 +192,8 @@ def test_damaged_base(tmp_path: Path) -> None:
     [
         ({"save_method": "merged_4bit_forced"}, "merged_16bit, merged_4bit, lora. Nearest: 'merged_4bit'"),
         ({"save_method": "16bit"}, "Nearest: 'merged_16bit'"),
-        ({"max_shard_size": "5 apples"}, "is no size"),
-        ({"max_shard_size": 0}, "is no size"),
+        ({"max_shard_size": "5 apples"}, "must be a size"),
+        ({"max_shard_size": 0}, "must be a size"),
         ({"dtype": torch.int8}, "dtype=torch.int8 cannot be honoured"),
         ({"dtype": torch.bfloat16, "save_method": "lora"}, "cannot be honoured"),
         ({"rows": torch.zeros(1, 4, dtype=torch.long)}, "measures nothing"),

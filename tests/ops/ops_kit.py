@@ -1,4 +1,4 @@
-"""What the tests of the ops share: a norm's rule, the rule of accuracy, and memory whose every byte is poisoned until it is written."""
+"""Shared by the tests of the ops: a norm's config, the accuracy rule, and NaN-poisoned allocations."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -40,7 +40,7 @@ def assert_as_good_as_torch(
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Freshly allocated memory is full of NaN (integers: their largest value); what a kernel leaves out shows."""
+    """Fills newly allocated memory with NaN (integers: the largest value), so that elements a kernel does not write show up."""
     kept = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)

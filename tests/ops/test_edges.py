@@ -186,9 +186,9 @@ def test_huge_norm_weight_gradient(room: None) -> None:
     x, weight = draw(530_000, 4096, dtype=torch.bfloat16), draw(4096).requires_grad_()
     upstream = torch.zeros_like(x)
     upstream[-3:] = 1.0
-    rule = NormConfig(1e-5, fp32_weight=True)
-    (found,) = torch.autograd.grad(norm(x, weight, rule), weight, upstream)
-    last = norm(x[-3:], weight, rule, backend="reference")
+    config = NormConfig(1e-5, fp32_weight=True)
+    (found,) = torch.autograd.grad(norm(x, weight, config), weight, upstream)
+    last = norm(x[-3:], weight, config, backend="reference")
     (expected,) = torch.autograd.grad(last, weight, upstream[-3:])
     near(found, expected)
 

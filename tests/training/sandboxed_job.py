@@ -39,8 +39,9 @@ def main(base: str, out: Path) -> None:
     from training_kit import chats
     from trl import SFTTrainer
 
+    from hasten.data import check_dataset
     from hasten.model import FastLanguageModel
-    from hasten.training import check_dataset, sft_config
+    from hasten.training import sft_config
 
     model, tokenizer = FastLanguageModel.from_pretrained(base, max_seq_length=64, load_in_4bit=True)
     model = FastLanguageModel.get_peft_model(model, r=4)
@@ -69,7 +70,7 @@ def main(base: str, out: Path) -> None:
     FastLanguageModel.for_training(model)
     model.save_pretrained(out / "adapter")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    record = {"losses": losses, "rows": counts.rows, "new": answer.shape[1] - prompt["input_ids"].shape[1]}
+    record = {"losses": losses, "rows": counts.examples, "new": answer.shape[1] - prompt["input_ids"].shape[1]}
     (out / "record.json").write_text(json.dumps({**record, "violations": violations, "left": os.listdir(".")}))
 
 

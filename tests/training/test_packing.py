@@ -12,11 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_kit import Recorder, apart, gradients_apart, gradients_of, logged, lora, on_cpu, rows, small
 from trl import SFTTrainer
 
+from hasten.data import check_dataset
 from hasten.ops.attention.kernels import forward as kernel
 from hasten.ops.attention.kernels.tiles import Tile, Tiles
 from hasten.overlays import AttentionOverlay
 from hasten.testing import tiny_tokenizer
-from hasten.training import check_dataset, sft_config
+from hasten.training import sft_config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WINDOW = 8

@@ -1,4 +1,4 @@
-"""The same eight rows in any split into batches give the same loss and gradients, and stock's."""
+"""Gradient accumulation: eight examples give stock's loss and gradients, whatever the split into microbatches."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ ALLOWED = 1e-5
 
 
 def one_step(make: Any, model: Any, data: Any, folder: Path, split: tuple[int, int], **changes: Any) -> Any:
-    """(loss, gradients) of one optimizer step over eight rows."""
+    """(loss, gradients) of one optimizer step over eight examples."""
     recorder = Recorder()
     batch, accumulation = split
     trainer = make(
@@ -56,7 +56,7 @@ def test_splits_agree_with_each_other_and_with_stock(make: Any, family: str, tmp
 
 
 def test_rows_weigh_by_their_labels(tmp_path: Path) -> None:
-    """Rows with very different numbers of labels: a mean of means would be far off, and must fail the comparison."""
+    """Examples with very different numbers of labels: a mean of means would be far off, and must fail the comparison."""
     lengths = [40, 4, 30, 5, 20, 6, 10, 7]
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(6, 200, (n,), generator=generator).tolist() for n in lengths]

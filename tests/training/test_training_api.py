@@ -1,4 +1,4 @@
-"""The same through FastLanguageModel, from a checkpoint on disk: against transformers, PEFT and TRL alone; and shut in."""
+"""The same through FastLanguageModel, from a checkpoint on disk: against transformers, PEFT and TRL alone; and in a sandbox."""
 
 import json
 import os

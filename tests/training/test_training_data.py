@@ -1,21 +1,20 @@
-"""From a dataset to what the model learns: packing, masks, padding, and what is refused or counted before step one."""
+"""From a dataset to what the model learns: packing, masks, padding, and the settings that `sft_config` makes."""
 
-import logging
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
-from training_kit import apart, both, chats, curve, hf, lora, rows, sft, small, texts
+from datasets import Dataset
+from training_kit import apart, both, chats, curve, lora, sft, small, texts
 from transformers import DataCollatorForLanguageModeling, TrainingArguments
 
-from hasten.errors import DatasetError, InputError, OptionError, TrainingError
+from hasten.errors import InputError, OptionError, TrainingError
 from hasten.patching import apply, plan
 from hasten.state import causal_lm_of
 from hasten.testing import tiny_model, tiny_tokenizer
-from hasten.training import check_dataset, sft_config
+from hasten.training import sft_config
 
 PACKED = {
     "packing": {"packing": True, "max_length": 96, "per_device_train_batch_size": 1},
@@ -179,68 +178,3 @@ def test_rows_beyond_the_models_length_raise_instead_of_being_cut(tmp_path: Path
     trainer = sft(limited(48), long, tmp_path, max_length=None)
     with pytest.raises(InputError, match="82 tokens.*max_seq_length=48"):
         trainer.train()
-
-
-def test_truncated_and_masked_rows_are_counted(caplog: pytest.LogCaptureFixture) -> None:
-    data = Dataset.from_list(
-        [
-            {"input_ids": list(range(10)), "labels": [-100] * 4 + list(range(4, 10))},
-            {"input_ids": list(range(10)), "labels": [-100] * 8 + [8, 9]},
-            {"input_ids": list(range(5)), "labels": [0, -100, -100, -100, -100]},
-            {"input_ids": list(range(3)), "labels": [0, 1, 2]},
-        ]
-    )
-    with caplog.at_level(logging.WARNING, "hasten.training.trainer"):
-        counts = check_dataset(data, max_length=8)
-    assert (counts.rows, counts.truncated, counts.lost, counts.masked) == (4, 2, 4, 2)
-    assert (counts.tokens, counts.labels) == (8 + 8 + 5 + 3, 4 + 0 + 0 + 2)
-    assert "2 rows truncated (4 tokens lost), 2 rows with nothing to learn" in caplog.text
-    caplog.clear()
-    whole = check_dataset(data.select([0, 3]))
-    assert (whole.truncated, whole.masked, whole.labels) == (0, 0, 8) and not caplog.text
-
-
-def test_nothing_to_learn_raises_before_step_one(tmp_path: Path) -> None:
-    masked = {"input_ids": [5, 6, 7, 8], "labels": [-100] * 4}
-    late = {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, -100, 8]}
-    with pytest.raises(DatasetError, match="train dataset is empty"):
-        check_dataset(Dataset.from_list([]))
-    with pytest.raises(DatasetError, match="eval dataset is None"):
-        check_dataset(None, name="eval")
-    with pytest.raises(DatasetError, match="all 3 rows are masked"):
-        check_dataset(Dataset.from_list([masked] * 3))
-    with pytest.raises(DatasetError, match="after truncation to max_length=3"):
-        check_dataset(Dataset.from_list([late] * 3), max_length=3)
-    with pytest.raises(DatasetError, match="masked"):
-        check_dataset(Dataset.from_list([{"input_ids": [5, 6], "completion_mask": [1, 0]}]))
-    assert check_dataset(Dataset.from_list([late] * 3)).labels == 3
-
-    prompts = Dataset.from_list([{"prompt": "a" * 30, "completion": "b"}] * 4)
-    trainer = sft(small("llama", True, lora()), prompts, tmp_path, max_length=20)
-    with pytest.raises(DatasetError, match="all 4 rows are masked.*prompt or assistant mask"):
-        check_dataset(prompts, trainer)
-
-
-def test_rows_that_the_trainer_tokenises_are_counted_uncut(tmp_path: Path) -> None:
-    data = Dataset.from_list([{"prompt": "a" * n, "completion": "b" * 5} for n in (3, 20, 40)])
-    assert check_dataset(data).rows == 3 and check_dataset(data).truncated is None
-    trainer = sft(small("llama", True, lora()), data, tmp_path, max_length=24)
-    counts = check_dataset(data, trainer)
-    # BOS, prompt, completion, EOS: 10, 27 and 47 tokens
-    assert (counts.rows, counts.truncated, counts.lost, counts.masked) == (3, 2, 3 + 23, 1)
-    assert counts.labels == 6 + 3
-    assert counts.labels == sum(label != -100 for row in trainer.train_dataset for label in row["labels"])
-    assert trainer.args.max_length == 24 and len(trainer.train_dataset) == 2
-    assert check_dataset(trainer.train_dataset, trainer).truncated == 0
-    split = sft(small("llama", True, lora()), data, tmp_path, max_length=24, packing=True, packing_strategy="bfd_split")
-    assert check_dataset(data, split).truncated == 0
-    with pytest.raises(DatasetError, match="does not tokenise"):
-        check_dataset(data, hf(small("llama", True), rows(4), tmp_path))
-
-
-def test_streams_are_checked_for_a_first_row() -> None:
-    full = IterableDataset.from_generator(lambda: iter([{"text": "a"}]))
-    empty = IterableDataset.from_generator(lambda: iter([]))
-    assert check_dataset(full).rows is None
-    with pytest.raises(DatasetError, match="empty"):
-        check_dataset(empty)

@@ -1,4 +1,4 @@
-"""Ten steps are five steps, a kill -9 and five more in a fresh process, bit for bit."""
+"""Resuming: ten steps equal five steps, a kill -9, and five more in a fresh process, bit for bit."""
 
 import json
 import os

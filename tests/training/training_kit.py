@@ -1,4 +1,4 @@
-"""What the training tests share: the same tiny model stock and under overlays, ragged data, and trainers that record."""
+"""Shared by the training tests: the same tiny model with and without overlays, examples of varying length, trainers."""
 
 import functools
 import types
@@ -37,7 +37,7 @@ def small(
     attention: str = "eager",
     **changes: Any,
 ) -> Any:
-    """A two-layer tiny model in training mode; with the same arguments the same weights, whether under overlays or not."""
+    """A two-layer tiny model in training mode; the same weights for the same arguments, with and without overlays."""
     model = tiny_model(model_type, **{"num_hidden_layers": 2, "max_position_embeddings": 256, **changes})
     model.set_attn_implementation(attention)
     if nf4:
@@ -53,7 +53,7 @@ def small(
 
 
 def stir(model: Any) -> None:
-    """Gives LoRA B and DoRA magnitudes values other than their start's, so that every gradient is there at step one."""
+    """Sets LoRA B to non-zero values, so that no gradient is zero at step one."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -62,7 +62,7 @@ def stir(model: Any) -> None:
 
 
 def rows(count: int, longest: int = 24, seed: int = 0, masked: bool = True) -> Dataset:
-    """Tokenised rows of ragged length; with `masked` the first part of each, the prompt, has no labels."""
+    """Tokenised examples of varying length; with `masked` the first part of each, the prompt, has no labels."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for _ in range(count):
@@ -146,7 +146,7 @@ def sft(model: Any, data: Any, folder: Any, trainer: dict[str, Any] | None = Non
 
 
 def hf(model: Any, data: Any, folder: Any, trainer: dict[str, Any] | None = None, **changes: Any) -> Trainer:
-    """transformers' trainer, unmodified, ready to train on tokenised rows."""
+    """transformers' trainer, unmodified, ready to train on tokenised examples."""
     collator = DataCollatorForSeq2Seq(tiny_tokenizer(), padding=True)
     arguments = TrainingArguments(**plain_settings(folder, **changes))
     return Trainer(model=model, args=arguments, train_dataset=data, data_collator=collator, **(trainer or {}))
@@ -179,14 +179,14 @@ def apart(ours: torch.Tensor, stock: torch.Tensor) -> float:
 
 
 def gradients_apart(ours: dict[str, torch.Tensor], stock: dict[str, torch.Tensor]) -> float:
-    """Largest relative distance of two sets of gradients, each tensor by its norm, or by a share of the largest one."""
+    """Largest relative distance of two sets of gradients: per tensor, relative to its norm or to 1e-4 of the largest norm."""
     assert ours.keys() == stock.keys() and ours
     floor = 1e-4 * max(float(g.norm()) for g in stock.values())
     return max(float((ours[n] - stock[n]).norm()) / max(float(stock[n].norm()), floor) for n in stock)
 
 
 def preferences(count: int, seed: int = 0) -> Dataset:
-    """Prompts with a chosen and a rejected completion, of ragged length, as text."""
+    """Prompts with a chosen and a rejected completion, of varying length, as text."""
     generator = torch.Generator().manual_seed(seed)
     return Dataset.from_list(
         [{name: _letters(generator, 2, 14) for name in ("prompt", "chosen", "rejected")} for _ in range(count)]

@@ -1,68 +1,43 @@
-"""Linears with LoRA (Hu et al. 2021, arXiv:2106.09685) over weights of any storage, and what is acts of them.
+"""Linears with LoRA (Hu et al. 2021, arXiv:2106.09685) over a frozen or trained base weight in any storage format.
 
 y_i == x @ W_i.T + bias_i + scale_i * (x @ A_i.T) @ B_i.T            lora_linears(x, linears)
 q, k == rope(norm(q)), rope(norm(k)) of the first two of them       lora_qkv(x, (q, k, v), heads)
 y   == down(act(gate(x)) * up(x)), each of the three as above        lora_mlp(x, (gate, up, down), activation)
+
+B batch, T tokens of a sequence, N tokens in all, E input channels, O output channels, F intermediate channels of the MLP,
+H heads, D channels of a head, R rank. A LoRA's own term, scale * (x @ A.T) @ B.T, is called its delta.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 
 from hasten.ops.backend import Backend, backend_for
 from hasten.ops.lora import reference
+from hasten.ops.lora.weight import DenseWeight, Weight
 from hasten.ops.norm import NormInput
 from hasten.ops.rope import QKNorm
 
-
-class Weight(Protocol):
-    """An (out, in) matrix in whatever storage. held: the tensor itself, where it is stored as it is."""
-
-    @property
-    def shape(self) -> tuple[int, int]: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def held(self) -> torch.Tensor | None: ...
-
-    def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """The matrix in `dtype`."""
-        ...
-
-    def write(self, out: torch.Tensor) -> None:
-        """Writes the matrix into `out` (out, in), in its dtype."""
-        ...
-
-
-@dataclass(frozen=True)
-class DenseWeight:
-    """A matrix as it is."""
-
-    held: torch.Tensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.held.shape[0], self.held.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        return self.held.device
-
-    def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        return self.held.to(dtype)
-
-    def write(self, out: torch.Tensor) -> None:
-        out.copy_(self.held.detach())
+__all__ = [
+    "DenseWeight",
+    "HeadsConfig",
+    "LoraLinear",
+    "Weight",
+    "lora_linears",
+    "lora_mlp",
+    "lora_qkv",
+]
 
 
 @dataclass(frozen=True)
 class LoraLinear:
-    """One Linear. bias (out,). a (R, in), b (out, R): None = no LoRA. a and b always train; weight and bias where the tensors
-    that they are held in ask for gradients."""
+    """One Linear and its LoRA.
+
+    weight: (out, in). bias: (out,). a: (R, in), b: (out, R); None = no LoRA. scale: alpha / r, or alpha / sqrt(r) (rsLoRA).
+    a and b always train. The weight trains where its stored tensor requires a gradient, the bias where it does.
+    """
 
     weight: Weight
     bias: torch.Tensor | None = None
@@ -72,8 +47,8 @@ class LoraLinear:
 
     @property
     def trained_weight(self) -> torch.Tensor | None:
-        held = self.weight.held
-        return held if held is not None and held.requires_grad else None
+        stored = self.weight.stored
+        return stored if stored is not None and stored.requires_grad else None
 
     @property
     def trained_bias(self) -> torch.Tensor | None:
@@ -87,11 +62,13 @@ def lora_linears(
     norm_input: NormInput | None = None,
     backend: Backend | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """Every linear's output for one input that they share, on top of `residual` (..., out) where given (one linear then).
+    """Runs all linears that read one input, as one matmul; adds `residual` inside that matmul (addmm).
 
-    x: (..., in), of the dtype to multiply in. norm_input: the norm's input that x was acts from; given, that is kept for the
-    backward in place of x. Returns one (..., out_i) of x's dtype each; they may share one buffer, rows apart. Gradients: x,
-    residual, every a and b, weights and biases that train (each in its own dtype, summed in fp32).
+    x: (..., in), in the dtype to multiply in. residual: (..., out), with a single linear only.
+    norm_input: the input of the norm that produced x. If given, the backward recomputes x from it and x is not saved.
+    Returns one (..., out_i) per linear, in x's dtype; they may be slices of one buffer, side by side.
+    Gradients: x, residual, every a and b, weights and biases that train (each in its own dtype, summed in fp32).
+    Raises RuntimeError in the backward if a weight was changed in place since the forward.
     """
     if backend_for(x, backend) == "triton":
         from hasten.ops.lora.kernels import linear as kernel
@@ -102,7 +79,8 @@ def lora_linears(
 
 @dataclass(frozen=True)
 class HeadsConfig:
-    """How projections become heads: channels of a head, cos and sin (B or 1, T, D) or None, and the rest as in `qk_rope`."""
+    """How q, k and v become heads. dim: channels per head. position: cos and sin, each (B or 1, T, D), or None = no rotation.
+    rotation, fp32, qk_norm: as in `ops.rope.qk_rope`."""
 
     dim: int
     position: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -118,10 +96,10 @@ def lora_qkv(
     norm_input: NormInput | None = None,
     backend: Backend | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, keys and values (B, T, H_i, D) of x (B, T, E): projected, q and k normed and rotated.
+    """Projects x to queries, keys and values; applies the q/k norm and the rotary embedding to q and k.
 
-    linears: q, k, v. The three may share one buffer, tokens apart, heads and channels contiguous. Gradients as in
-    `lora_linears`, and the q/k norm's weights.
+    x: (B, T, E). linears: q, k, v. Returns three (B, T, H_i, D) in x's dtype; they may be slices of one buffer whose heads
+    and channels are contiguous. norm_input and gradients: as in `lora_linears`; also the weights of the q/k norm.
     """
     if backend_for(x, backend) == "triton":
         from hasten.ops.lora.kernels import qkv as kernel
@@ -139,11 +117,13 @@ def lora_mlp(
     tile: int | None = None,
     backend: Backend | None = None,
 ) -> torch.Tensor:
-    """The gated MLP, on top of `residual` (..., E) where given; linears: gate, up, down. x: (..., E). Keeps the products of gate
-    and up for the backward, which writes over them, and makes the activation again.
+    """Runs the gated MLP; adds `residual` inside the last matmul (addmm).
 
-    tile: so many rows at a time, forward and backward; then only the input is kept, gate and up are acts again too, and what is
-    as wide as the MLP is never longer than a tile. None = all rows at once. Gradients and `norm_input` as in `lora_linears`.
+    x, residual: (..., E). linears: gate, up, down. activation: a name in `ops.glu.ACTIVATIONS`.
+    tile: None = saves the outputs of gate and up; the backward recomputes the activation and overwrites them with their
+    gradients, so it runs once. A number = processes that many tokens at a time, forward and backward; saves only the input
+    and recomputes gate and up. Then no buffer of width F is longer than a tile.
+    Returns (..., E) in x's dtype. norm_input and gradients: as in `lora_linears`.
     """
     if backend_for(x, backend) == "triton":
         from hasten.ops.lora.kernels import mlp as kernel

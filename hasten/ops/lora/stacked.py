@@ -1,8 +1,9 @@
-"""Several linears that read one input as one: a tall matrix, all A on top of each other, all B on one diagonal.
+"""Stacks linears that read one input, so that forward and backward run one large matmul instead of several small ones.
 
-With W = [W_1; W_2; ...], A = [A_1; A_2; ...] and B = diag(scale_1 * B_1.T, scale_2 * B_2.T, ...):
-    y == base + x @ W.T + (x @ A.T) @ B            y's columns are the linears' outputs side by side
-so that products are few and large, and so are those of the backward.
+With W = [W_1; W_2; ...], A = [A_1; A_2; ...] and B = block_diag(scale_1 * B_1.T, scale_2 * B_2.T, ...):
+    y == base + x @ W.T + (x @ A.T) @ B            y's columns are the linears' outputs, side by side
+
+N tokens, E input channels, O output channels of all linears together, R rank of all LoRAs together.
 """
 
 from __future__ import annotations
@@ -13,55 +14,59 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hasten.ops.lora.weight import mm
+
 if TYPE_CHECKING:
     from hasten.ops.lora import LoraLinear
 
 
 def matmul_fp32(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """left @ right summed in fp32, in `dtype`: no 16-bit rounding on the way into an fp32 gradient."""
+    """left @ right in `dtype`. An fp32 result of 16-bit inputs is never rounded to 16 bits on the way."""
     if left.is_cuda and left.dtype != torch.float32 and dtype == torch.float32:
         return torch.mm(left, right, out_dtype=torch.float32)
     return (left @ right).to(dtype)
 
 
 def parameters(linears: Sequence[LoraLinear]) -> list[torch.Tensor | None]:
-    """What autograd must see, four a linear: A, B, and the weight and bias where they train."""
+    """The tensors that autograd must see, four per linear: A, B, and the weight and bias where they train."""
     return [t for one in linears for t in (one.a, one.b, one.trained_weight, one.trained_bias)]
 
 
 def versions(linears: Sequence[LoraLinear]) -> tuple[int, ...]:
-    """How often what a backward reads again was changed in place so far, as autograd counts it."""
-    read = [t for one in linears for t in (one.a, one.b, one.weight.held) if t is not None]
+    """Autograd's version counters of the tensors that a backward reads again: A, B and stored weights."""
+    read = [t for one in linears for t in (one.a, one.b, one.weight.stored) if t is not None]
     return tuple(t._version for t in read if not t.is_inference())
 
 
 def check_versions(linears: Sequence[LoraLinear], before: tuple[int, ...]) -> None:
-    """Raises RuntimeError where a weight was changed since the forward, as autograd does for tensors that it keeps itself."""
+    """Raises RuntimeError if a weight was changed since the forward, as autograd does for the tensors that it saves."""
     if versions(linears) != before:
         raise RuntimeError(
-            "a weight of a linear was changed in place between its forward and its backward, which reads it again: take the "
-            "backward first, or run the forward anew"
+            "a weight of a linear was changed in place between forward and backward, and the backward needs the value of the "
+            "forward: run the backward before the optimizer step, or run the forward again"
         )
 
 
 @dataclass(frozen=True)
 class Adapters:
-    """a (R, E) and b (R, O), scaled, in the products' dtype; R is the sum of all ranks, O of all widths."""
+    """All LoRAs of stacked linears: a (R, E), and b (R, O) scaled and transposed, both in the dtype of the matmuls."""
 
     a: torch.Tensor
     b: torch.Tensor
 
 
 def widths(linears: Sequence[LoraLinear]) -> list[int]:
+    """Output channels of each linear."""
     return [one.weight.shape[0] for one in linears]
 
 
 def ranks(linears: Sequence[LoraLinear]) -> list[int]:
+    """Rank of each linear's LoRA, 0 without one."""
     return [0 if one.a is None else one.a.shape[0] for one in linears]
 
 
 def blocks_of(linears: Sequence[LoraLinear]) -> list[tuple[slice, slice]]:
-    """Where each linear's own block lies in the (R, O) diagonal."""
+    """(ranks, output channels) of each linear in the stacked (R, O) matrix."""
     found, row, column = [], 0, 0
     for rank, width in zip(ranks(linears), widths(linears), strict=True):
         found.append((slice(row, row + rank), slice(column, column + width)))
@@ -70,7 +75,7 @@ def blocks_of(linears: Sequence[LoraLinear]) -> list[tuple[slice, slice]]:
 
 
 def adapters(linears: Sequence[LoraLinear], dtype: torch.dtype) -> Adapters | None:
-    """Both matrices of all LoRAs together, or None where there is none."""
+    """Stacks A and B of all LoRAs; None where no linear has one."""
     with_lora = [one.a for one in linears if one.a is not None]
     if not with_lora:
         return None
@@ -83,11 +88,47 @@ def adapters(linears: Sequence[LoraLinear], dtype: torch.dtype) -> Adapters | No
     return Adapters(a, b)
 
 
+def matmul(
+    x_NE: torch.Tensor,
+    linears: Sequence[LoraLinear],
+    add_to: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x @ [W_1; W_2; ...].T (N, O), plus `add_to` (N, O) if given. out: where to write; it may be `add_to`."""
+    if len(linears) == 1:
+        return linears[0].weight.matmul(x_NE, add_to, out)
+    if not any(one.weight.overrides_matmul for one in linears):
+        return mm(x_NE, weight_of(linears, x_NE.dtype).T, add_to, out)
+    out = x_NE.new_empty(x_NE.shape[0], sum(widths(linears))) if out is None else out
+    for one, (_, columns) in zip(linears, blocks_of(linears), strict=True):
+        one.weight.matmul(x_NE, None if add_to is None else add_to[:, columns], out[:, columns])
+    return out
+
+
+def matmul_t(
+    dy_NO: torch.Tensor,
+    linears: Sequence[LoraLinear],
+    add_to: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """dy @ [W_1; W_2; ...] (N, E), plus `add_to` (N, E) if given. out: where to write; it may be `add_to`."""
+    if len(linears) == 1:
+        return linears[0].weight.matmul_t(dy_NO, add_to, out)
+    if not any(one.weight.overrides_matmul for one in linears):
+        return mm(dy_NO, weight_of(linears, dy_NO.dtype), add_to, out)
+    total = add_to
+    for one, (_, columns) in zip(linears, blocks_of(linears), strict=True):
+        total = one.weight.matmul_t(dy_NO[:, columns], total, out)
+        out = total
+    assert total is not None
+    return total
+
+
 def weight_of(linears: Sequence[LoraLinear], dtype: torch.dtype) -> torch.Tensor:
-    """[W_1; W_2; ...] in `dtype`: a view where the weights lie behind each other in memory, else a new buffer."""
+    """[W_1; W_2; ...] in `dtype`: a view where the weights are packed in one buffer, else a new buffer."""
     if len(linears) == 1:
         return linears[0].weight.dense(dtype)
-    view = stacked_view([one.weight.held for one in linears])
+    view = stacked_view([one.weight.stored for one in linears])
     if view is not None and view.dtype == dtype:
         return view
     shapes = widths(linears)
@@ -98,7 +139,7 @@ def weight_of(linears: Sequence[LoraLinear], dtype: torch.dtype) -> torch.Tensor
 
 
 def stacked_view(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    """One view over matrices of one dtype that follow each other in one storage, or None."""
+    """One view over matrices of one dtype that follow each other in one storage (packed), or None."""
     first, end = tensors[0], None
     if first is None:
         return None
@@ -115,7 +156,7 @@ def stacked_view(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
 
 
 def bias_of(linears: Sequence[LoraLinear], dtype: torch.dtype) -> torch.Tensor | None:
-    """All biases side by side (O,), zeros where a linear has none; None where none has."""
+    """Concatenates all biases (O,), with zeros for a linear without one; None where no linear has one."""
     if all(one.bias is None for one in linears):
         return None
     parts = [
@@ -134,7 +175,11 @@ def parameter_gradients(
     d_xa: torch.Tensor | None,
     d_bs: Sequence[torch.Tensor],
 ) -> list[Any]:
-    """The gradients of `parameters(linears)`. d_bs: each linear's (O_i, R_i), of B before it was scaled."""
+    """The gradients of `parameters(linears)`, summed over tokens in fp32, each in its parameter's dtype.
+
+    x: the linears' input, or None where neither a LoRA nor a weight trains. d_xa: gradient of x @ A.T (N, R).
+    d_bs: for each linear the (O_i, R_i) gradient of scale * B.
+    """
     d_a = None
     if d_xa is not None and x_NE is not None:
         kind = next(one.a.dtype for one in linears if one.a is not None)

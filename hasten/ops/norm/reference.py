@@ -6,12 +6,12 @@ from hasten.ops.norm.config import NormConfig
 from hasten.ops.precision import at_least_fp32
 
 
-def norm(x: torch.Tensor, weight: torch.Tensor, rule: NormConfig) -> torch.Tensor:
+def norm(x: torch.Tensor, weight: torch.Tensor, config: NormConfig) -> torch.Tensor:
     wide = at_least_fp32(x)
-    if rule.kind == "layer":
+    if config.kind == "layer":
         wide = wide - wide.mean(-1, keepdim=True)
-    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + rule.eps)
-    scale = at_least_fp32(weight) if rule.fp32_weight else weight
-    if rule.unit_offset:
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + config.eps)
+    scale = at_least_fp32(weight) if config.fp32_weight else weight
+    if config.unit_offset:
         scale = 1.0 + scale
-    return (normed * scale).to(x.dtype) if rule.fp32_weight else scale * normed.to(x.dtype)
+    return (normed * scale).to(x.dtype) if config.fp32_weight else scale * normed.to(x.dtype)

@@ -1,4 +1,4 @@
-"""Autograd around the kernels of q/k norm and rotation."""
+"""The autograd Function of q/k norm and rotary embedding, around the kernels."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 class QKRopeFunction(torch.autograd.Function):
-    """Saves cos and sin, and with a norm also q and k as they came."""
+    """Saves cos and sin; with a q/k norm also its inputs q and k."""
 
     @staticmethod
-    def forward(ctx: Any, q: Any, k: Any, wq: Any, wk: Any, cos: Any, sin: Any, rule: RopeConfig) -> Any:
+    def forward(ctx: Any, q: Any, k: Any, wq: Any, wk: Any, cos: Any, sin: Any, config: RopeConfig) -> Any:
         q, k = flat_tokens(q), flat_tokens(k)
         out = (
             torch.empty(q.shape, device=q.device, dtype=q.dtype),
@@ -26,11 +26,11 @@ class QKRopeFunction(torch.autograd.Function):
         )
         table = None if cos is None else (cos.contiguous(), sin.contiguous())
         weights = None if wq is None else (wq.contiguous(), wk.contiguous())
-        qk_rope_fwd((q, k), weights, table, rule, out)
+        qk_rope_fwd((q, k), weights, table, config, out)
         ctx.save_for_backward(
             *((q, k) if weights else (None, None)), *(weights or (None, None)), *(table or (None, None))
         )
-        ctx.rule = rule
+        ctx.config = config
         return out
 
     @staticmethod
@@ -45,7 +45,7 @@ class QKRopeFunction(torch.autograd.Function):
         train = wq is not None and (ctx.needs_input_grad[2] or ctx.needs_input_grad[3])
         table = None if cos is None else (cos, sin)
         d_weights = qk_rope_bwd(
-            d, None if q is None else (q, k), None if wq is None else (wq, wk), table, ctx.rule, out, train
+            d, None if q is None else (q, k), None if wq is None else (wq, wk), table, ctx.config, out, train
         )
         return *out, *d_weights, None, None, None
 
@@ -64,4 +64,4 @@ def qk_rope(
 
 
 def rope_config(rotation: str, fp32: bool, qk_norm: QKNorm | None) -> RopeConfig:
-    return RopeConfig(rotation == "interleaved", fp32, NormConfig(0.0) if qk_norm is None else qk_norm.rule)
+    return RopeConfig(rotation == "interleaved", fp32, NormConfig(0.0) if qk_norm is None else qk_norm.config)

@@ -1,4 +1,4 @@
-"""Norm on queries and keys and rotary positions in plain torch."""
+"""q/k norm and rotary embedding in plain torch: the oracle of the kernel and the path on the CPU."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def qk_rope(
     qk_norm: QKNorm | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if qk_norm is not None:
-        q_BTHD = norm(q_BTHD, qk_norm.q_weight, qk_norm.rule)
-        k_BTHD = norm(k_BTHD, qk_norm.k_weight, qk_norm.rule)
+        q_BTHD = norm(q_BTHD, qk_norm.q_weight, qk_norm.config)
+        k_BTHD = norm(k_BTHD, qk_norm.k_weight, qk_norm.config)
     if position is None:
         return q_BTHD, k_BTHD
     cos_BT1D, sin_BT1D = (table.unsqueeze(2) for table in position)

@@ -7,6 +7,7 @@ call, and stays installed whatever function a trainer sets, so nothing of transf
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Iterator
@@ -113,3 +114,6 @@ def _tensors(tree: Any) -> Iterator[torch.Tensor]:
     elif isinstance(tree, (list, tuple)):
         for value in tree:
             yield from _tensors(value)
+    elif dataclasses.is_dataclass(tree):  # an AttentionContext
+        for one in dataclasses.fields(tree):
+            yield from _tensors(getattr(tree, one.name))

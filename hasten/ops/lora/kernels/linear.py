@@ -1,8 +1,11 @@
-"""LoRA that costs little: products by cuBLAS, few and large, what lies between them in few passes, gradients summed in fp32.
+"""Linears with LoRA on a GPU: few large cuBLAS matmuls, fused additions, gradients summed in fp32.
 
-- Linears that read one input are one product (see `stacked`), and so are all A, all B and their gradients.
-- A residual, a bias and B's share are laid down in one pass, and the product adds itself to them; the input's gradient
-  likewise starts as d(x @ A.T) @ A.
+- Linears that read one input are stacked (`ops.lora.stacked`): one matmul with all W, one with all A, one gradient each.
+- Fuses the LoRA delta, the bias and the residual add into the base matmul: base = residual + bias + xa @ B is written
+  first, then addmm accumulates x @ W.T onto it. The gradient of the input starts as d_xa @ A in the same way.
+
+N tokens, E input channels, O output channels of all linears, R rank of all LoRAs. xa = x @ A.T (N, R), a = A (R, E),
+b = B (R, O) with each block scaled.
 """
 
 from __future__ import annotations
@@ -25,12 +28,13 @@ from hasten.ops.lora.stacked import (
     bias_of,
     blocks_of,
     check_versions,
+    matmul,
     matmul_fp32,
+    matmul_t,
     parameter_gradients,
     parameters,
     ranks,
     versions,
-    weight_of,
     widths,
 )
 from hasten.ops.norm import NormConfig, NormInput
@@ -43,7 +47,7 @@ if TYPE_CHECKING:
 def low_rank(
     x_NE: torch.Tensor, linears: Sequence[LoraLinear]
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """(x @ A.T (N, R), A (R, E), B (R, O) scaled) of all linears' LoRAs together; three times None without any."""
+    """(xa, a, b) of all linears' LoRAs together; three times None without any."""
     found = adapters(linears, x_NE.dtype)
     return (None, None, None) if found is None else (x_NE @ found.a.T, found.a, found.b)
 
@@ -56,7 +60,7 @@ def project(
     residual_NO: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """All linears' outputs (N, O) side by side, on top of `residual` where given. xa, b: of `low_rank`. out: where to write."""
+    """The outputs of all linears side by side (N, O), plus `residual` if given. xa, b: of `low_rank`. out: where to write."""
     bias = bias_of(linears, x_NE.dtype)
     base = residual_NO
     if base is None and bias is not None:
@@ -69,27 +73,25 @@ def project(
             start = add_lora_delta(base, xa, b, out)
         else:
             start = torch.addmm(base, xa, b, out=out)
-    weight = weight_of(linears, x_NE.dtype)
-    if start is None:
-        y = torch.mm(x_NE, weight.T, out=out)
-    elif start is base:
-        y = torch.addmm(start, x_NE, weight.T, out=out)
-    else:
-        y = start.addmm_(x_NE, weight.T)
+    # `start` is ours to overwrite, unless it is the caller's residual or the expanded bias.
+    y = matmul(x_NE, linears, start, out if start is base else start)
     return y if bias is None else y.add_(bias)
 
 
-def thin_gradients(
+def lora_gradients(
     linears: Sequence[LoraLinear], dy_NO: torch.Tensor, xa_NR: torch.Tensor | None, b_RO: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-    """d(x @ A.T) (N, R), and for each linear the (O_i, R_i) gradient, fp32, of its B before it was scaled."""
+    """(d_xa (N, R), for each linear the (O_i, R_i) fp32 gradient of scale * B); (None, []) without LoRA.
+
+    One kernel that reads dy once, where ranks and widths suit it; else two cuBLAS matmuls.
+    """
     if xa_NR is None or b_RO is None:
         return None, []
     blocks = blocks_of(linears)
     one_read = all(rank <= MAX_RANK_BACKWARD for rank in ranks(linears)) and min(widths(linears)) >= MIN_WIDTH_BACKWARD
     if not one_read or not len(dy_NO):
-        tall = matmul_fp32(xa_NR.T, dy_NO, torch.float32)
-        return dy_NO @ b_RO.T, [tall[block].T for block in blocks]
+        d_b = matmul_fp32(xa_NR.T, dy_NO, torch.float32)
+        return dy_NO @ b_RO.T, [d_b[block].T for block in blocks]
     d_xa, d_bs = torch.empty_like(xa_NR), []
     for rows, columns in blocks:
         if rows.start == rows.stop:
@@ -108,42 +110,47 @@ def input_gradient(
     a: torch.Tensor | None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The gradient (N, E) of the input that all linears read. out: where to write."""
-    weight = weight_of(linears, dy_NO.dtype)
+    """d_xa @ A + dy @ W (N, E): the gradient of the input that all linears read. out: where to write."""
     if d_xa is None or a is None:
-        return torch.mm(dy_NO, weight, out=out)
-    return torch.mm(d_xa, a, out=out).addmm_(dy_NO, weight)
+        return matmul_t(dy_NO, linears, out=out)
+    dx = torch.mm(d_xa, a, out=out)
+    return matmul_t(dy_NO, linears, dx, dx)
 
 
 class SavedInput:
-    """What every Function here keeps of its input: the input, or what its norm acts it from, or nothing."""
+    """What a Function saves of its input x: x itself, or the input of the norm that produced x, or nothing.
+
+    The norm's input is saved by the layer anyway (it is the residual stream), and a norm is cheap to recompute.
+    """
 
     @staticmethod
     def tensors(x_NE: torch.Tensor, norm_input: NormInput | None, needed: bool) -> tuple[torch.Tensor | None, ...]:
+        """The two entries for save_for_backward. needed: whether the backward reads x at all (`needs_input`)."""
         if not needed:
             return None, None
         return (x_NE, None) if norm_input is None else (norm_input.x, norm_input.weight)
 
     @staticmethod
-    def rule(norm_input: NormInput | None) -> NormConfig | None:
-        return None if norm_input is None else norm_input.rule
+    def config(norm_input: NormInput | None) -> NormConfig | None:
+        return None if norm_input is None else norm_input.config
 
     @staticmethod
-    def rows(
-        x: torch.Tensor | None, weight: torch.Tensor | None, rule: NormConfig | None, dtype: torch.dtype
+    def restore(
+        x: torch.Tensor | None, weight: torch.Tensor | None, config: NormConfig | None, dtype: torch.dtype
     ) -> torch.Tensor | None:
-        """The input's rows again, in the products' dtype: a norm with an fp32 weight gives fp32 rows."""
-        if x is None or weight is None or rule is None:
+        """x (N, E) again from the saved entries, in the dtype of the matmuls (a norm with an fp32 weight gives fp32)."""
+        if x is None or weight is None or config is None:
             return x
-        return flat_rows(NormInput(x, weight, rule).again()).to(dtype)
+        return flat_rows(NormInput(x, weight, config).recompute()).to(dtype)
 
 
 def needs_input(linears: Sequence[LoraLinear]) -> bool:
+    """Whether the backward reads the linears' input: for the gradient of an A or of a weight."""
     return any(one.a is not None or one.trained_weight is not None for one in linears)
 
 
 class LoraLinearsFunction(torch.autograd.Function):
-    """Parameters come in as arguments only so that autograd sees them."""
+    """Saves the input (see `SavedInput`), xa, a and b. `parameters(linears)` are arguments so that autograd sees them."""
 
     @staticmethod
     def forward(
@@ -153,20 +160,20 @@ class LoraLinearsFunction(torch.autograd.Function):
         xa, a, b = low_rank(flat, linears)
         y = project(flat, linears, xa, b, None if residual is None else flat_rows(residual))
         ctx.save_for_backward(*SavedInput.tensors(flat, norm_input, needs_input(linears)), xa, a, b)
-        ctx.linears, ctx.versions, ctx.rule = linears, versions(linears), SavedInput.rule(norm_input)
+        ctx.linears, ctx.versions, ctx.norm_config = linears, versions(linears), SavedInput.config(norm_input)
         ctx.shape, ctx.has_residual = x.shape, residual is not None
         return tuple(out.view(*x.shape[:-1], -1) for out in y.split(widths(linears), dim=1))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        source, norm_weight, xa, a, b = ctx.saved_tensors
+        saved_x, norm_weight, xa, a, b = ctx.saved_tensors
         check_versions(ctx.linears, ctx.versions)
-        rows = [flat_rows(g) for g in grads]
-        dy = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
-        d_xa, d_b = thin_gradients(ctx.linears, dy, xa, b)
+        flat_grads = [flat_rows(g) for g in grads]
+        dy = flat_grads[0] if len(flat_grads) == 1 else torch.cat(flat_grads, dim=1)
+        d_xa, d_b = lora_gradients(ctx.linears, dy, xa, b)
         dx = input_gradient(dy, ctx.linears, d_xa, a).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        flat = SavedInput.rows(source, norm_weight, ctx.rule, dy.dtype)
+        flat = SavedInput.restore(saved_x, norm_weight, ctx.norm_config, dy.dtype)
         d_residual = grads[0] if ctx.has_residual else None
         return dx, d_residual, None, None, *parameter_gradients(ctx.linears, dy, flat, d_xa, d_b)
 

@@ -1,8 +1,11 @@
-"""LoRA's share of an output, forward and backward, with one pass over what is as large as the output.
+"""The LoRA delta xa @ b, forward and backward, with one pass over the tensor of the output's size.
 
-Forward: base + xa @ b, to which a product with beta = 1 then adds itself. Backward: d(xa) and d(b) from one read of the output's
-gradient: programs own a strip of columns and walk down the rows; what is summed over rows stays in registers, what is
-summed over columns is written per strip in fp32 and added up afterwards, in a fixed order.
+Forward: writes base + xa @ b, onto which the base matmul then accumulates (addmm, beta = 1).
+Backward: computes d_xa = dy @ b.T and d_b = dy.T @ xa from one read of dy. A program owns a strip of columns and walks down
+the rows: d_b is summed in registers, the partial d_xa of each strip is stored in fp32. Partial sums are added afterwards in
+a fixed order, so results are deterministic.
+
+N tokens (rows), F output channels (columns), R rank.
 """
 
 from __future__ import annotations
@@ -14,23 +17,27 @@ import triton.language as tl
 from hasten.ops.backend import on_device, shared_memory
 
 MAX_RANK = 128
-MAX_RANK_BACKWARD = 32  # beyond, two products of cuBLAS are faster
-MIN_WIDTH_BACKWARD = 2048  # below, too
+"""Largest rank of the forward kernel, which holds all ranks in one tile; cuBLAS runs beyond."""
+MAX_RANK_BACKWARD = 32
+"""Largest rank at which the backward kernel is faster than two cuBLAS matmuls."""
+MIN_WIDTH_BACKWARD = 2048
+"""Output channels below which two cuBLAS matmuls are faster than the backward kernel."""
 TILE = {"ROWS": 64, "COLS": 256, "num_warps": 4, "num_stages": 3}
+"""Launch of the backward kernel: tokens x output channels per tile."""
 SMALL_TILE = {"ROWS": 32, "COLS": 128, "num_warps": 4, "num_stages": 2}
-"""Where a block of threads has 64 KiB of shared memory (T4)."""
+"""The same where a thread block has 64 KiB of shared memory (T4)."""
 
 
 @triton.jit
 def load_tile(ptr, rows, cols, stride, rows_end, cols_end):
-    """A (rows, cols) tile of a matrix with contiguous columns, zero outside of it."""
+    """Loads a (rows, cols) tile of a matrix with contiguous columns; zeros beyond its ends."""
     mask = (rows < rows_end)[:, None] & (cols < cols_end)[None, :]
     return tl.load(ptr + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def thin_dot(left, right, UPCAST: tl.constexpr):
-    """left @ right in fp32. UPCAST: Triton's interpreter multiplies 16-bit tiles wrongly; a GPU does it right."""
+    """left @ right, accumulated in fp32. UPCAST: set in Triton's interpreter, whose 16-bit dot is wrong."""
     if UPCAST:
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, input_precision="ieee")
@@ -63,7 +70,7 @@ def _add_lora_delta(
     base_ptr, xa_ptr, b_ptr, out_ptr, stride_base, stride_xa, stride_b, stride_out, N, F, R,
     BLOCK_R: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(F, COLS)  # one axis of programs: others end at 65535, and rows are not so few
+    blocks = tl.cdiv(F, COLS)  # one grid axis: the other axes are limited to 65535 programs
     rows = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.program_id(0) % blocks * COLS + tl.arange(0, COLS)
     ranks = tl.arange(0, BLOCK_R)
@@ -76,15 +83,17 @@ def _add_lora_delta(
 
 
 def rank_block(rank: int) -> int:
-    """The power of two that a rank is padded to; matrix units take no less than 16."""
+    """The power of two that a rank is padded to, at least 16 (the least that tensor cores take)."""
     return max(16, triton.next_power_of_2(rank))
 
 
 def add_lora_delta(
     base_NF: torch.Tensor, xa_NR: torch.Tensor, b_RF: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """base + xa @ b (N, F) of base's dtype, in `out` or new. Columns contiguous; base's rows may be one row (stride 0).
-    R <= MAX_RANK."""
+    """base + xa @ b (N, F) in base's dtype, written into `out` or a new tensor.
+
+    Columns must be contiguous; base may be one expanded row (a bias). R <= MAX_RANK.
+    """
     rows, width = base_NF.shape
     if out is None:
         out = torch.empty(rows, width, device=base_NF.device, dtype=base_NF.dtype)
@@ -107,7 +116,10 @@ def lora_delta_bwd(
     tile: dict[str, int] | None = None,
     splits: int = 8,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dy @ b.T (N, R), dy.T @ xa (F, R)), both fp32. Columns contiguous; at least one row."""
+    """(dy @ b.T (N, R), dy.T @ xa (F, R)), both fp32. Columns must be contiguous; N >= 1.
+
+    tile: the launch, None = by the GPU's shared memory. splits: programs that the tokens are divided among.
+    """
     rows, width = dy_NF.shape
     block = rank_block(xa_NR.shape[1])
     tile = (TILE if shared_memory(dy_NF.device) >= 96 * 2**10 else SMALL_TILE) if tile is None else tile

@@ -1,8 +1,12 @@
-"""The gated MLP: gate and up in one buffer, over which the backward writes their gradients, the activation acts again.
+"""The gated MLP on a GPU: gate and up share one buffer, and the backward overwrites it with their gradients.
 
-Two Functions: the first one keeps all there is to keep and has the whole backward; the second one, the last product, keeps
-nothing. So a layer that is recomputed stops before that product (torch's checkpoint stops once it has all kept tensors).
-Between them runs a `grad_anchor`: a tensor of the output's shape without memory of its own, whose gradient is the output's.
+Two autograd Functions. `LoraGluFunction` runs everything up to the last matmul, saves all tensors and has the whole backward.
+`DownFunction` runs the last matmul and saves nothing. torch's activation checkpointing stops recomputing a layer once every
+saved tensor is there, so the last matmul is not recomputed. Between the two runs a `grad_anchor`: a tensor of the output's
+shape without storage of its own, whose gradient is the gradient of the output.
+
+N tokens, E hidden size, F intermediate size. h = act(gate) * up (N, F), the input of down. xa, a, b: see `kernels.linear`;
+down_xa = h @ A.T (N, R), down_a, down_b: the same of down.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from hasten.ops.glu.kernel import glu_bwd, glu_fwd
-from hasten.ops.lora.kernels.linear import SavedInput, input_gradient, low_rank, needs_input, project, thin_gradients
+from hasten.ops.lora.kernels.linear import SavedInput, input_gradient, lora_gradients, low_rank, needs_input, project
 from hasten.ops.lora.stacked import adapters, check_versions, parameter_gradients, parameters, versions, widths
 from hasten.ops.rows import flat_rows
 
@@ -24,98 +28,104 @@ if TYPE_CHECKING:
 
 
 class GateUpActivations(NamedTuple):
-    """What the forward makes of its rows and the backward reads: gu (N, 2F) gate and up side by side, for them and for down
-    x @ A.T, A and scaled B of `low_rank`."""
+    """The activations that the backward reads. gate_up: (N, 2F), the outputs of gate and up side by side."""
 
     xa: torch.Tensor | None
     a: torch.Tensor | None
     b: torch.Tensor | None
-    gu: torch.Tensor
-    pa: torch.Tensor | None
-    a_down: torch.Tensor | None
-    b_down: torch.Tensor | None
+    gate_up: torch.Tensor
+    down_xa: torch.Tensor | None
+    down_a: torch.Tensor | None
+    down_b: torch.Tensor | None
 
 
 def gate_up_forward(
     flat: torch.Tensor, linears: Sequence[LoraLinear], activation: str
 ) -> tuple[torch.Tensor, GateUpActivations]:
-    """(act(gate) * up (N, F), what was acts on the way) of the input's rows (N, E); all there is to do before the last product."""
+    """(h (N, F), activations) of the input (N, E): the forward up to the last matmul."""
     xa, a, b = low_rank(flat, linears[:2])
-    gu = project(flat, linears[:2], xa, b)
-    product = glu_fwd(*gu.chunk(2, dim=1), activation)
-    return product, GateUpActivations(xa, a, b, gu, *low_rank(product, linears[2:]))
+    gate_up = project(flat, linears[:2], xa, b)
+    h = glu_fwd(*gate_up.chunk(2, dim=1), activation)
+    return h, GateUpActivations(xa, a, b, gate_up, *low_rank(h, linears[2:]))
 
 
-def recompute_gate_up(flat: torch.Tensor, linears: Sequence[LoraLinear], pa: torch.Tensor | None) -> GateUpActivations:
-    """What `gate_up_forward` acts of the same rows, without the product: pa is at hand."""
+def recompute_gate_up(
+    flat: torch.Tensor, linears: Sequence[LoraLinear], down_xa: torch.Tensor | None
+) -> GateUpActivations:
+    """Recomputes the activations of `gate_up_forward` without h, which only down_xa needs, and that was saved."""
     xa, a, b = low_rank(flat, linears[:2])
     found = adapters(linears[2:], flat.dtype)
-    return GateUpActivations(
-        xa, a, b, project(flat, linears[:2], xa, b), pa, *((None, None) if found is None else (found.a, found.b))
-    )
+    down_a, down_b = (None, None) if found is None else (found.a, found.b)
+    return GateUpActivations(xa, a, b, project(flat, linears[:2], xa, b), down_xa, down_a, down_b)
 
 
 def gate_up_backward(
-    dy: torch.Tensor, acts: GateUpActivations, down: Sequence[LoraLinear], activation: str, wants_product: bool
+    dy: torch.Tensor, acts: GateUpActivations, down: Sequence[LoraLinear], activation: str, needs_h: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, list[torch.Tensor]]:
-    """Writes the gradients of gate and up over `acts.gu`. Returns what down's own gradients are acts of, beside dy: its input
-    act(gate) * up acts again (None where it is not wanted), d(input @ A.T) and d(B)."""
-    halves = acts.gu.chunk(2, dim=1)
-    d_pa, d_b = thin_gradients(down, dy, acts.pa, acts.b_down)
-    d_product = input_gradient(dy, down, d_pa, acts.a_down)
-    product = d_product if wants_product else None  # which takes its gradient's place
-    glu_bwd(d_product, *halves, activation, halves, product)
-    return product, d_pa, d_b
+    """Overwrites `acts.gate_up` with the gradients of gate and up.
+
+    Returns what `parameter_gradients` of down needs beside dy: h (None unless `needs_h`), d_down_xa and d_b.
+    """
+    halves = acts.gate_up.chunk(2, dim=1)
+    d_down_xa, d_b = lora_gradients(down, dy, acts.down_xa, acts.down_b)
+    d_h = input_gradient(dy, down, d_down_xa, acts.down_a)
+    h = d_h if needs_h else None  # the recomputed h overwrites its gradient
+    glu_bwd(d_h, *halves, activation, halves, h)
+    return h, d_down_xa, d_b
 
 
 class LoraGluFunction(torch.autograd.Function):
-    """(product, product @ A.T and B of down's LoRA or None, grad_anchor)."""
+    """Returns (h, down_xa and down_b or None, grad_anchor). Saves the input and `GateUpActivations`."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, norm_input: Any, linears: Any, activation: str, *_: Any) -> Any:
-        ctx.set_materialize_grads(False)  # nobody wants zeros of the product's size
+        ctx.set_materialize_grads(False)  # else autograd allocates zeros of the size of h
         flat = flat_rows(x)
-        product, acts = gate_up_forward(flat, linears, activation)
+        h, acts = gate_up_forward(flat, linears, activation)
         ctx.save_for_backward(*SavedInput.tensors(flat, norm_input, needs_input(linears[:2])), *acts)
-        ctx.linears, ctx.rule, ctx.activation, ctx.shape = linears, SavedInput.rule(norm_input), activation, x.shape
-        ctx.spent, ctx.versions = False, versions(linears)
-        ctx.mark_non_differentiable(*(t for t in (product, acts.pa, acts.b_down) if t is not None))
-        return product, acts.pa, acts.b_down, grad_anchor_of(flat, linears)
+        ctx.linears, ctx.activation, ctx.shape = linears, activation, x.shape
+        ctx.norm_config, ctx.versions, ctx.overwritten = SavedInput.config(norm_input), versions(linears), False
+        ctx.mark_non_differentiable(*(t for t in (h, acts.down_xa, acts.down_b) if t is not None))
+        return h, acts.down_xa, acts.down_b, grad_anchor_of(flat, linears)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _product: Any, _pa: Any, _b: Any, grad: torch.Tensor | None) -> Any:
+    def backward(ctx: Any, _h: Any, _down_xa: Any, _down_b: Any, grad: torch.Tensor | None) -> Any:
         if grad is None:
             return (None,) * (4 + 4 * len(ctx.linears))
-        if ctx.spent:
-            raise RuntimeError("lora_mlp's backward ran already and overwrote what it had kept; run the forward again")
-        ctx.spent = True
+        if ctx.overwritten:
+            raise RuntimeError(
+                "the backward of lora_mlp ran already and overwrote its saved activations: run the forward again"
+            )
+        ctx.overwritten = True
         check_versions(ctx.linears, ctx.versions)
-        source, norm_weight, *kept = ctx.saved_tensors
-        acts = GateUpActivations(*kept)
+        saved_x, norm_weight, *saved = ctx.saved_tensors
+        acts = GateUpActivations(*saved)
         both, down, dy = ctx.linears[:2], ctx.linears[2:], flat_rows(grad)
-        product_and_thin = gate_up_backward(dy, acts, down, ctx.activation, needs_input(down))
-        d_down = parameter_gradients(down, dy, *product_and_thin)
-        del product_and_thin
-        d_gu = acts.gu
-        d_xa, d_b = thin_gradients(both, d_gu, acts.xa, acts.b)
-        dx = input_gradient(d_gu, both, d_xa, acts.a).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        flat = SavedInput.rows(source, norm_weight, ctx.rule, dy.dtype)
-        return dx, None, None, None, *parameter_gradients(both, d_gu, flat, d_xa, d_b), *d_down
+        of_down = gate_up_backward(dy, acts, down, ctx.activation, needs_input(down))
+        d_down = parameter_gradients(down, dy, *of_down)
+        del of_down  # frees h
+        d_gate_up = acts.gate_up
+        d_xa, d_b = lora_gradients(both, d_gate_up, acts.xa, acts.b)
+        dx = input_gradient(d_gate_up, both, d_xa, acts.a).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        flat = SavedInput.restore(saved_x, norm_weight, ctx.norm_config, dy.dtype)
+        return dx, None, None, None, *parameter_gradients(both, d_gate_up, flat, d_xa, d_b), *d_down
 
 
 def grad_anchor_of(flat: torch.Tensor, linears: Sequence[LoraLinear]) -> torch.Tensor:
-    """The output's rows (N, E) without memory: what the last Function's gradient runs along to the one that has the backward."""
+    """An (N, E) tensor of one element, expanded: takes the output's gradient from the last Function to the backward's."""
     return flat.new_empty(1).expand(len(flat), sum(widths(linears[2:])))
 
 
 class DownFunction(torch.autograd.Function):
-    """The last product, on top of a residual where given. All gradients but the residual's are acts behind `grad_anchor`."""
+    """h @ down (+ residual). Saves nothing: every gradient but the residual's is computed behind `grad_anchor`."""
 
     @staticmethod
-    def forward(ctx: Any, _thread: Any, product: Any, pa: Any, b: Any, residual: Any, down: LoraLinear) -> torch.Tensor:
+    def forward(
+        ctx: Any, _grad_anchor: Any, h: Any, down_xa: Any, down_b: Any, residual: Any, down: LoraLinear
+    ) -> torch.Tensor:
         ctx.shape = None if residual is None else residual.shape
-        return project(product, (down,), pa, b, None if residual is None else flat_rows(residual))
+        return project(h, (down,), down_xa, down_b, None if residual is None else flat_rows(residual))
 
     @staticmethod
     @once_differentiable

@@ -1,11 +1,15 @@
-"""The gated MLP some rows at a time: nothing as wide as the MLP outlives its tile, in either direction.
+"""The gated MLP, some tokens at a time: no buffer of the intermediate size outlives its tile, forward or backward.
 
-Two Functions, as in `mlp.kernel`, but the first one computes nothing: it keeps the input and has the whole backward, which makes
-gate and up again tile by tile. The second one runs the forward, keeps nothing, and comes last. So a layer that is
-recomputed does not run the MLP's forward again before the backward does. Weights are acts dense once for all tiles.
-What the second one leaves to the first, past autograd, is product @ A.T of down's LoRA: R numbers a row, which spare the
-backward an activation and a product as wide as the MLP. Autograd cannot free them, so the backward does; a second one over
-the same graph makes them again.
+Two autograd Functions, as in `kernels.mlp`, here in the other order of work. `TiledBackwardFunction` comes first and computes
+nothing: it saves the input and has the whole backward, which recomputes gate and up tile by tile. `TiledForwardFunction`
+computes the output and saves nothing. So activation checkpointing, which stops at the last saved tensor, does not run the
+MLP's forward a second time before the backward recomputes it anyway. Weights are dequantised once per pass, for all tiles.
+
+One tensor goes from forward to backward outside of autograd: down_xa (h @ A.T of down, R numbers per token), which spares
+the backward the activation and a matmul over F. Autograd does not free it, so the backward does; a second backward through
+the same graph (retain_graph=True) recomputes it.
+
+Names as in `kernels.mlp`.
 """
 
 from __future__ import annotations
@@ -18,51 +22,60 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from hasten.ops.lora import DenseWeight, LoraLinear
-from hasten.ops.lora.kernels.linear import SavedInput, input_gradient, needs_input, project, thin_gradients
+from hasten.ops.lora.kernels.linear import SavedInput, input_gradient, lora_gradients, needs_input, project
 from hasten.ops.lora.kernels.mlp import gate_up_backward, gate_up_forward, grad_anchor_of, recompute_gate_up
 from hasten.ops.lora.stacked import blocks_of, check_versions, parameters, versions, weight_of, widths
-from hasten.ops.precision import add_product, at_least_fp32
+from hasten.ops.precision import add_matmul, at_least_fp32
 from hasten.ops.rows import flat_rows
 
 if TYPE_CHECKING:
     from hasten.ops.norm import NormInput
 
 
-def tiles(rows: int, tile: int) -> Iterator[slice]:
-    """Slices of at most `tile` rows; one empty slice where there are no rows, whose gradients are then zeros."""
-    return (slice(start, min(start + tile, rows)) for start in range(0, max(rows, 1), tile))
+def tiles(tokens: int, tile: int) -> Iterator[slice]:
+    """Slices of at most `tile` tokens; one empty slice for no tokens, so that gradients become zeros and not None."""
+    return (slice(start, min(start + tile, tokens)) for start in range(0, max(tokens, 1), tile))
 
 
 def dense_once(linears: Sequence[LoraLinear], dtype: torch.dtype) -> tuple[LoraLinear, ...]:
-    """The linears over weights that are dense in `dtype` and lie behind each other, so that no tile has to gate_up_forward them so."""
-    rows = weight_of(linears, dtype).detach().split(widths(linears))
-    return tuple(replace(one, weight=DenseWeight(part)) for one, part in zip(linears, rows, strict=True))
+    """The linears over weights that are dense in `dtype` and packed in one buffer, so that no tile dequantises them again.
+
+    A weight with its own matmul stays as it is.
+    """
+    if any(one.weight.overrides_matmul for one in linears):
+        return tuple(
+            one if one.weight.overrides_matmul else replace(one, weight=DenseWeight(one.weight.dense(dtype).detach()))
+            for one in linears
+        )
+    parts = weight_of(linears, dtype).detach().split(widths(linears))
+    return tuple(replace(one, weight=DenseWeight(part)) for one, part in zip(linears, parts, strict=True))
 
 
 class GradientSums:
-    """The gradients of `parameters(linears)` summed over tiles of rows in at least fp32, and rounded once."""
+    """Sums the gradients of `parameters(linears)` over tiles in at least fp32, and rounds them once."""
 
     def __init__(self, linears: Sequence[LoraLinear]) -> None:
         self.linears = linears
-        self.a: torch.Tensor | None = None
+        self.a: torch.Tensor | None = None  # of all linears, stacked
         self.own: list[list[torch.Tensor | None]] = [[None, None, None] for _ in linears]  # b, weight, bias
 
     def add(
         self, dy_NO: torch.Tensor, x_NE: torch.Tensor | None, d_xa: torch.Tensor | None, d_bs: Sequence[torch.Tensor]
     ) -> None:
-        """One tile's share; arguments as in `stacked.parameter_gradients`."""
+        """Adds the gradients of one tile; arguments as in `stacked.parameter_gradients`."""
         if d_xa is not None and x_NE is not None:
-            self.a = add_product(self.a, d_xa.T, x_NE)
+            self.a = add_matmul(self.a, d_xa.T, x_NE)
         for index, (one, (_, columns)) in enumerate(zip(self.linears, blocks_of(self.linears), strict=True)):
             own, mine = self.own[index], dy_NO[:, columns]
             if one.b is not None:
                 own[0] = _added(own[0], d_bs[index])
             if one.trained_weight is not None and x_NE is not None:
-                own[1] = add_product(own[1], mine.T, x_NE)
+                own[1] = add_matmul(own[1], mine.T, x_NE)
             if one.trained_bias is not None:
                 own[2] = _added(own[2], mine.sum(0, dtype=at_least_fp32(mine[:0]).dtype))
 
     def rounded(self) -> list[torch.Tensor | None]:
+        """The gradients of `parameters(linears)`, each in its parameter's dtype."""
         found = []
         for one, (rows, _), (b, weight, bias) in zip(self.linears, blocks_of(self.linears), self.own, strict=True):
             a = self.a[rows] if self.a is not None and one.a is not None else None
@@ -78,77 +91,82 @@ def _added(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass
-class Run:
-    """One run of the op. pas: product @ A.T of down's LoRA, tile by tile, from the forward to the first backward."""
+class TiledCall:
+    """One call of the op. down_xa: one tensor per tile, held from the forward to the first backward."""
 
     linears: tuple[LoraLinear, ...]
     activation: str
     tile: int
-    pas: list[torch.Tensor | None] = field(default_factory=list)
+    down_xa: list[torch.Tensor | None] = field(default_factory=list)
 
     def dense(self, dtype: torch.dtype) -> tuple[LoraLinear, ...]:
-        """The linears over dense weights."""
+        """gate, up, down over dense weights (`dense_once`)."""
         return (*dense_once(self.linears[:2], dtype), *dense_once(self.linears[2:], dtype))
 
 
 class TiledBackwardFunction(torch.autograd.Function):
-    """A grad_anchor that leads the output's gradient here, where every gradient but the residual's is acts."""
+    """Returns a grad_anchor, whose gradient is the output's; computes every gradient but the residual's. Saves the input."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, norm_input: Any, run: Run, *_: Any) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, norm_input: Any, call: TiledCall, *_: Any) -> torch.Tensor:
         flat = flat_rows(x)
         ctx.save_for_backward(*SavedInput.tensors(flat, norm_input, needed=True))
-        ctx.run, ctx.versions, ctx.rule, ctx.shape = run, versions(run.linears), SavedInput.rule(norm_input), x.shape
-        return grad_anchor_of(flat, run.linears)
+        ctx.call, ctx.versions, ctx.shape = call, versions(call.linears), x.shape
+        ctx.norm_config = SavedInput.config(norm_input)
+        return grad_anchor_of(flat, call.linears)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        source, norm_weight = ctx.saved_tensors
-        dy, source = flat_rows(grad), flat_rows(source)
-        run: Run = ctx.run
-        check_versions(run.linears, ctx.versions)
-        both, down, dense = run.linears[:2], run.linears[2:], run.dense(dy.dtype)
+        saved_x, norm_weight = ctx.saved_tensors
+        dy, saved_x = flat_rows(grad), flat_rows(saved_x)
+        call: TiledCall = ctx.call
+        check_versions(call.linears, ctx.versions)
+        both, down, dense = call.linears[:2], call.linears[2:], call.dense(dy.dtype)
         of_both, of_down = GradientSums(both), GradientSums(down)
         dx = dy.new_empty(len(dy), ctx.shape[-1]) if ctx.needs_input_grad[0] else None
-        pas, run.pas = run.pas, []  # whoever keeps the loss keeps `run`
+        down_xa, call.down_xa = call.down_xa, []  # else it lives as long as the caller holds the loss
 
-        # A function, so that a tile's buffers are gone before the next one's are acts.
+        # A function, so that the buffers of a tile are freed before those of the next one are allocated.
         def one_tile(index: int, rows: slice) -> None:
-            flat = SavedInput.rows(source[rows], norm_weight, ctx.rule, dy.dtype)
+            flat = SavedInput.restore(saved_x[rows], norm_weight, ctx.norm_config, dy.dtype)
             assert flat is not None
             acts = (
-                recompute_gate_up(flat, dense, pas[index]) if pas else gate_up_forward(flat, dense, run.activation)[1]
+                recompute_gate_up(flat, dense, down_xa[index])
+                if down_xa
+                else gate_up_forward(flat, dense, call.activation)[1]
             )
-            of_down.add(dy[rows], *gate_up_backward(dy[rows], acts, dense[2:], run.activation, needs_input(down)))
-            d_gu = acts.gu
-            d_xa, d_b = thin_gradients(both, d_gu, acts.xa, acts.b)
+            of_down.add(dy[rows], *gate_up_backward(dy[rows], acts, dense[2:], call.activation, needs_input(down)))
+            d_gate_up = acts.gate_up
+            d_xa, d_b = lora_gradients(both, d_gate_up, acts.xa, acts.b)
             if dx is not None:
-                input_gradient(d_gu, dense[:2], d_xa, acts.a, dx[rows])
-            of_both.add(d_gu, flat, d_xa, d_b)
+                input_gradient(d_gate_up, dense[:2], d_xa, acts.a, dx[rows])
+            of_both.add(d_gate_up, flat, d_xa, d_b)
 
-        for index, rows in enumerate(tiles(len(dy), run.tile)):
+        for index, rows in enumerate(tiles(len(dy), call.tile)):
             one_tile(index, rows)
         return None if dx is None else dx.view(ctx.shape), None, None, *of_both.rounded(), *of_down.rounded()
 
 
 class TiledForwardFunction(torch.autograd.Function):
-    """The output's rows. x_NE comes without gradient: all gradients but the residual's are acts behind `grad_anchor`."""
+    """The output (N, E). x comes detached: every gradient but the residual's is computed behind `grad_anchor`."""
 
     @staticmethod
-    def forward(ctx: Any, grad_anchor: torch.Tensor, x_NE: torch.Tensor, residual: Any, run: Run) -> torch.Tensor:
+    def forward(
+        ctx: Any, grad_anchor: torch.Tensor, x_NE: torch.Tensor, residual: Any, call: TiledCall
+    ) -> torch.Tensor:
         ctx.shape = None if residual is None else residual.shape
         base = None if residual is None else flat_rows(residual)
-        dense, out = run.dense(x_NE.dtype), x_NE.new_empty(grad_anchor.shape)
+        dense, out = call.dense(x_NE.dtype), x_NE.new_empty(grad_anchor.shape)
 
         def one_tile(rows: slice) -> torch.Tensor | None:
-            product, acts = gate_up_forward(x_NE[rows], dense, run.activation)
-            pa, b = acts.pa, acts.b_down
-            del acts  # gate and up
-            project(product, dense[2:], pa, b, None if base is None else base[rows], out[rows])
-            return pa
+            h, acts = gate_up_forward(x_NE[rows], dense, call.activation)
+            down_xa, down_b = acts.down_xa, acts.down_b
+            del acts  # frees gate and up
+            project(h, dense[2:], down_xa, down_b, None if base is None else base[rows], out[rows])
+            return down_xa
 
-        run.pas = [one_tile(rows) for rows in tiles(len(x_NE), run.tile)]
+        call.down_xa = [one_tile(rows) for rows in tiles(len(x_NE), call.tile)]
         return out
 
     @staticmethod
@@ -165,7 +183,7 @@ def lora_mlp(
     norm_input: NormInput | None,
     tile: int,
 ) -> torch.Tensor:
-    run = Run(tuple(linears), activation, tile)
-    grad_anchor = TiledBackwardFunction.apply(x, norm_input, run, *parameters(run.linears))
-    out: torch.Tensor = TiledForwardFunction.apply(grad_anchor, flat_rows(x.detach()), residual, run)  # pyright: ignore[reportAssignmentType]
+    call = TiledCall(tuple(linears), activation, tile)
+    grad_anchor = TiledBackwardFunction.apply(x, norm_input, call, *parameters(call.linears))
+    out: torch.Tensor = TiledForwardFunction.apply(grad_anchor, flat_rows(x.detach()), residual, call)  # pyright: ignore[reportAssignmentType]
     return out.view(*x.shape[:-1], out.shape[-1])

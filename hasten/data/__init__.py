@@ -1,0 +1,9 @@
+"""Datasets: read them, count what a trainer will cut and mask, drop examples that are too long."""
+
+from hasten.data.check import DatasetCounts, check_dataset
+from hasten.data.labels import IGNORE_INDEX
+from hasten.data.lengths import drop_long
+from hasten.data.read import read_dataset
+from hasten.data.tokens import tokenized
+
+__all__ = ["IGNORE_INDEX", "DatasetCounts", "check_dataset", "drop_long", "read_dataset", "tokenized"]

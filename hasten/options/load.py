@@ -1,0 +1,108 @@
+"""`LoadOptions`: the arguments of `from_pretrained` with every check over them."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from hasten.errors import OptionError
+from hasten.options import (
+    arguments,
+    attention,
+    checkpointing,
+    device,
+    embedding,
+    engine,
+    precision,
+    qat,
+    rope,
+    source,
+    tiling,
+    tokenizer,
+    weights,
+)
+from hasten.options.call import fields_from_call
+from hasten.options.engine import EngineOptions
+from hasten.options.fields import LoadFields
+from hasten.options.values import Rule, broken_rules
+
+LOAD_RULES: Mapping[str, Rule] = {
+    **source.RULES,
+    **rope.RULES,
+    **precision.RULES,
+    **device.RULES,
+    **tokenizer.RULES,
+    **attention.RULES,
+    **tiling.RULES,
+    **engine.RULES,
+}
+"""Argument -> the rule for its value alone."""
+
+LOAD_CHECKS: tuple[Callable[[LoadFields], list[str]], ...] = (
+    checkpointing.check,
+    weights.check,
+    precision.check,
+    embedding.check,
+    engine.check,
+    qat.check,
+    arguments.check,
+)
+"""One per feature; each returns the problems that it finds, with what to do instead."""
+
+
+def bad_values(options: LoadFields) -> dict[str, str]:
+    """{argument: problem} for each argument whose value is invalid, whatever the other arguments are."""
+    return broken_rules(options, LOAD_RULES)
+
+
+@dataclass(frozen=True)
+class LoadOptions(LoadFields):
+    """The arguments of `from_pretrained` (see `LoadFields`) and what follows from them."""
+
+    @classmethod
+    def from_call(cls, *args: Any, extra: Mapping[str, Any] | None = None, **named: Any) -> Self:
+        """As the constructor; names among `extra` or `named` that are fields become fields, the rest `extra`."""
+        return cls(**fields_from_call(cls, args, {**named, **(extra or {})}))
+
+    @property
+    def asked_storage(self) -> list[str]:
+        """The arguments with which the caller asked for a weight format, or for a quantiser of transformers."""
+        return weights.asked_storage(self)
+
+    @property
+    def own_quantization(self) -> bool:
+        """Whether the caller's quantization_config decides how weights are quantised."""
+        return weights.OWN_ARGUMENT in self.asked_storage
+
+    @property
+    def weight_format(self) -> str | None:
+        """The name of the weight format that was asked for, the default included; None with `own_quantization`.
+
+        Meaningful once validated.
+        """
+        return weights.weight_format(self)
+
+    @property
+    def quantization(self) -> Literal["nf4", "int8", "none", "own"]:
+        """`weight_format` by the names that `hasten.loading` uses until it asks the registry of formats."""
+        name: Any = self.weight_format
+        return "own" if name is None else "none" if name == "dense" else name
+
+    @property
+    def engine_options(self) -> EngineOptions:
+        """The arguments of the vLLM engine."""
+        return EngineOptions.of(self)
+
+    def readable(self) -> Self:
+        """A copy with invalid values replaced by their defaults, so that everything else can still be checked."""
+        defaults = type(self)()
+        return dataclasses.replace(self, **{name: getattr(defaults, name) for name in bad_values(self)})
+
+    def problems(self) -> list[str]:
+        """Every problem of the call that can be found without the checkpoint's config."""
+        return [*bad_values(self).values(), *(problem for check in LOAD_CHECKS for problem in check(self))]
+
+    def validate(self) -> None:
+        """Raises OptionError with all `problems`, if any."""
+        if found := self.problems():
+            raise OptionError("from_pretrained", found)

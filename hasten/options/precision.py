@@ -1,0 +1,26 @@
+"""The dtype that a model computes in."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from hasten.options.fields import LoadFields
+from hasten.options.values import Rule
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def compute_dtype(value: Any) -> str | None:
+    """The rule for `dtype`."""
+    return None if value is None or value in DTYPES else f"must be None, {', '.join(map(str, DTYPES))}"
+
+
+RULES: Mapping[str, Rule] = {"dtype": compute_dtype}
+
+
+def check(options: LoadFields) -> list[str]:
+    """16 bits and float32 exclude each other."""
+    if options.load_in_16bit and options.dtype == torch.float32:
+        return ["load_in_16bit and dtype=torch.float32 contradict each other; drop one of them"]
+    return []

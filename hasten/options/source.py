@@ -1,0 +1,14 @@
+"""Where a model is read from, and the seed of everything that is drawn while it is loaded."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from hasten.options.values import Rule, seed
+
+
+def hub_id_or_folder(value: Any) -> str | None:
+    """The rule for `model_name`."""
+    return None if isinstance(value, str) and value.strip() else "must be a hub id or the path of a folder, as a string"
+
+
+RULES: Mapping[str, Rule] = {"model_name": hub_id_or_folder, "random_state": seed}

@@ -1,0 +1,339 @@
+"""The MLP by tiles of rows: its output and every gradient, what it keeps, what it allocates at once, and what it computes twice."""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from lora_kit import DEVICE, WIDTH, everything, formula, linear, trained
+from ops_kit import DTYPES, NORM, both, poisoned_memory
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from hasten.ops import NormConfig, NormInput, norm
+from hasten.ops.lora import LoraLinear, Weight, lora_mlp
+from hasten.ops.lora.kernels import mlp as kernel
+from hasten.ops.lora.kernels import tiled_mlp as tiled
+from hasten.ops.nf4 import NF4Weight
+from hasten.testing import relative_error
+from hasten.weights.plain import DenseWeight, PackedWeight
+
+INNER = 72
+MLP = tuple[LoraLinear, LoraLinear, LoraLinear]
+SHAPES = ((INNER, WIDTH), (INNER, WIDTH), (WIDTH, INNER))
+
+
+def packed(out: int, width: int) -> PackedWeight:
+    import bitsandbytes.functional as bnb
+
+    dense = (torch.randn(out, width) * 0.3).to(DEVICE)
+    codes, state = bnb.quantize_4bit(dense, blocksize=64, compress_statistics=False, quant_type="nf4")
+    return PackedWeight(NF4Weight(codes, state.code, (out, width), state.absmax, block=64))
+
+
+def mlp_of(kind: str, dtype: torch.dtype) -> MLP:
+    if kind.startswith("trained"):
+        gate, up, down = (trained(*shape, "bias" in kind) for shape in SHAPES)
+        made = [
+            replace(one, weight=DenseWeight(_leaf(one.weight.stored, dtype)), bias=_leaf(one.bias, dtype))
+            for one in (gate, up, down)
+        ]
+        return made[0], made[1], made[2]
+    loras = {"plain": (False, False, False), "up alone": (False, True, False)}.get(kind, (True, True, True))
+    made = [linear(*shape, lora, "bias" in kind, dtype) for shape, lora in zip(SHAPES, loras, strict=True)]
+    if kind == "nf4":
+        made = [replace(one, weight=packed(*one.weight.shape)) for one in made]
+    return made[0], made[1], made[2]
+
+
+def _leaf(t: torch.Tensor | None, dtype: torch.dtype) -> Any:
+    return None if t is None else t.detach().to(dtype).requires_grad_()
+
+
+def gated(x: torch.Tensor, mlp: MLP, residual: torch.Tensor | None) -> torch.Tensor:
+    """The MLP written out, in x's dtype."""
+    out = formula(F.silu(formula(x, mlp[0])) * formula(x, mlp[1]), mlp[2])
+    return out if residual is None else residual + out
+
+
+def source_of(norm_kind: str | None, dtype: torch.dtype) -> tuple[torch.Tensor, NormInput | None]:
+    """x (2, 7, WIDTH), a leaf, and the norm's input that it was made from."""
+    stream, weight = torch.randn(2, 7, WIDTH, device=DEVICE).to(dtype), torch.randn(WIDTH, device=DEVICE).to(dtype)
+    if norm_kind is None:
+        return stream.requires_grad_(), None
+    rules = {
+        "rms, Llama's casts": NormInput(stream, weight, NORM),
+        "rms, Gemma's casts": NormInput(stream, weight, NormConfig(1e-5, "rms", True, True)),
+        "layer": NormInput(stream, weight, NormConfig(1e-5, "layer", False, True)),
+    }
+    return rules[norm_kind].recompute().requires_grad_(), rules[norm_kind]
+
+
+def results(
+    run: Callable[..., torch.Tensor], x: torch.Tensor, residual: torch.Tensor | None, mlp: MLP
+) -> list[torch.Tensor]:
+    """The output and every gradient, for one upstream gradient."""
+    out = run(x, residual)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(out.device, out.dtype)
+    wanted = [x, *([] if residual is None else [residual]), *everything(mlp)]
+    return [out, *torch.autograd.grad(out, wanted, upstream)]
+
+
+def assert_as_good(
+    mlp: MLP, x: torch.Tensor, residual: torch.Tensor | None, norm_input: NormInput | None, tile: int, backend: Any
+) -> None:
+    """err(tiled, fp64) <= 2 x err(torch at the same dtype, fp64) + a rounding, for the output and every gradient."""
+    wide = [None if t is None else t.detach().double().requires_grad_() for t in (x, residual)]
+    exact = results(lambda x, r: gated(x, mlp, r), wide[0], wide[1], mlp)  # pyright: ignore[reportArgumentType]
+    low = results(lambda x, r: lora_mlp(x, mlp, "silu", r, backend="reference"), x, residual, mlp)
+    with poisoned_memory():
+        mine = results(lambda x, r: lora_mlp(x, mlp, "silu", r, norm_input, tile, backend), x, residual, mlp)
+    for index, (right, torchs, ours) in enumerate(zip(exact, low, mine, strict=True)):
+        assert ours.shape == torchs.shape and ours.dtype == torchs.dtype
+        limit = 2 * relative_error(torchs, right) + 2 * torch.finfo(x.dtype).eps
+        assert relative_error(ours, right) <= limit, f"result {index}"
+
+
+@both
+@pytest.mark.parametrize("kind", ["lora", "lora, bias", "up alone", "plain", "trained", "trained, bias", "nf4"])
+@pytest.mark.parametrize("tile", [4, 64])
+def test_every_way_of_holding_weights(backend: Any, kind: str, tile: int) -> None:
+    """14 rows: three tiles of four and a ragged one, or one that is not full."""
+    mlp = mlp_of(kind, torch.float32)
+    x, _ = source_of(None, torch.float32)
+    residual = torch.randn_like(x).requires_grad_()
+    assert_as_good(mlp, x, residual, None, tile, backend)
+
+
+@both
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm_input", [None, "rms, Llama's casts", "rms, Gemma's casts", "layer"])
+@pytest.mark.parametrize("onto", [True, False], ids=["onto a residual", "alone"])
+def test_norms_and_dtypes(backend: Any, dtype: torch.dtype, norm_input: str | None, onto: bool) -> None:
+    x, source = source_of(norm_input, dtype)
+    residual = torch.randn_like(x).requires_grad_() if onto else None
+    assert_as_good(mlp_of("lora", dtype), x, residual, source, 4, backend)
+
+
+@both
+def test_no_rows_at_all(backend: Any) -> None:
+    for kind in ("lora", "trained, bias"):
+        mlp = mlp_of(kind, torch.float32)
+        x = torch.empty(2, 0, WIDTH, device=DEVICE, requires_grad=True)
+        out, dx, *rest = results(lambda x, r: lora_mlp(x, mlp, "silu", r, None, 4, backend), x, None, mlp)  # noqa: B023
+        assert out.shape == dx.shape == x.shape
+        for gradient, parameter in zip(rest, everything(mlp), strict=True):
+            assert gradient.shape == parameter.shape and not gradient.any()
+
+
+def test_gradients_that_nobody_wants_are_not_asked_for() -> None:
+    mlp = mlp_of("lora", torch.float32)
+    x = torch.randn(9, WIDTH, device=DEVICE)
+    found = [
+        torch.autograd.grad(lora_mlp(x, mlp, "silu", tile=tile, backend="triton").cos().sum(), everything(mlp))
+        for tile in (None, 4)
+    ]
+    for whole, by_tiles in zip(*found, strict=True):
+        assert relative_error(by_tiles, whole) < 2e-6
+
+
+def test_a_weight_s_gradient_is_rounded_once() -> None:
+    """In 16 bits, sums of 64 tiles would be off by many roundings."""
+    mlp = mlp_of("trained, bias", torch.bfloat16)
+    x = torch.randn(256, WIDTH, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    exact = results(lambda x, r: gated(x, mlp, r), x.detach().double().requires_grad_(), None, mlp)
+    errors = []
+    for tile in (None, 4):
+        run = partial(lora_mlp, linears=mlp, activation="silu", tile=tile, backend="triton")
+        mine = results(lambda x, r, run=run: run(x, residual=r), x, None, mlp)
+        errors.append([relative_error(ours, right) for ours, right in zip(mine, exact, strict=True)])
+    for whole, by_tiles in zip(*errors, strict=True):
+        assert by_tiles <= 1.1 * whole
+
+
+def test_the_backward_can_run_twice() -> None:
+    mlp = mlp_of("lora", torch.float32)
+    x = torch.randn(9, WIDTH, device=DEVICE, requires_grad=True)
+    out = lora_mlp(x, mlp, "silu", tile=4, backend="triton")
+    first = torch.autograd.grad(out.cos().sum(), [x, *everything(mlp)], retain_graph=True)
+    for once, again in zip(first, torch.autograd.grad(out.cos().sum(), [x, *everything(mlp)]), strict=True):
+        assert torch.equal(once, again)
+
+
+@pytest.mark.parametrize("norm_input", [None, "layer"])
+def test_only_the_input_is_kept(norm_input: str | None) -> None:
+    x, source = source_of(norm_input, torch.float32)
+    residual = torch.randn_like(x).requires_grad_()
+    mlp = mlp_of("lora", torch.float32)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = lora_mlp(x, mlp, "silu", residual, source, 4, "triton")
+    assert out.requires_grad
+    expected = [x] if source is None else [source.x, source.weight]
+    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in expected}
+
+
+@dataclass
+class Counted(Weight):
+    """A dense weight that records how often it is dequantised."""
+
+    stored: torch.Tensor = field()
+    calls: list[str] = field(default_factory=list)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.stored.shape[0], self.stored.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.stored.device
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        self.calls.append("dense")
+        return self.stored.to(dtype)
+
+    def write(self, out: torch.Tensor) -> None:
+        self.calls.append("write")
+        out.copy_(self.stored)
+
+
+def test_weights_are_made_dense_once_a_pass() -> None:
+    weights = [Counted(torch.randn(*shape, device=DEVICE)) for shape in SHAPES]
+    gate, up, down = (LoraLinear(weight) for weight in weights)
+    x = torch.randn(14, WIDTH, device=DEVICE, requires_grad=True)
+    out = lora_mlp(x, (gate, up, down), "silu", tile=4, backend="triton")
+    assert [len(weight.calls) for weight in weights] == [1, 1, 1]
+    out.sum().backward()
+    assert [len(weight.calls) for weight in weights] == [2, 2, 2]
+
+
+def test_a_recomputed_layer_runs_the_mlp_s_forward_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its backward makes gate and up again anyway; the recomputation stops before either product."""
+    calls: dict[str, int] = {"gate_up_forward": 0, "recompute_gate_up": 0, "project": 0}
+    for name in calls:
+        inner = getattr(tiled, name)
+
+        def counted(*args: Any, name: str = name, inner: Any = inner) -> Any:
+            calls[name] += 1
+            return inner(*args)
+
+        monkeypatch.setattr(tiled, name, counted)
+    mlp = mlp_of("lora", torch.float32)
+    stream, weight = torch.randn(14, WIDTH, device=DEVICE, requires_grad=True), torch.ones(WIDTH, device=DEVICE)
+
+    def layer(stream: torch.Tensor) -> torch.Tensor:
+        source = NormInput(stream.detach(), weight, NORM)
+        normed = norm(stream, weight, NORM, "triton")
+        return lora_mlp(normed, mlp, "silu", stream, source, 4, "triton")
+
+    found = []
+    for run in (layer, partial(checkpoint, layer, use_reentrant=False)):
+        calls.update(gate_up_forward=0, recompute_gate_up=0, project=0)
+        out: Any = run(stream)
+        assert calls == {"gate_up_forward": 4, "recompute_gate_up": 0, "project": 4}
+        found.append([out, *torch.autograd.grad(out.cos().sum(), [stream, *everything(mlp)])])
+        assert calls == {"gate_up_forward": 4, "recompute_gate_up": 4, "project": 4}
+    for kept, again in zip(*found, strict=True):
+        assert torch.equal(kept, again)
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that were alive at once, of storages made while the mode is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, tuple[Any, int]] = {}
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        known = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
+        for tensor in _tensors(made):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in known and storage._cdata not in self.alive:
+                self._count(storage)
+        return made
+
+    def _count(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self.now += size
+        self.most = max(self.most, self.now)
+        self.alive[key] = (weakref.ref(storage, lambda _: self._gone(key)), size)
+
+    def _gone(self, key: int) -> None:
+        self.now -= self.alive.pop(key)[1]
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [t for t in torch.utils._pytree.tree_leaves(tree) if isinstance(t, torch.Tensor)]
+
+
+def peaks(rows: int, tile: int | None, kind: str, inner: int) -> tuple[int, int]:
+    """(forward, backward): bytes beside input, parameters and output's gradient."""
+    mlp = tuple(linear(*shape, True, False, torch.float32) for shape in ((inner, 8), (inner, 8), (8, inner)))
+    if kind == "trained":
+        mlp = tuple(trained(*shape, False) for shape in ((inner, 8), (inner, 8), (8, inner)))
+    x = torch.randn(rows, 8, requires_grad=True)
+    with Peak() as forward:
+        out = lora_mlp(x, mlp, "silu", x, NormInput(x.detach(), torch.ones(8), NORM), tile, "triton")  # pyright: ignore[reportArgumentType]
+    upstream = torch.randn_like(out)
+    with Peak() as backward:
+        torch.autograd.grad(out, [x, *everything(mlp)], upstream)
+    return forward.most, backward.most
+
+
+def glu_bwd_by_rows(d: Any, gate: Any, up: Any, activation: str, into: Any, out: Any = None) -> None:
+    """Triton's launcher in torch, without buffers of its own: the interpreter holds on to what it is given."""
+    for row in range(len(d)):
+        cut = torch.sigmoid(gate[row])
+        act, slope, upstream = gate[row] * cut, cut * (1 + gate[row] * (1 - cut)), d[row].clone()
+        if out is not None:
+            out[row] = act * up[row]
+        into[0][row], into[1][row] = upstream * up[row] * slope, upstream * act
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts what the CPU allocates")
+@pytest.mark.parametrize("kind", ["lora", "trained"])
+def test_what_is_alive_at_once_grows_with_the_tile_and_not_with_the_rows(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel, "glu_fwd", lambda gate, up, activation: F.silu(gate).mul_(up))
+    monkeypatch.setattr(kernel, "glu_bwd", glu_bwd_by_rows)
+    inner = 1024
+    few, many, wide = peaks(64, 16, kind, inner), peaks(192, 16, kind, inner), peaks(192, 48, kind, inner)
+    whole = [peaks(rows, None, kind, inner) for rows in (64, 192)]
+    for direction in range(2):
+        a_row = (many[direction] - few[direction]) / 128 / 4
+        assert a_row <= 1.5 * 8, "more than one buffer of the stream's width, the output or the input's gradient"
+        assert (whole[1][direction] - whole[0][direction]) / 128 / 4 >= inner, "the count sees nothing"
+        a_tile_s_row = (wide[direction] - many[direction]) / 32 / 4
+        assert 2 * inner < a_tile_s_row <= 3.1 * inner, "more than gate, up and one more"
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["lora", "trained"])
+def test_memory_of_the_device_grows_by_the_stream_alone(kind: str) -> None:
+    width, inner, dtype = 512, 8192, torch.bfloat16
+    shapes = ((inner, width), (inner, width), (width, inner))
+    mlp: Any = tuple(linear(*shape, True, False, dtype, 16) for shape in shapes)
+    if kind == "trained":
+        mlp = tuple(
+            LoraLinear(DenseWeight(_leaf(linear(*shape, False, False, dtype).weight.stored, dtype))) for shape in shapes
+        )
+    found = {}
+    for rows in (8192, 32768):
+        x = torch.randn(rows, width, device=DEVICE, dtype=dtype, requires_grad=True)
+        source = NormInput(x.detach(), torch.ones(width, device=DEVICE, dtype=dtype), NORM)
+        for _ in range(2):  # the first time makes cuBLAS's workspace
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            lora_mlp(x, mlp, "silu", x, source, 2048).sum().backward()
+            found[rows] = torch.cuda.max_memory_allocated() - before
+            x.grad = None
+    a_row = (found[32768] - found[8192]) / 24576 / dtype.itemsize
+    assert a_row <= 6 * width < 2 * inner

@@ -1,0 +1,179 @@
+"""The MLP by tiles in every graph that autograd can make of it: what its forward leaves to its backward goes past autograd."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from lora_kit import DEVICE, WIDTH, everything
+from ops_kit import NORM
+from test_tiled_mlp import MLP, mlp_of
+from torch.utils.checkpoint import checkpoint
+
+from hasten.ops import NormInput, norm
+from hasten.ops.lora import lora_mlp
+from hasten.ops.lora.kernels import tiled_mlp as tiled
+from hasten.testing import relative_error
+
+TILE = 4
+
+
+def stream_of(rows: int, seed: int = 0) -> torch.Tensor:
+    made = torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(seed))
+    return made.to(DEVICE).requires_grad_()
+
+
+def layer(mlp: MLP, stream: torch.Tensor) -> torch.Tensor:
+    """An MLP between its norm and the stream."""
+    weight = torch.ones(WIDTH, device=DEVICE)
+    normed = norm(stream, weight, NORM, "triton")
+    source = NormInput(stream.detach(), weight, NORM)
+    return lora_mlp(normed, mlp, "silu", stream, source, TILE, "triton")
+
+
+def gradients(mlp: MLP, out: torch.Tensor, stream: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(out.cos().sum(), [stream, *everything(mlp)], **kwargs)
+
+
+def assert_equal(found: Any, wanted: Any) -> None:
+    for mine, right in zip(found, wanted, strict=True):
+        assert torch.equal(mine, right)
+
+
+def assert_near(found: Any, wanted: Any) -> None:
+    """A second backward makes x @ A.T of rows that were normed again: other by a rounding of them."""
+    for mine, right in zip(found, wanted, strict=True):
+        assert relative_error(mine, right) < 1e-6
+
+
+def node_of(out: torch.Tensor) -> Any:
+    """The node that has the backward, in which autograd keeps the `TiledCall`."""
+    todo = [out.grad_fn]
+    while todo:
+        node: Any = todo.pop()
+        if hasattr(node, "call"):
+            return node
+        todo += [one for one, _ in node.next_functions if one is not None]
+    raise AssertionError("no node of the op")
+
+
+def plainly(run: Callable[..., Any], mlp: MLP, stream: torch.Tensor) -> Any:
+    return run(mlp, stream)
+
+
+def recomputed(run: Callable[..., Any], mlp: MLP, stream: torch.Tensor) -> Any:
+    return checkpoint(run, mlp, stream, use_reentrant=False)
+
+
+def recomputed_by_reentry(run: Callable[..., Any], mlp: MLP, stream: torch.Tensor) -> Any:
+    return checkpoint(run, mlp, stream, use_reentrant=True)
+
+
+def recomputed_twice(run: Callable[..., Any], mlp: MLP, stream: torch.Tensor) -> Any:
+    return recomputed(lambda mlp, stream: recomputed(run, mlp, stream), mlp, stream)
+
+
+def moved(run: Callable[..., Any], mlp: MLP, stream: torch.Tensor) -> Any:
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t.clone()):
+        return run(mlp, stream)
+
+
+WAYS = [plainly, recomputed, recomputed_twice, moved]
+
+
+def two_layers(mlp: MLP, stream: torch.Tensor) -> torch.Tensor:
+    return layer(mlp, layer(mlp, stream))
+
+
+@pytest.mark.parametrize("way", [*WAYS, recomputed_by_reentry], ids=lambda way: way.__name__)
+def test_every_graph_gives_the_same(way: Any) -> None:
+    found = []
+    for run in (plainly, way):
+        mlp, stream = mlp_of_seed(), stream_of(14)
+        out = run(two_layers, mlp, stream)
+        out.cos().sum().backward()  # torch's reentrant way knows no `autograd.grad`
+        found.append([out, stream.grad, *(t.grad for t in everything(mlp))])
+    assert_equal(found[1], found[0])
+
+
+def mlp_of_seed() -> MLP:
+    torch.manual_seed(3)
+    return mlp_of("lora", torch.float32)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_several_forwards_before_any_backward(way: Any) -> None:
+    mlp = mlp_of_seed()
+    streams = [stream_of(14, 1), stream_of(9, 2)]
+    alone = [gradients(mlp, layer(mlp, stream), stream) for stream in streams]
+    for order in ((0, 1), (1, 0)):
+        outs = [way(layer, mlp, stream) for stream in streams]
+        for index in order:
+            assert_equal(gradients(mlp, outs[index], streams[index]), alone[index])
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_a_second_backward_is_the_first_once_more(way: Any) -> None:
+    mlp, stream = mlp_of_seed(), stream_of(14)
+    out = way(layer, mlp, stream)
+    first = gradients(mlp, out, stream, retain_graph=True)
+    assert_near(gradients(mlp, out, stream, retain_graph=True), first)
+    assert_near(gradients(mlp, out, stream), first)
+
+
+@pytest.mark.parametrize("way", [plainly, recomputed], ids=lambda way: way.__name__)
+def test_nothing_outlives_the_backward_where_somebody_keeps_the_loss(way: Any) -> None:
+    mlp, stream = mlp_of_seed(), stream_of(14)
+    out = way(layer, mlp, stream)
+    left = [weakref.ref(one.untyped_storage()) for one in node_of(out).call.down_xa]
+    assert len(left) == 4
+    loss = out.cos().sum()
+    loss.backward()
+    assert loss.grad_fn is not None and not any(storage() is not None for storage in left)
+
+
+def test_gradients_of_some_and_then_of_the_others() -> None:
+    mlp, stream = mlp_of_seed(), stream_of(14)
+    right = gradients(mlp, layer(mlp, stream), stream)
+    out = layer(mlp, stream)
+    loss = out.cos().sum()
+    of_stream = torch.autograd.grad(loss, [stream], retain_graph=True)
+    assert_near([*of_stream, *torch.autograd.grad(loss, everything(mlp))], right)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("where", ["gate_up_forward", "project"])
+def test_a_forward_that_fails_in_the_middle_leaves_nothing(
+    way: Any, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlp, stream = mlp_of_seed(), stream_of(14)
+    right = gradients(mlp, layer(mlp, stream), stream)
+    with monkeypatch.context() as patch:
+        patch.setattr(tiled, where, failing_at(2, getattr(tiled, where)))
+        with pytest.raises(torch.OutOfMemoryError):
+            way(layer, mlp, stream)
+    assert_equal(gradients(mlp, way(layer, mlp, stream), stream), right)
+
+
+def test_a_backward_that_fails_in_the_middle_can_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    mlp, stream = mlp_of_seed(), stream_of(14)
+    right = gradients(mlp, layer(mlp, stream), stream)
+    out = layer(mlp, stream)
+    with monkeypatch.context() as patch:
+        patch.setattr(tiled, "recompute_gate_up", failing_at(2, tiled.recompute_gate_up))
+        with pytest.raises(torch.OutOfMemoryError):
+            gradients(mlp, out, stream, retain_graph=True)
+    assert_near(gradients(mlp, out, stream), right)
+
+
+def failing_at(count: int, inner: Callable[..., Any]) -> Callable[..., Any]:
+    calls: list[int] = []
+
+    def run(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == count:
+            raise torch.OutOfMemoryError("in the middle")
+        return inner(*args)
+
+    return run
