@@ -7,17 +7,19 @@ from typing import Any
 import pytest
 from benchmark_kit import budget_row
 
-from benchmarks import budget, memory_tables, plots, results
-from benchmarks.jobs import GIB
+from benchmarks import budget, gpu, plots, tables
+from benchmarks.harness import results
+from benchmarks.harness.jobs import GIB, JOBS
+from benchmarks.harness.steps import load
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the whole sweep says of a tiny model on a CPU."""
     folder = tmp_path_factory.mktemp("budget")
-    code = budget.main(["--out", str(folder / "out"), "--checkpoints", str(folder / "points"), "--job", "tiny-lora"])
-    assert code == 0
-    return json.loads((folder / "out/budget.json").read_text())
+    more = ["--checkpoints", str(folder / "points"), "--only", "budget", "--jobs", "tiny-lora"]
+    assert gpu.main(["--out", str(folder / "out"), *more]) == 0
+    return json.loads((folder / "out/results.json").read_text())
 
 
 def test_the_whole_sweep_on_a_cpu(written: dict[str, Any]) -> None:
@@ -41,9 +43,7 @@ def test_rows_of_a_later_sweep_replace_those_of_an_earlier_one(written: dict[str
 def test_a_row_beyond_its_budget_or_without_a_loss_is_not_ok(
     written: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from benchmarks.train_step import load
-
-    _, steps = load("hasten", "tiny-lora", "offload", tmp_path)
+    _, steps = load("hasten", JOBS["tiny-lora"], "offload", tmp_path)
     monkeypatch.setattr(budget, "peaks", lambda: {"peak_gib": 3.0, "reserved_gib": 4.0})
     assert budget.one_row(steps, budget.Asked("auto", 1.0, 3 * GIB))["ok"]
     beyond = budget.one_row(steps, budget.Asked("auto", 1.0, 3 * GIB - 1))
@@ -60,7 +60,7 @@ def test_the_table_and_the_plot_say_what_was_measured(tmp_path: Path) -> None:
         budget_row("auto", None, None, ms=500.0),
     ]
     result = {"budget": rows, "versions": {"gpu": "NVIDIA H900"}}
-    text = memory_tables.budget_table(result)
+    text = tables.budget_table(result)
     assert '| 8b-qlora | "offload" | - | 8.00 | 7.60 | -5.0% | yes | 900 |' in text
     assert "| 8b-qlora | 1.5x | 12.00 | 8.00 | 7.60 | -5.0% | no | 700 |" in text
     plots.budget(result, tmp_path / "budget.png")

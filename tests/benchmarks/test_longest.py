@@ -9,10 +9,11 @@ import pytest
 import torch
 from benchmark_kit import longest_row
 
-from benchmarks import longest, results
-from benchmarks.capped import Card
-from benchmarks.shapes import checkpoint, with_positions
-from benchmarks.train_step import Steps
+from benchmarks import longest
+from benchmarks.harness import results
+from benchmarks.harness.card import Card
+from benchmarks.harness.checkpoints import checkpoint, with_positions
+from benchmarks.harness.steps import Steps
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import torch
 from memory_kit import kept_bytes, measured_step, wide_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.harness.checkpoints import config_of
 from benchmarks.predicted import PAGE, compared, page, table
-from benchmarks.shapes import config_of
 from hasten.errors import CheckpointError
 from hasten.state import causal_lm_of
 from hasten.testing import tiny_config, tiny_model
@@ -29,7 +29,7 @@ def test_every_measured_peak_is_predicted() -> None:
 
 def test_the_page_shows_what_is_predicted_now() -> None:
     text = PAGE.read_text()
-    assert page(text) == text, "run: python -m benchmarks.predicted"
+    assert page(text) == text, "run: python -m benchmarks.publish"
 
 
 @pytest.mark.skipif(

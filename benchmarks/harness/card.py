@@ -1,8 +1,7 @@
-"""A cap on what one process can take of a card, as if the card had no more.
+"""Caps the memory that one process can use of a GPU, as if the GPU had no more.
 
-torch's allocator gets the cap less the CUDA context of this process, and asking for more is an out-of-memory error. A second
-process holds what the card has beyond, so that a library which asks the card how much is free is told the truth as well.
-Nothing else may run on the card meanwhile.
+torch's allocator gets the cap less this process's CUDA context; asking for more is an out-of-memory error. A second process
+holds the rest of the GPU, so that a library that asks for free memory sees the cap too. Nothing else may run on the GPU.
 """
 
 import gc
@@ -12,18 +11,18 @@ from types import TracebackType
 
 import torch
 
-from benchmarks.jobs import GIB
-from benchmarks.workers import Worker
+from benchmarks.harness.jobs import GIB
+from benchmarks.harness.workers import Worker
 
 SLACK = 2**28
-"""Bytes that the other process leaves beyond the cap: for what drivers load late, outside torch's allocator."""
+"""Bytes that the second process leaves free beyond the cap, for what drivers load later outside torch's allocator."""
 LIMIT_S = 120
 
 
 class Card:
-    """This process's GPU, or without one nothing that could be capped. A context manager: the other process ends with it.
+    """This process's GPU, capped; without a GPU, nothing is. A context manager that ends the second process.
 
-    Made once the process has taken steps: what the context holds by then, all kernels in it, is what every cap pays for.
+    Create it after the process has taken steps, so that the CUDA context that every cap pays for includes all kernels.
     """
 
     def __init__(self) -> None:
@@ -36,7 +35,7 @@ class Card:
         torch.cuda.synchronize()
         free, self.whole = torch.cuda.mem_get_info()
         self.context = self.whole - free - torch.cuda.memory_reserved()
-        self.rest = Worker("rest", [sys.executable, "-m", "benchmarks.capped"])
+        self.rest = Worker("rest", [sys.executable, "-m", "benchmarks.harness.card"])
         self.rest.reply(LIMIT_S)
 
     def __enter__(self) -> "Card":
@@ -47,7 +46,7 @@ class Card:
             self.rest.end()
 
     def cap(self, gib: float | None) -> int | None:
-        """Sets the cap, or takes it away. Returns the bytes that torch's allocator may take, None = what there is."""
+        """Sets the cap, None = none. Returns the bytes that torch's allocator may take, None = all."""
         allowed = None if gib is None else int(gib * GIB) - self.context
         if self.rest is None:
             return allowed
@@ -63,7 +62,7 @@ class Card:
 
 
 def hold() -> None:
-    """The other process: holds as many bytes as it is told."""
+    """The second process: holds the number of bytes that each command names."""
     held = torch.empty(0, device="cuda")
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""The other side of `train_step --serve`: a process that is started, asked and, whatever happens, ended."""
+"""A process that is started, asked and always ended: the other side of steps.py and longest.py's second process."""
 
 import json
 import queue
@@ -10,11 +10,11 @@ from typing import Any
 
 
 class WorkerFailed(Exception):
-    """A worker died, answered with an error, or did not answer in time. Its text says which, with the last it printed."""
+    """A worker died, answered with an error, or did not answer in time. The message says which and ends with its stderr."""
 
 
 class Worker:
-    """One process. `command`: how to start it; it says one line of JSON when ready and one for each that it is sent."""
+    """One process. command: how to start it; it prints one line of JSON when ready and one for each command."""
 
     def __init__(self, name: str, command: list[str]) -> None:
         self.name = name
@@ -32,12 +32,11 @@ class Worker:
         self._lines.put(None)
 
     def reply(self, timeout: float) -> dict[str, Any]:
-        """The next answer. Raises WorkerFailed where there is none within `timeout` seconds, or where it is an error."""
+        """Returns the next answer. Raises WorkerFailed if it is an error or does not come within `timeout` seconds."""
         try:
             line = self._lines.get(timeout=timeout)
         except queue.Empty:
-            self._process.kill()
-            self._process.wait()
+            self._kill()
             raise WorkerFailed(f"no answer within {timeout:.0f} s{self._tail()}") from None
         if line is None:
             code = self._process.wait()
@@ -49,7 +48,7 @@ class Worker:
         return answer
 
     def ask(self, timeout: float, do: str, **arguments: Any) -> dict[str, Any]:
-        """Sends a command and returns its answer. Raises WorkerFailed as `reply` does, and where the process has been ended."""
+        """Sends a command and returns its answer. Raises WorkerFailed as `reply` does, and if the process has been ended."""
         assert self._process.stdin is not None
         if self._process.stdin.closed:
             raise WorkerFailed("was ended before")
@@ -57,7 +56,7 @@ class Worker:
             self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # it is gone: the reply below finds out why
+            pass  # the process is gone: the reply below reports why
         return self.reply(timeout)
 
     def _tail(self) -> str:
@@ -65,12 +64,15 @@ class Worker:
         return "\n" + text[-3000:] if text else ""
 
     def end(self) -> None:
-        """Ends the process by asking, then by force. Safe to call twice."""
+        """Closes stdin, then kills the process if it does not end within 10 s. Safe to call twice."""
         if self._process.poll() is None:
             try:
                 assert self._process.stdin is not None
                 self._process.stdin.close()
                 self._process.wait(timeout=10)
             except (subprocess.TimeoutExpired, BrokenPipeError):
-                self._process.kill()
-                self._process.wait()
+                self._kill()
+
+    def _kill(self) -> None:
+        self._process.kill()
+        self._process.wait()

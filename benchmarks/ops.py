@@ -1,16 +1,16 @@
 """Each op at the 8B step's shapes: time on the device, the bytes it must move and the operations it must do.
 
-A row: {"op", "ms", "bytes", "flops"}; how near that is to the card's ceilings is for benchmarks/tables.py to say.
+A row: {"op", "ms", "bytes", "flops"}; benchmarks/tables.py compares it with the measured ceilings.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.ceilings import milliseconds
+from benchmarks.harness.timing import device_ms, draw, milliseconds
 from benchmarks.nf4_speed import quantized
 from hasten.ops import NormConfig, ScoreConfig, glu, linear_cross_entropy, norm, qk_rope
 from hasten.ops.adamw import AdamWConfig, adamw_
@@ -24,19 +24,15 @@ BATCH, TOKENS, WIDTH, MLP, HEADS, KV, D, WORDS, RANK = 4, 8192, 4096, 14336, 32,
 
 @dataclass(frozen=True)
 class Case:
-    """One op and what its forward and its backward must do at least, each as (bytes, FLOP).
+    """One op and the least its forward and backward must do, each as (bytes, FLOP).
 
-    make: -> (function, its inputs, all of which get gradients).
+    make: returns (function, its inputs, all of which get gradients).
     """
 
     name: str
     make: Callable[[], tuple[Callable[..., Any], list[torch.Tensor]]]
     forward: tuple[float, float]
     backward: tuple[float, float]
-
-
-def draw(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
 
 def adapted(out: int, width: int) -> LoraLinear:
@@ -51,6 +47,10 @@ def _trained(linears: Sequence[LoraLinear]) -> list[torch.Tensor]:
 def _norm(kind: Any, fp32: bool) -> tuple[Callable[..., Any], list[torch.Tensor]]:
     weight, rule = draw(WIDTH), NormConfig(1e-5, kind, fp32_weight=fp32)
     return lambda x: norm(x, weight, rule), [draw(TOKENS, WIDTH)]
+
+
+def _glu() -> tuple[Callable[..., Any], list[torch.Tensor]]:
+    return lambda gate, up: glu(gate, up, "silu"), [draw(TOKENS, MLP), draw(TOKENS, MLP)]
 
 
 def _rope() -> tuple[Callable[..., Any], list[torch.Tensor]]:
@@ -74,70 +74,36 @@ def _lora_mlp() -> tuple[Callable[..., Any], list[torch.Tensor]]:
     return lambda x, *_: lora_mlp(x, linears, "silu"), [draw(TOKENS, WIDTH), *_trained(linears)]
 
 
-def _head(chunk: int) -> tuple[Callable[..., Any], list[torch.Tensor]]:
-    weight, labels = draw(WORDS, WIDTH) * 0.02, torch.randint(0, WORDS, (TOKENS,), device="cuda")
-    rule = ScoreConfig(chunk=chunk)
-    return lambda hidden: linear_cross_entropy(hidden, weight, labels, rule).loss.sum(), [draw(TOKENS, WIDTH)]
-
-
-STREAM, ROTATED, WIDE = 2.0 * TOKENS * WIDTH, 2.0 * TOKENS * (HEADS + KV) * D, 2.0 * TOKENS * MLP
+RESIDUAL, ROTATED, WIDE = 2.0 * TOKENS * WIDTH, 2.0 * TOKENS * (HEADS + KV) * D, 2.0 * TOKENS * MLP
 QKV, FFN = WIDTH * (HEADS + 2 * KV) * D, 3 * WIDTH * MLP
-LINE = 2 * TOKENS * RANK
-QKV_LORA, FFN_LORA = LINE * (3 * WIDTH + (HEADS + 2 * KV) * D), LINE * 3 * (WIDTH + MLP)
+QKV_LORA = 2 * TOKENS * RANK * (3 * WIDTH + (HEADS + 2 * KV) * D)
+FFN_LORA = 2 * TOKENS * RANK * 3 * (WIDTH + MLP)
 HEAD = 2.0 * WORDS * WIDTH
 SEEN = 2.0 * TOKENS * (2 * HEADS + 2 * KV) * D
-PAIRS = {None: TOKENS * (TOKENS // BATCH) / 2, 512: TOKENS * 512 - BATCH * 512**2 / 2}
 
 CASES = [
     # elementwise: FLOP per bf16 element, counted once each: multiply, add, exponential, reciprocal
-    Case("RMSNorm", lambda: _norm("rms", False), (2 * STREAM, 2.0 * STREAM), (3 * STREAM, 4.5 * STREAM)),
-    Case("LayerNorm", lambda: _norm("layer", True), (2 * STREAM, 3.0 * STREAM), (3 * STREAM, 6.0 * STREAM)),
-    Case("rotation of q and k", _rope, (2 * ROTATED, 1.5 * ROTATED), (2 * ROTATED, 1.5 * ROTATED)),
-    Case(
-        "gated activation",
-        lambda: (lambda gate, up: glu(gate, up, "silu"), [draw(TOKENS, MLP), draw(TOKENS, MLP)]),
-        (3 * WIDE, 2.5 * WIDE),
-        (5 * WIDE, 5.0 * WIDE),
-    ),
+    Case("RMSNorm", lambda: _norm("rms", False), (2 * RESIDUAL, 2.0 * RESIDUAL), (3 * RESIDUAL, 4.5 * RESIDUAL)),
+    Case("LayerNorm", lambda: _norm("layer", True), (2 * RESIDUAL, 3.0 * RESIDUAL), (3 * RESIDUAL, 6.0 * RESIDUAL)),
+    Case("rotary embedding of q and k", _rope, (2 * ROTATED, 1.5 * ROTATED), (2 * ROTATED, 1.5 * ROTATED)),
+    Case("gated activation", _glu, (3 * WIDE, 2.5 * WIDE), (5 * WIDE, 5.0 * WIDE)),
     *(
-        Case(
-            f"attention, {'causal' if window is None else f'window of {window}'}",
-            lambda window=window: _attention(window),
-            (SEEN, 4 * HEADS * D * pairs),
-            (2 * SEEN, 10 * HEADS * D * pairs),
+        Case(name, lambda window=window: _attention(window), (SEEN, 4 * HEADS * D * pairs), (2 * SEEN, 10 * HEADS * D * pairs))
+        for name, window, pairs in (
+            ("attention, causal", None, TOKENS * (TOKENS // BATCH) / 2),
+            ("attention, window of 512", 512, TOKENS * 512 - BATCH * 512**2 / 2),
         )
-        for window, pairs in PAIRS.items()
     ),
-    # products: weights, inputs and outputs once; a backward makes the input's gradient and LoRA's
-    Case(
-        "q, k, v with LoRA",
-        _lora_qkv,
-        (2.0 * QKV + 2 * STREAM, 2.0 * TOKENS * QKV + QKV_LORA),
-        (2.0 * QKV + 3 * STREAM, 2.0 * TOKENS * QKV + 2 * QKV_LORA),
-    ),
-    Case(
-        "MLP with LoRA",
-        _lora_mlp,
-        (2.0 * FFN + 2 * STREAM + 5 * WIDE, 2.0 * TOKENS * FFN + FFN_LORA),
-        (2.0 * FFN + 3 * STREAM + 8 * WIDE, 2.0 * TOKENS * FFN + 2 * FFN_LORA),
-    ),
-]
-
-
-def device_ms(function: Callable[[], Any], repeats: int = 20) -> float:
-    """Milliseconds that one call keeps the device busy. Small ops wait for the host longer than they run."""
-    for _ in range(3):
-        function()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        for _ in range(repeats):
-            function()
-        torch.cuda.synchronize()
-    return sum(event.self_device_time_total for event in recorded.key_averages()) / 1e3 / repeats
+    # matmuls: weights, inputs and outputs once; a backward computes the gradients of the input and of LoRA
+    Case("q, k, v with LoRA", _lora_qkv, (2.0 * QKV + 2 * RESIDUAL, 2.0 * TOKENS * QKV + QKV_LORA),
+         (2.0 * QKV + 3 * RESIDUAL, 2.0 * TOKENS * QKV + 2 * QKV_LORA)),
+    Case("MLP with LoRA", _lora_mlp, (2.0 * FFN + 2 * RESIDUAL + 5 * WIDE, 2.0 * TOKENS * FFN + FFN_LORA),
+         (2.0 * FFN + 3 * RESIDUAL + 8 * WIDE, 2.0 * TOKENS * FFN + 2 * FFN_LORA)),
+]  # fmt: skip
 
 
 def both_ways(function: Callable[..., Any], inputs: list[torch.Tensor]) -> tuple[float, float]:
-    """(forward ms, backward ms) on the device. An op that can be differentiated once only is run forward again each time."""
+    """(forward ms, backward ms) on the device. The backward is timed with a forward before it, since some ops allow only one."""
     inputs = [x.detach().requires_grad_() if x.is_leaf and not x.requires_grad else x for x in inputs]
     forward = device_ms(lambda: function(*inputs))
 
@@ -157,36 +123,41 @@ def measure() -> list[dict[str, Any]]:
         for way, ms, (moved, flops) in zip(("forward", "backward"), times, (case.forward, case.backward), strict=True):
             rows.append({"op": f"{case.name}, {way}", "ms": ms, "bytes": moved, "flops": flops})
         torch.cuda.empty_cache()
-    for chunk in (1024, 4096):
-        function, (hidden,) = _head(chunk)
-        hidden.requires_grad_()
-        total = milliseconds(lambda: torch.autograd.grad(function(hidden), hidden))  # noqa: B023
-        name = f"fused head, forward and backward, chunks of {chunk}"
-        rows.append({"op": name, "ms": total, "bytes": 2 * HEAD + 2 * STREAM, "flops": 2 * TOKENS * HEAD})
-    return [*rows, *_nf4(), *_optimizers()]
+    return [*rows, *(row for calls in (_heads, _nf4, _optimizers) for row in calls())]
+
+
+def _rows(calls: dict[str, Callable[[], Any]], moved: float, flops: float) -> list[dict[str, Any]]:
+    return [{"op": name, "ms": milliseconds(call), "bytes": moved, "flops": flops} for name, call in calls.items()]
+
+
+def _heads() -> list[dict[str, Any]]:
+    weight, labels = draw(WORDS, WIDTH) * 0.02, torch.randint(0, WORDS, (TOKENS,), device="cuda")
+    hidden = draw(TOKENS, WIDTH).requires_grad_()
+
+    def both(chunk: int) -> Any:
+        loss = linear_cross_entropy(hidden, weight, labels, ScoreConfig(chunk=chunk)).loss.sum()
+        return torch.autograd.grad(loss, hidden)
+
+    names = {chunk: f"fused head, forward and backward, chunks of {chunk}" for chunk in (1024, 4096)}
+    calls = {name: functools.partial(both, chunk) for chunk, name in names.items()}
+    return _rows(calls, 2 * HEAD + 2 * RESIDUAL, 2 * TOKENS * HEAD)
 
 
 def _nf4() -> list[dict[str, Any]]:
     ours, theirs = quantized((MLP, WIDTH))
     count = float(MLP * WIDTH)
     calls = {"NF4 to bf16": lambda: dequantize_nf4(ours, torch.bfloat16), "NF4 to bf16, bitsandbytes": theirs}
-    return [
-        {"op": name, "ms": milliseconds(call), "bytes": 2.5 * count, "flops": count} for name, call in calls.items()
-    ]
+    return _rows(calls, 2.5 * count, count)
 
 
 def _optimizers() -> list[dict[str, Any]]:
-    """A step of AdamW on 2^28 bf16 weights: weight and moments read and written, the gradient read."""
+    """A step of AdamW on 2^28 bf16 weights: weight and Adam moments read and written, the gradient read."""
     count, rule = 2**28, AdamWConfig(1e-5, 0.9, 0.999, 1e-8, 0.0, 1)
     weight, grad, first, second = (torch.rand(count, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     plain = weight.clone().requires_grad_()
     plain.grad = grad
-    optimizer = torch.optim.AdamW([plain], fused=True)
     calls = {
         "AdamW in bf16, stochastic rounding": lambda: adamw_(weight, grad, (first, second), rule, 1),
-        "AdamW in bf16, torch's fused": optimizer.step,
+        "AdamW in bf16, torch's fused": torch.optim.AdamW([plain], fused=True).step,
     }
-    return [
-        {"op": name, "ms": milliseconds(call), "bytes": 14.0 * count, "flops": 16.0 * count}
-        for name, call in calls.items()
-    ]
+    return _rows(calls, 14.0 * count, 16.0 * count)

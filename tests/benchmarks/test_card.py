@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import capped
-from benchmarks.jobs import GIB
+from benchmarks.harness import card as capped
+from benchmarks.harness.jobs import GIB
 
 WHOLE, CONTEXT, RESERVED = 100 * GIB, 3 * GIB // 4, 6 * GIB
 

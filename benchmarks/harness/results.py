@@ -1,18 +1,18 @@
-"""The JSON of a measurement: one file per GPU and date, put together from calls that each did a part.
+"""The JSON of a measurement: one file per GPU and date, merged from calls that each measured some parts.
 
-{"date", "versions", "ceilings", "ops", "train", "fixed_costs", "curves", "packing", "budget",
-"longest", "linearity", "sanitize", "tests"}; every part may be missing.
-"train": one row per job, mode, group of libraries that ran side by side, and library.
+{"date", "versions", "ceilings", "ops", "train", "fixed_costs", "curves", "packing", "budget", "longest", "linearity",
+"sanitize", "tests"}; every part may be missing. "train": one row per job, mode, group that ran side by side, and library.
 """
 
+import datetime
 import importlib.metadata
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).parent / "results"
+FOLDER = Path(__file__).parents[1] / "results"
 PACKAGES = ["torch", "triton", "transformers", "peft", "bitsandbytes", "liger-kernel", "unsloth", "trl", "accelerate"]
 ABSENT = "not installed"
 WHOLE = ("ceilings", "curves", "packing", "linearity", "tests")
@@ -22,8 +22,34 @@ KEYS = {
 }  # fmt: skip
 
 
+class Record:
+    """A result that is written to `path` whenever a part or a row is added."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.result: dict[str, Any] = {"date": datetime.date.today().isoformat(), "versions": versions()}
+
+    def put(self, part: str, value: Any, *lines: str) -> None:
+        """Sets a part and prints `lines`."""
+        self.result[part] = value
+        write(self.result, self.path)
+        for line in lines:
+            print(line, flush=True)
+
+    def rows(
+        self, part: str, rows: Iterable[dict[str, Any]], line: Callable[[dict[str, Any]], str], sound: str | None = None
+    ) -> bool:
+        """Adds each row as it comes and prints its line. Returns whether `sound`, a key, is true in all of them."""
+        well = True
+        for row in rows:
+            self.put(part, [*self.result.get(part, []), row], line(row))
+            well = well and (sound is None or row[sound])
+        return well
+
+
 def versions() -> dict[str, str]:
-    """The GPU's name and the versions of everything whose speed is compared."""
+    """The GPU's name and the versions of every package whose speed is compared."""
     import torch
 
     found = {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none"}
@@ -47,25 +73,21 @@ def _merged_versions(files: Iterable[Mapping[str, str]]) -> dict[str, str]:
 
 
 def merge(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """One result out of several of the same GPU, versions and date, oldest first.
+    """Merges results of the same GPU, versions and date, given oldest first. Raises ValueError if these differ.
 
-    Of two rows about the same thing (KEYS) the later one stays, and likewise of two parts that are not rows. A later race
-    of one group replaces all rows of that group. Raises ValueError where GPU, versions or date differ.
+    A later row replaces an earlier one with the same KEYS, a later part without rows the earlier one.
     """
     dates = {result["date"] for result in results}
     if len(dates) != 1:
         raise ValueError(f"results of different dates cannot be merged: {sorted(dates)}")
     merged: dict[str, Any] = {"date": dates.pop(), "versions": _merged_versions(r["versions"] for r in results)}
     for result in results:
-        for part in WHOLE:
-            if part in result:
-                merged[part] = result[part]
+        merged |= {part: result[part] for part in WHOLE if part in result}
         merged.setdefault("fixed_costs", {}).update(result.get("fixed_costs", {}))
         for part, keys in KEYS.items():
-            rows = {tuple(row[key] for key in keys): row for row in merged.get(part, [])}
-            rows.update({tuple(row[key] for key in keys): row for row in result.get(part, [])})
-            if rows:
-                merged[part] = list(rows.values())
+            both = [*merged.get(part, []), *result.get(part, [])]
+            if both:
+                merged[part] = list({tuple(row[key] for key in keys): row for row in both}.values())
     return merged
 
 
@@ -86,10 +108,8 @@ def write(result: Mapping[str, Any], path: Path) -> None:
 
 
 def newest(folder: Path = FOLDER) -> list[dict[str, Any]]:
-    """The latest result of each GPU, by file name. Raises FileNotFoundError where there is none."""
-    latest: dict[str, Path] = {}
-    for path in sorted(folder.glob("*-????-??-??.json")):
-        latest[path.stem[:-11]] = path
+    """The latest result of each GPU, by file name. Raises FileNotFoundError if there is none."""
+    latest = {path.stem[:-11]: path for path in sorted(folder.glob("*-????-??-??.json"))}
     if not latest:
         raise FileNotFoundError(f"no results in {folder}")
     return [read(path) for path in latest.values()]

@@ -1,6 +1,6 @@
-"""The training jobs that are measured, the libraries that run them, what they are meant to reach, and what they need.
+"""The training jobs that are measured, the libraries that run them, their targets, and an estimate of their memory.
 
-Imports neither torch nor transformers: one of the peers wants to be imported before both.
+Imports neither torch nor transformers: Unsloth must be imported before both.
 """
 
 from dataclasses import dataclass
@@ -39,10 +39,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Job:
-    """`kind`: "lora" (on all seven linears), "qlora" (the same over NF4) or "full". Random tokens, no padding.
+    """One training job on random tokens without padding. kind: "lora" (on all seven linears), "qlora" (over NF4) or "full".
 
-    budget_gib: what hasten may take in mode "budget": the peak of Unsloth's default there. rank: of the LoRA.
-    offload_embedding: hasten and Unsloth keep the embedding in host memory.
+    budget_gib: hasten's memory budget in mode "budget", the peak of Unsloth's default. rank: of the LoRA.
+    offload_embedding: hasten and Unsloth keep the embedding in CPU memory.
     """
 
     title: str
@@ -75,20 +75,28 @@ MEASURED = [name for name in JOBS if not name.startswith("tiny")]
 MODES: dict[str, str] = {
     "keep": "nothing recomputed",
     "recompute": "each layer recomputed",
-    "offload": "each layer recomputed, its input in host memory where a library can",
+    "offload": "each layer recomputed, its input offloaded to CPU memory where a library can",
     "default": "each library's default checkpointing",
     "budget": "hasten within the peak of Unsloth's default",
 }
 RECOMPUTED = ("recompute", "offload")
-"""Modes in which hasten makes every layer again."""
+"""Modes in which hasten recomputes every layer."""
 VARIANTS: dict[str, str] = {
     "hasten": "hasten",
+    "hasten-before": "hasten of another source tree",
     "unsloth": "Unsloth",
     "liger": "Liger",
     "transformers": "transformers + PEFT",
     "trl": "transformers + PEFT + TRL's fused head",
 }
+BEFORE = "hasten-before"
+"""The hasten package of another checkout, used through its public API only."""
 PACKAGE_OF = {"unsloth": "unsloth", "liger": "liger-kernel", "transformers": "transformers", "trl": "trl"}
+
+
+def is_hasten(variant: str) -> bool:
+    return variant in ("hasten", BEFORE)
+
 
 TARGETS: dict[tuple[str, str], tuple[float, float | None]] = {
     ("8b-lora", "keep"): (410, 40),
@@ -100,16 +108,14 @@ TARGETS: dict[tuple[str, str], tuple[float, float | None]] = {
         for mode in ("recompute", "budget")
     },
 }
-"""(milliseconds a step, peak GiB or None) that hasten is meant to reach on an H200."""
-RATIOS = {
-    (job, mode): ratio for mode, ratio in (("budget", 1.25), ("default", 1.75)) for job in ("8b-lora", "8b-qlora")
-}
-"""How many times hasten's time Unsloth's is meant to be, at least."""
+"""Targets of hasten on an H200: (milliseconds a step, peak GiB or None)."""
+RATIOS = {(job, mode): x for mode, x in (("budget", 1.25), ("default", 1.75)) for job in ("8b-lora", "8b-qlora")}
+"""Target of Unsloth's step time over hasten's."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Weights of a shape: `linears` in all layers' projections, `head` = vocabulary x width, `embeddings` beside it."""
+    """Parameters of a shape: `linears` in all layers' projections, `head` = vocabulary x hidden size, untied `embeddings`."""
 
     linears: int
     head: int
@@ -125,17 +131,17 @@ def sizes(shape: dict[str, Any]) -> Sizes:
     return Sizes(linears, head, 0 if shape["tie_word_embeddings"] else head)
 
 
-KEPT_PER_LAYER = {"hasten": 1.1, "unsloth": 1.2, "liger": 1.7, "transformers": 2.2, "trl": 2.2}
+KEPT_PER_LAYER = {"hasten": 1.1, BEFORE: 1.1, "unsloth": 1.2, "liger": 1.7, "transformers": 2.2, "trl": 2.2}
 KEPT_IN_FULL = 2.8
 WHOLE_LOGITS = {"transformers"}
 OVERHEAD_GIB = 1.0
 
 
 def memory_gib(job: Job, mode: str, variant: str) -> tuple[float, float]:
-    """(GiB a paused worker holds, GiB it holds during a step): rounded up guesses that only group workers.
+    """Estimates (GiB of a paused worker, GiB of it during a step). Rounded up; used only to group workers.
 
-    Paused: weights, optimizer, context. A step adds the layers' kept activations, in units of (6 width + 2 MLP width) bf16
-    numbers a token and layer as fitted to measured peaks; 14 bytes a logit where the whole logits are made; gradients.
+    Paused: weights, optimizer, CUDA context. A step adds the layers' saved activations, in units of (6 width + 2 MLP width)
+    bf16 numbers a token and layer (fitted to measured peaks), 14 bytes a logit where all logits exist at once, and gradients.
     """
     shape, tokens = SHAPES[job.shape], job.tokens
     found = sizes(shape)
@@ -145,7 +151,7 @@ def memory_gib(job: Job, mode: str, variant: str) -> tuple[float, float]:
     paused = (weights + 4 * trained) / GIB + OVERHEAD_GIB
     width, mlp, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
     layer = (KEPT_IN_FULL if trained else KEPT_PER_LAYER[variant]) * (6 * width + 2 * mlp) * 2 * tokens
-    keeps = mode == "keep" or (mode, variant) == ("default", "hasten")
-    kept = layers * layer if keeps else layers * width * 2 * tokens + layer
+    saves_all = mode == "keep" or (mode == "default" and is_hasten(variant))
+    saved = layers * layer if saves_all else layers * width * 2 * tokens + layer
     logits = 14 * tokens * shape["vocab_size"] if variant in WHOLE_LOGITS else 2 * GIB
-    return paused, paused + (kept + logits + 2 * trained) * 1.15 / GIB
+    return paused, paused + (saved + logits + 2 * trained) * 1.15 / GIB

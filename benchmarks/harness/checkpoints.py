@@ -1,17 +1,16 @@
 """The measured shapes as transformers configs, and random-weight checkpoints of them on disk.
 
-    python -m benchmarks.shapes SHAPE FOLDER
-writes one, in a process of its own so that nothing of it stays on the GPU.
+    python -m benchmarks.harness.checkpoints SHAPE FOLDER
+writes one in a process of its own, so that nothing of it stays on the GPU.
 """
 
-import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.jobs import SHAPES
+from benchmarks.harness.jobs import SHAPES
 
 
 def config_of(name: str) -> Any:
@@ -22,7 +21,7 @@ def config_of(name: str) -> Any:
 
 
 def checkpoint(name: str, folder: Path) -> Path:
-    """Writes a bf16 checkpoint with random weights once, drawn on the GPU where there is one, and returns its folder."""
+    """Writes a bf16 checkpoint with random weights, drawn on the GPU if there is one, unless it exists. Returns its folder."""
     target = folder / name
     if (target / "config.json").exists():
         return target
@@ -42,9 +41,9 @@ def checkpoint(name: str, folder: Path) -> Path:
 
 
 def write_apart(name: str, folder: Path) -> Path:
-    """As `checkpoint`, drawn in a process of its own. Raises RuntimeError with what that said where it failed."""
+    """`checkpoint` in a process of its own. Raises RuntimeError with the end of its output if it fails."""
     if not (folder / name / "config.json").exists():
-        command = [sys.executable, "-m", "benchmarks.shapes", name, str(folder)]
+        command = [sys.executable, "-m", "benchmarks.harness.checkpoints", name, str(folder)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"the checkpoint of {name} could not be written:\n{done.stderr[-3000:]}")
@@ -52,27 +51,19 @@ def write_apart(name: str, folder: Path) -> Path:
 
 
 def with_positions(folder: Path, positions: int) -> Path:
-    """The checkpoint, or where its config allows fewer positions one beside it that allows as many and shares its weights."""
+    """Returns the checkpoint, or if its config allows fewer positions, a copy that allows them and links to its weights."""
     config = json.loads((folder / "config.json").read_text())
     if config["max_position_embeddings"] >= positions:
         return folder
     target = folder.with_name(f"{folder.name}-{positions}")
     target.mkdir(exist_ok=True)
     for file in folder.iterdir():
-        speed = target / file.name
-        if file.name != "config.json" and not speed.exists():
-            speed.symlink_to(file.resolve())
+        link = target / file.name
+        if file.name != "config.json" and not link.exists():
+            link.symlink_to(file.resolve())
     (target / "config.json").write_text(json.dumps(config | {"max_position_embeddings": positions}, indent=2))
     return target
 
 
-def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("shape", choices=sorted(SHAPES))
-    parser.add_argument("folder", type=Path)
-    args = parser.parse_args(arguments)
-    checkpoint(args.shape, args.folder)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    checkpoint(sys.argv[1], Path(sys.argv[2]))

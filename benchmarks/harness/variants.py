@@ -1,5 +1,6 @@
-"""Each library's own way to load a checkpoint and put a LoRA on it. Returns models that answer `labels` with a loss."""
+"""Loads a checkpoint and adds a LoRA in each library's own way. The models return a loss for `labels`."""
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -7,21 +8,30 @@ from typing import Any
 
 import torch
 
-from benchmarks.jobs import GIB, Job
+from benchmarks.harness.jobs import GIB, Job, is_hasten
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-RANK = ALPHA = 16
-"""Of the runs that are no job."""
 CHECKPOINTING = {"keep": False, "recompute": True, "offload": "offload", "default": "unsloth", "budget": "auto"}
-"""What hasten is asked for in each mode."""
+"""hasten's use_gradient_checkpointing in each mode."""
 
 
-def import_library(variant: str) -> float:
-    """Imports the library that `variant` runs on, before anything else imports transformers. Returns seconds."""
+def import_library(variant: str, tree: Path | None = None) -> float:
+    """Imports the library of `variant` before anything else imports transformers. Returns seconds.
+
+    tree: a folder whose package `hasten` is imported in place of the installed one; the running `benchmarks` stays. Raises
+    ImportError if the folder has no hasten or another one has been imported before.
+    """
     begin = time.perf_counter()
+    if tree is not None:
+        sys.path.insert(0, str(tree.resolve()))
+        import hasten
+
+        found = Path(hasten.__file__).resolve()
+        if not found.is_relative_to(tree.resolve()):
+            raise ImportError(f"hasten was to be imported from {tree.resolve()}, but comes from {found.parent}")
     if variant == "unsloth":
         import unsloth  # noqa: F401  # pyright: ignore[reportMissingImports]
-    elif variant == "hasten":
+    elif is_hasten(variant):
         import hasten  # noqa: F401
     elif variant == "liger":
         import liger_kernel.transformers  # noqa: F401  # pyright: ignore[reportMissingImports]
@@ -33,8 +43,8 @@ def import_library(variant: str) -> float:
 
 
 def build(variant: str, job: Job, mode: str, folder: Path) -> tuple[Any, Callable[..., Any]]:
-    """(the model in training mode, a function (input ids) -> loss). `folder`: the checkpoint."""
-    make = _build_fast if variant in ("hasten", "unsloth") else _build_transformers
+    """Returns (the model in training mode, a function (input ids) -> loss). folder: the checkpoint."""
+    make = _build_fast if is_hasten(variant) or variant == "unsloth" else _build_transformers
     model = make(variant, job, mode, folder)
     same_start(model)
     extra = {"fused_lm_head": True} if variant == "trl" else {}
@@ -49,27 +59,22 @@ def _build_fast(variant: str, job: Job, mode: str, folder: Path) -> Any:
     if variant == "unsloth":
         from unsloth import FastLanguageModel  # pyright: ignore[reportMissingImports]
 
-        checkpointing: Any = "unsloth" if mode != "keep" else False
+        policy: dict[str, Any] = {"use_gradient_checkpointing": "unsloth" if mode != "keep" else False}
     else:
         from hasten import FastLanguageModel
 
-        checkpointing = CHECKPOINTING[mode]
-    policy: dict[str, Any] = {"use_gradient_checkpointing": checkpointing}
-    if (variant, mode) == ("hasten", "budget"):
-        policy["memory_budget"] = f"{job.budget_gib}GiB"
-    flags = {
-        "load_in_4bit": job.kind == "qlora",
-        "load_in_16bit": job.kind == "lora",
-        "full_finetuning": job.kind == "full",
-    }
+        policy = {"use_gradient_checkpointing": CHECKPOINTING[mode]}
+        if mode == "budget":
+            policy["memory_budget"] = f"{job.budget_gib}GiB"
     extra = dict(policy) if job.kind == "full" else {}
     if job.offload_embedding:
         extra["offload_embedding"] = True
-    if variant == "hasten":
+    if is_hasten(variant):
         extra["fix_tokenizer"] = False
     model, _ = FastLanguageModel.from_pretrained(
-        str(folder), max_seq_length=job.length, dtype=torch.bfloat16, **flags, **extra
-    )
+        str(folder), max_seq_length=job.length, dtype=torch.bfloat16, load_in_4bit=job.kind == "qlora",
+        load_in_16bit=job.kind == "lora", full_finetuning=job.kind == "full", **extra,
+    )  # fmt: skip
     if job.kind == "full":
         return model.train()
     adapted: Any = FastLanguageModel.get_peft_model(
@@ -109,18 +114,20 @@ def _build_transformers(variant: str, job: Job, mode: str, folder: Path) -> Any:
     return model.train()
 
 
-def same_start(model: Any) -> None:
-    """The same LoRA A for every variant, whatever drew it first. B is zero everywhere."""
-    generator = torch.Generator(device="cpu").manual_seed(1)
+def same_start(model: Any, seed: int = 1, scale: float = 0.01) -> None:
+    """Draws the same LoRA A for every variant: normal, times `scale`. B is zero everywhere."""
+    generator = torch.Generator(device="cpu").manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
         if "lora_A" in name:
-            drawn = torch.randn(parameter.shape, generator=generator) * 0.01
+            drawn = torch.randn(parameter.shape, generator=generator) * scale
             parameter.data = drawn.to(parameter.device, parameter.dtype)
 
 
 def planned(model: Any, batch: int, length: int) -> dict[str, Any]:
-    """{"plan", "predicted_gib"}: what hasten's memory policy says of the steps that it last planned; where none plans, what
-    its formulas say of a model that keeps everything. {} before the policy has planned anything."""
+    """{"plan", "predicted_gib"} of hasten's latest plan; without a memory policy, the formulas' answer for saving everything.
+
+    {} if the policy has not planned yet.
+    """
     from hasten.training.memory.actions import ActivationAction
     from hasten.training.memory.costs import ModelShape
     from hasten.training.memory.plan import uniform_plan
