@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 TooLong = Literal["truncate", "drop", "error"]
-SaveMethod = Literal["lora", "merged_16bit", "merged_4bit"]
 
 
 @dataclass(frozen=True)
@@ -34,5 +33,5 @@ class SaveOptions:
     folder: default: `model` in the run's output folder.
     """
 
-    method: SaveMethod | None = None
+    method: str | None = None
     folder: str | None = None
