@@ -71,7 +71,8 @@ class PeftMethods(SharedMethods, Overlay):
         return self
 
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
-        """As PEFT's, with trained weights cast back first: a trainer that resumes loads before it enters training mode."""
+        """As PEFT's, with trained weights cast back first: a trainer that resumes loads before it enters training
+        mode."""
         self._keep_dtypes()
         return super().load_adapter(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 

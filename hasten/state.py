@@ -1,7 +1,7 @@
 """Holds hasten's state of one model: a single typed object on the causal LM, reached by `state_of`.
 
-It is copied with the model (deepcopy, pickle) and is the only attribute that hasten adds to a transformers or PEFT model.
-Objects of higher layers (plan, memory policy, engine) are typed by protocols here, so that imports go one way.
+It is copied with the model (deepcopy, pickle) and is the only attribute that hasten adds to a transformers or PEFT
+model. Objects of higher layers (plan, memory policy, engine) are typed by protocols here, so that imports go one way.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -93,9 +93,10 @@ class ModelState:
     """load_options, adapter_options: the arguments of `from_pretrained` and `get_peft_model`.
 
     notes: topic -> lines of the report. plan: the overlays that are on. memory: the memory policy, None = none.
-    checkpointing: the `use_gradient_checkpointing` in force, None = never set by hasten. mlp_tile: `unsloth_tiled_mlp` as
-    given. trained_dtypes: parameter name in the PeftModel -> the dtype it trains in. fused_head: TRL's request, None = its
-    defaults. saw_labels: whether a training batch had a label that counts. engine: what `generate` calls, None = stock.
+    checkpointing: the `use_gradient_checkpointing` in force, None = never set by hasten. mlp_tile: `unsloth_tiled_mlp`
+    as given. trained_dtypes: parameter name in the PeftModel -> the dtype it trains in. fused_head: TRL's request, None
+    = its defaults. saw_labels: whether a training batch had a label that counts. engine: what `generate` calls, None =
+    stock.
     """
 
     load_options: LoadOptions | None = None
@@ -117,7 +118,8 @@ def causal_lm_of(model: nn.Module) -> Any:
 
 
 def state_of(model: nn.Module) -> ModelState:
-    """Returns the state of the causal LM (`model`, or the one inside the PeftModel); attaches an empty one if there is none."""
+    """Returns the state of the causal LM (`model`, or the one inside the PeftModel); attaches an empty one if there is
+    none."""
     return causal_lm_of(model).__dict__.setdefault(ATTRIBUTE, ModelState())
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 class Norm:
     """Normalisation over the last axis.
 
-    kind: "rms" = Zhang & Sennrich 2019 (arXiv:1910.07467), no mean; "layer" = Ba et al. 2016 (arXiv:1607.06450), no bias.
+    kind: "rms" = Zhang & Sennrich 2019 (arXiv:1910.07467); "layer" = Ba et al. 2016 (arXiv:1607.06450), no bias.
     unit_offset: the stored weight w scales by (1 + w).
     fp32_weight: multiply by the weight in fp32 and cast last; False = cast to the input's dtype first (Llama).
     eps: config field that holds epsilon.

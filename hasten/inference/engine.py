@@ -1,7 +1,7 @@
 """Engines: what `model.generate` calls. One file per engine; `engine_of(model)` is the one in use.
 
-Today: `StockEngine`, transformers' `generate` behind a length check and left-padding. A decode engine of hasten's own, or
-vLLM's, implements the same `hasten.state.Engine` and is set as `state_of(model).engine`.
+Today: `StockEngine`, transformers' `generate` behind a length check and left-padding. A decode engine of hasten's own,
+or vLLM's, implements the same `hasten.state.Engine` and is set as `state_of(model).engine`.
 """
 
 from typing import Any

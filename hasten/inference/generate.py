@@ -19,9 +19,9 @@ DEFAULT_NEW_TOKENS = 20  # transformers' default
 def generate(model: Any, stock_generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Returns `stock_generate(*args, **kwargs)`, with each sequence of a padded batch continued as it would be alone.
 
-    model: the causal LM. stock_generate: transformers' `generate`, bound to it. Sequences with padding after their first
-    token are left-padded first, so the prompt part of the result is left-padded; its width is that of the prompt given,
-    and `result[:, prompt.shape[1]:]` are the new tokens.
+    model: the causal LM. stock_generate: transformers' `generate`, bound to it. Sequences with padding after their
+    first token are left-padded first, so the prompt part of the result is left-padded; its width is that of the prompt
+    given, and `result[:, prompt.shape[1]:]` are the new tokens.
 
     Raises InputError before anything runs where a prompt, or a prompt plus the new tokens that this call asks for, is
     longer than `max_seq_length`, where a sequence is padding only, and where shapes disagree. A length that comes only
@@ -46,7 +46,7 @@ def generate(model: Any, stock_generate: Callable[..., Any], *args: Any, **kwarg
 
 
 def _setting(model: Any, named: dict[str, Any], name: str) -> Any:
-    """A generation parameter by transformers' precedence: the call, its generation_config, the model's generation_config."""
+    """A generation parameter by transformers' precedence: the call, its generation_config, the model's."""
     if name in named:
         return named[name]
     return _asked(named, name) if _asked(named, name) is not None else getattr(model.generation_config, name, None)
@@ -60,20 +60,21 @@ def _asked(named: dict[str, Any], name: str) -> Any:
 
 
 def _checked_length(model: Any, named: dict[str, Any], prompt: Prompt) -> dict[str, Any]:
-    """Arguments to change so that no sequence exceeds `max_seq_length`. Raises InputError where the caller asks for more."""
+    """Arguments to change so that no sequence exceeds `max_seq_length`. Raises InputError where the caller asks for
+    more."""
     limit = model.overlay_config.max_seq_length if isinstance(model, HeadOverlay) else None
     if limit is None:
         return {}
     if prompt.longest > limit:
         raise InputError(
-            f"a prompt of {prompt.longest} tokens was given to a model loaded with max_seq_length={limit}. Load it with "
-            "a longer max_seq_length, or shorten the prompt; it is never truncated silently."
+            f"a prompt of {prompt.longest} tokens was given to a model loaded with max_seq_length={limit}. Load it "
+            "with a longer max_seq_length, or shorten the prompt; it is never truncated silently."
         )
     asked = _new_tokens(_asked(named, "max_new_tokens"), _asked(named, "max_length"), prompt.width)
     if asked is not None and prompt.longest + asked > limit:
         raise InputError(
-            f"a prompt of {prompt.longest} tokens and {asked} new ones are {prompt.longest + asked} tokens; the model was loaded "
-            f"with max_seq_length={limit}. Ask for at most {limit - prompt.longest} new tokens, or load it with "
+            f"a prompt of {prompt.longest} tokens and {asked} new ones are {prompt.longest + asked} tokens; the model was "
+            f"loaded with max_seq_length={limit}. Ask for at most {limit - prompt.longest} new tokens, or load it with "
             f"max_seq_length={prompt.longest + asked} or more."
         )
     if asked is not None:
@@ -84,8 +85,8 @@ def _checked_length(model: Any, named: dict[str, Any], prompt: Prompt) -> dict[s
         return {}
     if prompt.longest == limit:
         raise InputError(
-            f"a prompt of {limit} tokens fills the max_seq_length={limit} that the model was loaded with, so nothing can "
-            "be generated. Load it with a longer max_seq_length, or shorten the prompt."
+            f"a prompt of {limit} tokens fills the max_seq_length={limit} that the model was loaded with, so nothing "
+            "can be generated. Load it with a longer max_seq_length, or shorten the prompt."
         )
     return _shortened(named, own.max_new_tokens is not None, prompt, limit - prompt.longest)
 

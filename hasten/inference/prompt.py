@@ -1,6 +1,7 @@
 """Reads the prompt of a `generate` call: its mask, the sequences' lengths, and left-padding.
 
-Shapes: B sequences, T positions of the prompt (padding included), S of the mask (T, or more with a cache), E hidden size.
+Shapes: B sequences, T positions of the prompt (padding included), S of the mask (T, or more with a cache), E hidden
+size.
 """
 
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ from hasten.errors import InputError
 
 @dataclass
 class Prompt:
-    """tensors: argument name -> every tensor of the call with one entry per position: ids or positions (B, T), embeddings
-    (B, T, E). mask_BS: int64, 1 = token, 0 = padding. width: T. cached: positions in a cache passed by the caller."""
+    """tensors: argument name -> every tensor of the call with one entry per position: ids or positions (B, T),
+    embeddings (B, T, E). mask_BS: int64, 1 = token, 0 = padding. width: T. cached: positions in a cache passed by the
+    caller."""
 
     tensors: dict[str, torch.Tensor]
     mask_BS: torch.Tensor
@@ -39,7 +41,7 @@ class Prompt:
         """
         if self.cached:
             raise InputError(
-                "sequences with padding after their last token were given together with past_key_values, whose positions "
+                "sequences with padding after their last token were given with past_key_values, whose positions "
                 "are fixed. Pad the new tokens on the left, or pass the whole sequences without a cache."
             )
         order_BT = self.mask_BS.argsort(dim=1, stable=True)
@@ -59,7 +61,8 @@ def read_prompt(named: dict[str, Any], pad_token_id: Any, eos_token_id: Any) -> 
     """Finds the prompt among `named`, the arguments of a `generate` call by name; None = there is none to check.
 
     Without attention_mask, padding is inferred as transformers does: where ids equal `pad_token_id`, and only if that
-    is no EOS. Raises InputError for a prompt of another type or shape, a mask that does not fit it, and sequences that are padding only.
+    is no EOS. Raises InputError for a prompt of another type or shape, a mask that does not fit it, and sequences that
+    are padding only.
     """
     main = next((n for n in ("inputs_embeds", "inputs", "input_ids") if named.get(n) is not None), None)
     if main is None:
@@ -89,8 +92,8 @@ def read_prompt(named: dict[str, Any], pad_token_id: Any, eos_token_id: Any) -> 
     empty = [index for index, length in enumerate(prompt.mask_BS.sum(1).tolist()) if length == 0]
     if empty:
         raise InputError(
-            f"sequences {empty} of {main} are padding only, so there is nothing to continue. Leave them out, or start them "
-            "with the tokenizer's bos_token."
+            f"sequences {empty} of {main} are padding only, so there is nothing to continue. Leave them out, or start "
+            "them with the tokenizer's bos_token."
         )
     return prompt
 
@@ -113,7 +116,7 @@ def _by_position(named: dict[str, Any], ids: torch.Tensor) -> dict[str, torch.Te
             continue
         if tensor.shape[1] != ids.shape[1] or tensor.shape[0] not in (1, len(ids)):
             raise InputError(
-                f"{name} has shape {tuple(tensor.shape)}, the prompt has {len(ids)} sequences of {ids.shape[1]} positions."
+                f"{name} has shape {tuple(tensor.shape)}, the prompt has {len(ids)} sequences of {ids.shape[1]} tokens."
             )
         found[name] = tensor
     return found

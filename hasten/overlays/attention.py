@@ -15,7 +15,7 @@ from hasten.overlays.fused_linears import linear, qkv
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """`families.schema.Attention` of one layer, with the config's values. window: visible keys, the query's own included."""
+    """`families.schema.Attention` of one layer, with the config's values. window: visible keys, own one included."""
 
     scale: float
     rotation: Literal["half", "interleaved"] = "half"
@@ -45,9 +45,9 @@ class AttentionOverlay(Overlay):
         """Returns (B, T, E) and the attention weights, if the context materialises them.
 
         hidden_states: (B, T, E). position_embeddings: cos and sin, (B or 1, T, D). residual: (B, T, E), added to the
-        result; fused into o_proj (addmm) where the op runs. norm_input: what the norm of hidden_states read; the fused op
-        saves it instead of hidden_states and recomputes the norm in the backward. attention_context: None = transformers'
-        attention interface.
+        result; fused into o_proj (addmm) where the op runs. norm_input: what the norm of hidden_states read; the fused
+        op saves it instead of hidden_states and recomputes the norm in the backward. attention_context: None =
+        transformers' attention interface.
         """
         overlay_config = self.overlay_config
         position = position_embeddings if overlay_config.use_rope else None

@@ -91,7 +91,7 @@ class BackboneOverlay(Overlay):
         return not (self.config.output_attentions if asked is None else asked)
 
     def _must_isolate(self, attention_mask: torch.Tensor | None, position_ids: torch.Tensor, cache: bool) -> bool:
-        """Whether the sequences are packed and transformers' backend needs mask and cache left out to separate documents.
+        """Whether the sequences are packed, so that transformers' backend needs mask and cache left out.
 
         Raises InputError where documents would be mixed: with padding in the mask, or with a cache that was asked for.
         """
@@ -109,7 +109,7 @@ class BackboneOverlay(Overlay):
             problems.append("a cache was asked for (pass use_cache=False)")
         if problems:
             raise InputError(
-                f"position_ids restart, so the sequences hold several documents, which {name} attention would mix because "
+                f"position_ids restart, so the sequences hold several documents, which {name} attention would mix: "
                 + " and ".join(problems)
             )
         return True

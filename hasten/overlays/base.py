@@ -31,12 +31,12 @@ class Overlay(nn.Module):
 
 
 def runs_overlay(module: nn.Module, overlay: type[Overlay]) -> bool:
-    """Whether calling `module` runs `overlay.forward` itself: under no class of somebody else with a forward of its own."""
+    """Whether calling `module` runs `overlay.forward`: nobody put a class with another forward over it."""
     return isinstance(module, overlay) and type(module).forward is overlay.forward
 
 
 def with_oom_advice(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a causal LM's forward: its out-of-memory error says what would free memory, if the model has a memory policy."""
+    """Wraps a causal LM's forward: its out-of-memory error says what would free memory (with a memory policy)."""
 
     @functools.wraps(forward)
     def forward_with_advice(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -1,11 +1,11 @@
 """Attention contexts: which keys each query sees and which kernel computes it, decided once per forward.
 
 `BackboneOverlay` makes one context per forward and passes it as `attention_context` through the keyword arguments that
-transformers' backbones and decoder layers hand on; `AttentionOverlay` calls its `attend`. Without one (None) an attention
-runs `StockAttention`. A caller may also pass its own context to the model (a static KV cache, say).
+transformers' backbones and decoder layers hand on; `AttentionOverlay` calls its `attend`. Without one (None) an
+attention runs `StockAttention`. A caller may also pass its own context to the model (a static KV cache, say).
 
-While a context serves, the backbone gets `placeholder_mask` as its attention mask: transformers returns a 4-D mask as it
-is, so it builds no dense mask, and nothing ever reads the placeholder.
+While a context serves, the backbone gets `placeholder_mask` as its attention mask: transformers returns a 4-D mask as
+it is, so it builds no dense mask, and nothing ever reads the placeholder.
 
 Shapes: B sequences, T new tokens, S cached and new tokens, H query heads, K key/value heads, D channels of a head.
 """
@@ -28,8 +28,8 @@ QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 class AttentionContext(ABC):
     """Computes attention for every layer of one forward.
 
-    Implementations are frozen dataclasses: FSDP2 (mixed precision) and the memory policy (activations that layers share)
-    find the tensors in a dataclass's fields.
+    Implementations are frozen dataclasses: FSDP2 (mixed precision) and the memory policy (activations that layers
+    share) find the tensors in a dataclass's fields.
     """
 
     @abstractmethod
@@ -43,8 +43,9 @@ class AttentionContext(ABC):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Updates the cache, if there is one, and attends.
 
-        module: the attention, an `AttentionOverlay`: its `overlay_config` has scale, window and softcap. qkv: after RoPE,
-        q (B, T, H, D), k and v (B, T, K, D). attention_mask, past_key_values, kwargs: what transformers gave the attention.
+        module: the attention, an `AttentionOverlay`: its `overlay_config` has scale, window and softcap. qkv: after
+        RoPE, q (B, T, H, D), k and v (B, T, K, D). attention_mask, past_key_values, kwargs: what transformers gave the
+        attention.
         Returns (B, T, H, D) and the attention weights (B, H, T, S), or None where they are never materialised.
         """
 
@@ -53,7 +54,7 @@ class AttentionContext(ABC):
         """This context on `device`; accelerate's hooks call it where layers are on several devices."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StockAttention(AttentionContext):
     """transformers' attention interface (`config._attn_implementation`), with the mask that transformers built."""
 
@@ -86,7 +87,7 @@ class StockAttention(AttentionContext):
 STOCK = StockAttention()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SpanAttention(AttentionContext):
     """`ops.attention`: causal within the spans of packed documents and of padding, without a dense mask.
 
@@ -124,8 +125,8 @@ class SpanAttention(AttentionContext):
 
 
 def placeholder_mask(like: torch.Tensor) -> torch.Tensor:
-    """(1, 1, 0, 0) bool on the device of `like`: keeps transformers from building a mask. Fits no scores, so an attention
-    that reads it fails loudly."""
+    """(1, 1, 0, 0) bool on the device of `like`: keeps transformers from building a mask. Fits no scores, so an
+    attention that reads it fails loudly."""
     return torch.empty(1, 1, 0, 0, dtype=torch.bool, device=like.device)
 
 

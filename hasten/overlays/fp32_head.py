@@ -17,7 +17,7 @@ class Fp32WeightConfig:
 
 
 class Fp32Embedding(Overlay):
-    """Looks up the fp32 weight and casts to the residual stream's dtype; a family's scale is applied after the cast, as in the stock module."""
+    """Looks up the fp32 weight and casts to the residual stream's dtype; a family's scale is applied after the cast."""
 
     overlay_config: ClassVar[Fp32WeightConfig]
     runs = "fp32 embedding"

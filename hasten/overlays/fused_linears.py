@@ -1,4 +1,4 @@
-"""Chooses per call between a projection's own forward and the fused LoRA ops: adapters are added and removed at any time.
+"""Chooses per call (adapters come and go) between a projection's own forward and the fused LoRA ops.
 
 The ops run on a GPU, where each projection is a plain weight, frozen or not, with at most one plain LoRA. What keeps a
 projection from it is named by `weights.plain_linear`, and the report shows it.

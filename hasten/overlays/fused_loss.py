@@ -23,8 +23,8 @@ class FusedLossOutput(CausalLMOutputWithPast):
     def __getattribute__(self, name: str) -> Any:
         if name == "logits":
             raise InputError(
-                "outputs.logits was read after a fused loss, which never computes them. Call model.eval() first, or call "
-                "the model without labels, or with logits_to_keep, to get real logits."
+                "outputs.logits was read after a fused loss, which never computes them. Call model.eval() first, or "
+                "call the model without labels, or with logits_to_keep, to get real logits."
             )
         return super().__getattribute__(name)
 

@@ -43,7 +43,7 @@ class HeadOverlay(Overlay):
         return type(self).__name__
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """TRL's `add_fused_lm_head` assigns `model.forward`: its settings go into the state, and the op here serves them."""
+        """TRL's `add_fused_lm_head` assigns `model.forward`: its settings go into the state instead."""
         if name == "forward":
             request = read_trl_request(value)
             if request is not None:

@@ -1,4 +1,4 @@
-"""Inputs of the head: length check, kept positions, shifted labels, and the head's weight as operands of the fused op."""
+"""Inputs of the head: length check, kept positions, shifted labels, operands of the fused op."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def check_length(
     past: Cache | None,
     longest_document: int | None,
 ) -> None:
-    """Raises InputError for a sequence (or a document of a packed one) longer than `limit` tokens, cached ones included."""
+    """Raises InputError for a sequence (or packed document) longer than `limit` tokens, cached ones included."""
     if limit is None or inputs is None:
         return
     seen = int(past.get_seq_length()) if past is not None else 0
@@ -54,7 +54,7 @@ def keep_positions(hidden_BTE: torch.Tensor, keep: int | torch.Tensor) -> torch.
 def targets_of(
     hidden_BTE: torch.Tensor, labels: torch.Tensor | None, shift_labels: torch.Tensor | None, ignored: int
 ) -> torch.Tensor:
-    """The label that each position predicts, (B, T): the next token's, ignored at a sequence's end; or `shift_labels` as given."""
+    """The label that each position predicts, (B, T): the next token's (none at a sequence's end), or `shift_labels`."""
     if shift_labels is not None:
         return shift_labels
     if labels is None:
@@ -87,8 +87,8 @@ def head_operands(
 def score_through_module(
     head: nn.Module, hidden_NE: torch.Tensor, labels_N: torch.Tensor, rule: ScoreConfig
 ) -> TokenScores:
-    """Scores through the head's own forward, a chunk of tokens at a time; logits are recomputed in the backward (activation
-    checkpointing), so the full logits never exist."""
+    """Scores through the head's own forward, a chunk of tokens at a time; logits are recomputed in the backward
+    (activation checkpointing), so the full logits never exist."""
 
     def score(hidden: torch.Tensor, labels: torch.Tensor) -> tuple[Any, ...]:
         raw = head(hidden)

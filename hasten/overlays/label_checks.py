@@ -15,14 +15,14 @@ logger = logging.getLogger(__name__)
 def refuse_data_parallel(model: nn.Module, num_items_in_batch: Any) -> None:
     """Raises TrainingError under nn.DataParallel, and under a trainer that expects it.
 
-    transformers' Trainer does not wrap quantised models in it, yet takes the batch of all GPUs and multiplies the loss by
-    their number.
+    transformers' Trainer does not wrap quantised models in it, yet takes the batch of all GPUs and multiplies the loss
+    by their number.
     """
     several = isinstance(num_items_in_batch, torch.Tensor) and num_items_in_batch.numel() > 1
     if torch.is_grad_enabled() and (several or model.__dict__.get("_is_replica")):
         raise TrainingError(
-            "this trainer counts several GPUs for its one process (nn.DataParallel), which would copy the model at every "
-            "step, or scale a quantised model's gradients. Start one process per GPU (torchrun --nproc_per_node N, "
+            "this trainer counts several GPUs for its one process (nn.DataParallel), which would copy the model at "
+            "every step, or scale a quantised model's gradients. Start one process per GPU (torchrun --nproc_per_node N, "
             "accelerate launch), make one GPU visible (CUDA_VISIBLE_DEVICES=0), or take the settings from "
             "hasten.sft_config, which train on one"
         )
@@ -45,7 +45,7 @@ def expect_labels(model: nn.Module, num_items_in_batch: Any) -> None:
 
 
 def warn_without_labels(model: nn.Module, counts: torch.Tensor) -> None:
-    """Warns where the batches so far had no label at all: TRL would train on at a loss of zero. Stops at the first label."""
+    """Warns where the batches so far had no label: TRL would train on at a loss of zero. Stops at the first one."""
     state = state_of(model)
     state.saw_labels = bool(counts.any())
     if not state.saw_labels:

@@ -54,7 +54,7 @@ class LayerOverlay(Overlay):
 
     @property
     def _gradient_checkpointing_func(self) -> Any:
-        """transformers' own attribute. An installed `LayerCheckpoint` stays until it is deleted, whatever a trainer sets."""
+        """transformers' own attribute. A `LayerCheckpoint` stays until it is deleted, whatever a trainer sets."""
         if CHECKPOINT_FUNCTION not in self.__dict__:
             raise AttributeError(CHECKPOINT_FUNCTION)
         return self.__dict__[CHECKPOINT_FUNCTION]
@@ -94,7 +94,7 @@ class LayerOverlay(Overlay):
         return hidden_states + self._scaled(mlp(self.post_attention_layernorm(hidden_states)))
 
     def _can_fuse(self, hidden_states: torch.Tensor) -> bool:
-        """Whether residual adds can be fused: every part runs its overlay, and none has hooks or a forward of its own."""
+        """Whether residual adds can be fused: every part runs its overlay's forward and has no hooks."""
         if backend_for(hidden_states) != "triton":
             return False
         if compute_dtype(hidden_states) != hidden_states.dtype:
@@ -108,8 +108,8 @@ class LayerOverlay(Overlay):
     def _fused(self, residual: torch.Tensor, mlp_tile: TileRows, kwargs: dict[str, Any]) -> torch.Tensor:
         """Fuses the residual adds; the two gradients of the residual are summed in the norms' backward.
 
-        The add happens in o_proj and down_proj (addmm) where nothing is between them and the residual stream, else in the
-        branch's own last norm (sandwich), or scaled (torch.add with alpha).
+        The add happens in o_proj and down_proj (addmm) where nothing is between them and the residual stream, else in
+        the branch's own last norm (sandwich), or scaled (torch.add with alpha).
         """
         scale, sandwich = self.overlay_config.multiplier, self.overlay_config.residual == "sandwich"
         in_matmul = scale == 1.0 and not sandwich

@@ -1,8 +1,8 @@
 """TRL's fused-head protocol: `model(..., labels=labels, fused_lm_head=True)` returns per-token scores.
 
 TRL's trainers install it by assigning `model.forward = <function made by trl.trainer.utils.add_fused_lm_head>`, whose
-closure holds the settings. A head overlay reads them, so that the head's LoRA, the trained copy of a head and hasten's op
-serve the protocol; a function that cannot be read is left as TRL made it.
+closure holds the settings. A head overlay reads them, so that the head's LoRA, the trained copy of a head and hasten's
+op serve the protocol; a function that cannot be read is left as TRL made it.
 """
 
 from dataclasses import dataclass

@@ -57,7 +57,7 @@ def _pack(module: nn.Module, names: tuple[str, ...]) -> None:
 def restore(model: nn.Module) -> nn.Module:
     """Takes all overlays off and returns `model`. Weights, hooks, adapters and classes of others stay.
 
-    A class that somebody put over an overlay (FSDP2, parametrize) is made again over the stock class. Raises PatchError,
+    A class that somebody put over an overlay (FSDP2, parametrize) is rebuilt over the stock class. Raises PatchError,
     before anything is changed, naming one that cannot be.
     """
     base = causal_lm_of(model)

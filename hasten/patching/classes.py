@@ -1,8 +1,9 @@
-"""Classes of patched modules: transformers' own (stock), hasten's overlay over it, and classes that others put over both.
+"""Classes of patched modules: transformers' own (stock), hasten's overlay, and classes that others put over them.
 
-FSDP2's `fully_shard` and `torch.nn.utils.parametrize` set `module.__class__` to a subclass made at run time, as hasten does.
-Whichever came first, theirs stay outermost: an overlay is put directly over the stock class, and their classes are made
-again over it (`type(theirs)(name, bases, namespace)`), so their own removal (`__bases__`, MRO positions) keeps working.
+FSDP2's `fully_shard` and `torch.nn.utils.parametrize` set `module.__class__` to a subclass made at run time, as hasten
+does. Whichever came first, theirs stay outermost: an overlay is put directly over the stock class, and their classes
+are rebuilt over it (`type(theirs)(name, bases, namespace)`), so their own removal (`__bases__`, MRO positions) keeps
+working.
 """
 
 import functools
@@ -51,13 +52,13 @@ def methods_of(module: nn.Module) -> type | None:
 
 
 def with_base(module: nn.Module, base: type) -> type:
-    """The class for `module` with `base` (an `overlay_class` or the stock class) in place of its overlay or stock class.
+    """The class for `module` with `base` (an `overlay_class` or the stock class) in place of what it has.
 
-    Classes that others put over it are made again. Raises PatchError naming the one that cannot be.
+    Classes that others put over it are rebuilt. Raises PatchError naming the one that cannot be.
     """
     kind = type(module)
     old = installed_overlay(kind) or stock_class(module)
-    return kind if old is base else _made_again(kind, old, base)
+    return kind if old is base else _rebuilt(kind, old, base)
 
 
 def _under_runtime_classes(kind: type[nn.Module]) -> type[nn.Module]:
@@ -78,18 +79,18 @@ def _is_runtime_class(kind: type) -> bool:
     return found is not kind
 
 
-def _made_again(kind: type, old: type, new: type) -> type:
-    """`kind`, a subclass of `old`, made again with `new` in its place."""
+def _rebuilt(kind: type, old: type, new: type) -> type:
+    """`kind`, a subclass of `old`, rebuilt with `new` in its place."""
     if kind is old:
         return new
-    bases = tuple(_made_again(base, old, new) if issubclass(base, old) else base for base in kind.__bases__)
+    bases = tuple(_rebuilt(base, old, new) if issubclass(base, old) else base for base in kind.__bases__)
     made_cell = CellType()
     try:
         namespace = {name: _for_class(value, kind, made_cell) for name, value in _own_names(kind).items()}
         made = type(kind)(kind.__name__, bases, namespace)
     except Exception as error:
         raise PatchError(
-            f"{kind.__module__}.{kind.__qualname__}, a class that was put over {old.__name__}, cannot be made again over "
+            f"{kind.__module__}.{kind.__qualname__}, a class that was put over {old.__name__}, cannot be rebuilt over "
             f"another base ({type(error).__name__}: {error}). Take it off first, and put it on again afterwards"
         ) from error
     made_cell.cell_contents = made
@@ -97,8 +98,8 @@ def _made_again(kind: type, old: type, new: type) -> type:
 
 
 def _own_names(kind: type) -> dict[str, Any]:
-    """What the class body defined: without slots, and without wrappers of inherited functions, which `__init_subclass__`
-    makes again (transformers' GradientCheckpointingLayer wraps `forward` so)."""
+    """What the class body defined: without slots, and without wrappers of inherited functions, which
+    `__init_subclass__` makes anew (transformers' GradientCheckpointingLayer wraps `forward` so)."""
     slots = kind.__dict__.get("__slots__", ())
     skipped = {"__dict__", "__weakref__", *((slots,) if isinstance(slots, str) else slots)}
     inherited = super(kind, kind)

@@ -1,7 +1,7 @@
 """Checks that the installed transformers classes still have the structure that the family's data file records.
 
-Runs on the model's modules, before anything is planned. What structure cannot show (the order of casts, a missing factor)
-is compared numerically by `hasten.testing.check_family`, which the tests run per family.
+Runs on the model's modules, before anything is planned. What structure cannot show (the order of casts, a missing
+factor) is compared numerically by `hasten.testing.check_family`, which the tests run per family.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """Finds, by comparing outputs, which overlay applies to a module of a model type without a data file.
 
-The module's own forward is compared with the op at each candidate config, on random input of the module's dtype, within a
-few roundings. A module that no candidate reproduces stays stock.
+The module's own forward is compared with the op at each candidate config, on random input of the module's dtype, within
+a few roundings. A module that no candidate reproduces stays stock.
 """
 
 from itertools import product
@@ -35,7 +35,8 @@ def kind_of(module: nn.Module, base: nn.Module) -> str | None:
 
 
 def signature(module: nn.Module) -> tuple[Any, ...]:
-    """What must be equal for a proof on one module to hold for another: classes, epsilon, parameter shapes and dtypes."""
+    """What must be equal for a proof on one module to hold for another: classes, epsilon, parameter shapes and
+    dtypes."""
     ours = installed_overlay(type(module))
     over = type(module).__mro__[: type(module).__mro__.index(ours or stock_class(module))]
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))

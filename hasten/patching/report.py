@@ -92,8 +92,8 @@ def _attention(base: Any) -> tuple[str, str]:
         needs.insert(0, f"windows of {windows[0].window} in {len(windows)} of {len(layers)} layers")
     if len(capped) == len(layers):
         return "Triton", "softcap on scores, which torch's sdpa drops"
-    why = f"sdpa for plain causal sequences of a multiple of {CUDNN_LENGTH_MULTIPLE} tokens, Triton for {', '.join(needs)}; no dense mask"
-    return "torch sdpa and Triton", why
+    plain = f"sdpa for plain causal sequences of a multiple of {CUDNN_LENGTH_MULTIPLE} tokens"
+    return "torch sdpa and Triton", f"{plain}, Triton for {', '.join(needs)}; no dense mask"
 
 
 GROUPS = {
@@ -122,7 +122,7 @@ def _fused_projections(base: nn.Module) -> dict[str, tuple[str, str, str]]:
                     pair, _ = read_lora(member, training=True)
                     why = "plain LoRA" if pair else "no adapter"
                     if name in apart:
-                        why += "; weights are not packed and are copied for each matmul (patch the model on its final device)"
+                        why += "; weights are not packed, so copied for each matmul (patch on the final device)"
                     rows[f"{path}.{name}"] = (label, "fused LoRA op", why)
                 elif reasons[name] is None:
                     rows[f"{path}.{name}"] = (label, "its own module", f"its sibling {blocked[0]}: {blocked[1]}")

@@ -1,4 +1,5 @@
-"""Compares tensors by relative error in the Frobenius norm, against a limit; the error names every failed comparison."""
+"""Compares tensors by relative error in the Frobenius norm, against a limit; the error names every failed
+comparison."""
 
 from dataclasses import dataclass, field
 

@@ -69,7 +69,8 @@ def test_no_dense_mask_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_contexts_move_between_devices() -> None:
     plain, spans = SpanAttention(None), SpanAttention(torch.zeros(1, 4, 3, dtype=torch.int32))
-    assert plain.to("meta") is plain and StockAttention().to("meta") == StockAttention()
+    stock = StockAttention()
+    assert plain.to("meta") is plain and stock.to("meta") is stock
     assert spans.to("cpu", non_blocking=True) is spans
     moved = spans.to("meta").spans_BT3
     assert moved is not None and moved.device.type == "meta"

@@ -83,6 +83,18 @@ def test_a_subclass_with_its_own_forward_stays_over_the_overlay(path: str, first
         calls.clear()
 
 
+@pytest.mark.parametrize("path", ["model.layers.1.mlp", "model.layers.1.self_attn", "model.layers.1.input_layernorm"])
+def test_the_fused_layer_calls_their_forward(path: str, kernels: None) -> None:
+    """The fused residual adds would bypass a forward that is over an overlay's own."""
+    model, _, logits = twins()
+    calls: list[str] = []
+    apply(model)
+    log_calls(model.get_submodule(path), calls)
+    with torch.no_grad():
+        assert relative_error(model(IDS).logits, logits) < 2e-5
+    assert len(calls) == 1
+
+
 def test_a_layer_under_another_class_checkpoints_once() -> None:
     model, _, _ = twins()
     calls: list[str] = []
@@ -207,7 +219,7 @@ def test_a_decorated_method_finds_its_new_class() -> None:
     torch.testing.assert_close(mlp(x), expected)
 
 
-def test_a_class_that_cannot_be_made_again_is_named_and_nothing_changes() -> None:
+def test_a_class_that_cannot_be_rebuilt_is_named_and_nothing_changes() -> None:
     model, _, _ = twins()
     apply(model)
 
