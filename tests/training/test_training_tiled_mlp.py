@@ -118,13 +118,13 @@ def test_inference_goes_by_tiles_too_and_keeps_nothing(heights: list[int], monke
     assert decoded.shape == (1, 15)
 
 
-def test_a_hooked_projection_sees_whole_rows() -> None:
+def test_a_hooked_projection_sees_all_tokens_at_once() -> None:
     model = small("llama", True, lora())
     tiling.set_tile(model, TILE)
     seen: list[torch.Size] = []
     projection = causal_lm_of(model).model.layers[0].mlp.up_proj
     hook = projection.register_forward_hook(lambda module, args, out: seen.append(args[0].shape))
-    with pytest.warns(UserWarning, match="whole rows"):
+    with pytest.warns(UserWarning, match="all tokens at once"):
         model(input_ids=IDS)
     assert seen == [(2, 11, 64)]
     hook.remove()
