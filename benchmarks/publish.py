@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import predicted, tables
+from benchmarks import memory_tables, predicted, tables
 from benchmarks.harness.jobs import JOBS, MODES
 from benchmarks.harness.results import FOLDER, file_name, merge, newest, read, write
 
@@ -38,9 +38,9 @@ LONGEST = (
 PICTURES = {"roofline": "ops", "budget": "budget", "curves": "curves"}
 """Picture -> the part of a result that it shows."""
 SECTIONS: dict[str, tuple[str, Callable[[tables.Result], list[str]], tuple[str, str] | None]] = {
-    "budget": ("Step time against memory budget", lambda r: [tables.budget_table(r)],
+    "budget": ("Step time against memory budget", lambda r: [memory_tables.budget_table(r)],
                ("step time against memory budget", "budget")),
-    "longest": ("The longest sequence of an 8B QLoRA step under a cap", lambda r: [LONGEST, *tables.longest_section(r)], None),
+    "longest": ("The longest sequence of an 8B QLoRA step under a cap", lambda r: [LONGEST, *memory_tables.longest_section(r)], None),
     "packing": ("Sequences of unequal length: padded, padding-free, packed", tables.packing_section, None),
     "fixed_costs": ("Fixed costs", lambda r: [tables.costs_text(r)], None),
     "ops": ("Ops at the 8B step's shapes", lambda r: [f"Ceilings: {tables.ceilings_line(r)}.", tables.ops_table(r)],
@@ -71,7 +71,7 @@ def _sections(result: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -
     for mode, title in MODES.items():
         if any(row["mode"] == mode for row in train):
             parts += [f"### Training steps, {title}", tables.training_table(result, mode)]
-            parts += [text for text in [tables.predictions_table(result, mode)] if text]
+            parts += [text for text in [memory_tables.predictions_table(result, mode)] if text]
     if profile := tables.profile_table(result):
         parts += ["### Where hasten's step goes", profile, PROFILED]
     if any("load_s" in row for row in train):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from benchmark_kit import budget_row
 
-from benchmarks import budget, gpu, plots, tables
+from benchmarks import budget, gpu, memory_tables, plots
 from benchmarks.harness import results
 from benchmarks.harness.jobs import GIB, JOBS
 from benchmarks.harness.steps import load
@@ -60,7 +60,7 @@ def test_the_table_and_the_plot_say_what_was_measured(tmp_path: Path) -> None:
         budget_row("auto", None, None, ms=500.0),
     ]
     result = {"budget": rows, "versions": {"gpu": "NVIDIA H900"}}
-    text = tables.budget_table(result)
+    text = memory_tables.budget_table(result)
     assert '| 8b-qlora | "offload" | - | 8.00 | 7.60 | -5.0% | yes | 900 |' in text
     assert "| 8b-qlora | 1.5x | 12.00 | 8.00 | 7.60 | -5.0% | no | 700 |" in text
     plots.budget(result, tmp_path / "budget.png")
