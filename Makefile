@@ -1,12 +1,15 @@
 # make demo   watch a small language model be trained, fine-tuned, merged and checked
 # make test   prove it: the whole suite on the CPU
+# make test-full   everything: exhaustive grids, compile tests, campaigns
+# make docs   build the documentation into build/site, every warning an error
 PYTHON ?= python3
 BIN = .venv/bin
 OLDEST = .venv-oldest/bin
+DOCS = .venv-docs/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-oldest lint clean
+.PHONY: demo test test-full test-oldest lint docs clean
 
 # Threads that wait asleep: spinning ones make two threads ten times slower than one on a machine that is busy besides.
 demo: .venv/ready
@@ -15,6 +18,9 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
+test-full: .venv/ready
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m ""
+
 test-oldest: .venv-oldest/ready
 	$(OLDEST)/python -m pytest tests/families tests/patching
 
@@ -22,6 +28,9 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: .venv-docs/ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/mkdocs build --strict
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -35,5 +44,12 @@ lint: .venv/ready
 	$(OLDEST)/python -m pip install --quiet --constraint constraints-oldest.txt pytest pytest-timeout bitsandbytes triton --editable .
 	touch $@
 
+# The tools alone: the reference is read from the source, so neither torch nor hasten is installed.
+.venv-docs/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	$(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'], sep='\n')" > .venv-docs/requirements.txt
+	$(DOCS)/python -m pip install --quiet --constraint constraints.txt --requirement .venv-docs/requirements.txt
+	touch $@
+
 clean:
-	rm -rf .venv .venv-oldest runs build *.egg-info
+	rm -rf .venv .venv-oldest .venv-docs runs build *.egg-info

@@ -1,9 +1,9 @@
-"""Attention on the shapes of training: torch's backends beside our kernels with every candidate tile. About a minute on an H200.
+"""Attention on the shapes of training: torch's backends and our kernels with every candidate tile. About a minute on an H200.
 
     python -m benchmarks.attention_speed [name of a shape, ...]
-q, k and v are slices of one buffer, as the fused projection leaves them. Our results are first compared to torch's. A
-line: what, forward ms and TFLOP/s, backward ms and TFLOP/s; only pairs that see each other count. The last lines are the
-best tile of each kernel, in the form of `hasten/ops/attention/tiles/kernel.py`.
+q, k and v are slices of one buffer, as the fused projection leaves them. Our results are first compared with torch's. A line:
+what, forward ms and TFLOP/s, backward ms and TFLOP/s; only visible pairs count. The last lines are the best tile of each
+kernel, in the form of hasten/ops/attention/kernels/tiles.py.
 """
 
 import functools
@@ -18,8 +18,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from triton.errors import TritonError
-from triton.testing import do_bench
 
+from benchmarks.harness.timing import draw, milliseconds
 from hasten.ops.attention import row_spans
 from hasten.ops.attention.kernels.backward import attention_bwd
 from hasten.ops.attention.kernels.forward import attention_fwd
@@ -28,12 +28,13 @@ from hasten.ops.backend import shared_memory
 
 COMPILERS = 12
 UNFIT = (TritonError, RuntimeError, ValueError, TypeError)
-"""What a backend or a tile answers that cannot serve a shape."""
+"""Errors of a backend or a tile that does not support a shape."""
+timed = functools.partial(milliseconds, warm_ms=5, measure_ms=25)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """documents: as many of equal length in each row."""
+    """documents: of equal length in each sequence."""
 
     batch: int
     tokens: int
@@ -59,99 +60,86 @@ SHAPES = {
     "window": Shape(1, 16384, 32, 8, 128, 4096),
     "packed": Shape(4, 2048, 32, 8, 128, None, 4),
 }
-
-CANDIDATES: dict[int, dict[str, list[Tile]]] = {
+CANDIDATES: dict[int, dict[str, list[tuple[int, int, int, int]]]] = {
     64: {
-        "fwd": [Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(128, 128, 8, 3), Tile(64, 64, 4, 3)],
-        "dkdv": [
-            Tile(64, 128, 8, 2),
-            Tile(64, 128, 4, 2),
-            Tile(64, 64, 4, 2),
-            Tile(32, 128, 4, 3),
-            Tile(128, 128, 8, 2),
-        ],
-        "dq": [Tile(128, 64, 8, 2), Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(128, 128, 8, 2)],
+        "fwd": [(128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3), (64, 64, 4, 3)],
+        "dkdv": [(64, 128, 8, 2), (64, 128, 4, 2), (64, 64, 4, 2), (32, 128, 4, 3), (128, 128, 8, 2)],
+        "dq": [(128, 64, 8, 2), (128, 64, 4, 3), (64, 64, 4, 3), (128, 128, 8, 2)],
     },
     128: {
-        "fwd": [Tile(128, 64, 8, 3), Tile(128, 128, 8, 2), Tile(64, 64, 4, 3), Tile(128, 64, 4, 3)],
-        "dkdv": [Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(64, 64, 4, 2), Tile(32, 64, 4, 3), Tile(64, 64, 8, 2)],
-        "dq": [Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(128, 32, 8, 3), Tile(64, 32, 4, 3)],
+        "fwd": [(128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (128, 64, 4, 3)],
+        "dkdv": [(64, 128, 8, 2), (32, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 3), (64, 64, 8, 2)],
+        "dq": [(128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 3), (64, 32, 4, 3)],
     },
     256: {
-        "fwd": [Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(128, 32, 8, 2), Tile(64, 32, 4, 3)],
-        "dkdv": [Tile(32, 64, 8, 2), Tile(32, 32, 4, 2), Tile(64, 64, 8, 1), Tile(16, 64, 8, 2)],
-        "dq": [Tile(64, 32, 8, 2), Tile(64, 32, 4, 2), Tile(64, 64, 8, 1), Tile(32, 32, 4, 2)],
+        "fwd": [(128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 2), (64, 32, 4, 3)],
+        "dkdv": [(32, 64, 8, 2), (32, 32, 4, 2), (64, 64, 8, 1), (16, 64, 8, 2)],
+        "dq": [(64, 32, 8, 2), (64, 32, 4, 2), (64, 64, 8, 1), (32, 32, 4, 2)],
     },
 }
+"""Head dimension -> kernel -> arguments of Tile."""
 
 
-@dataclass(frozen=True)
 class Inputs:
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    upstream: torch.Tensor
-    spans: torch.Tensor | None
-    rule: ScoreMaskConfig
+    """q, k, v as slices of one buffer, and the output's gradient, contiguous."""
 
+    def __init__(self, shape: Shape) -> None:
+        heads, at = (shape.heads, shape.kv, shape.kv), (shape.batch, shape.tokens)
+        parts = draw(*at, sum(heads) * shape.dim).split([n * shape.dim for n in heads], -1)
+        q, k, v = (part.unflatten(-1, (-1, shape.dim)) for part in parts)
+        self.qkv = (q, k, v)
+        self.upstream = draw(*at, shape.heads, shape.dim)
+        self.rule, self.spans = ScoreMaskConfig(shape.dim**-0.5, shape.window, None), None
+        if shape.documents > 1:
+            position = torch.arange(shape.tokens, device="cuda") % (shape.tokens // shape.documents)
+            self.spans = row_spans((*at, self.upstream.device), None, position[None])
 
-def draw(shape: Shape) -> Inputs:
-    """q, k, v as slices of one buffer, the output's gradient contiguous."""
-    heads = (shape.heads, shape.kv, shape.kv)
-    rows = (shape.batch, shape.tokens)
-    both = torch.randn(*rows, sum(heads) * shape.dim, device="cuda", dtype=torch.bfloat16)
-    q, k, v = (part.unflatten(-1, (-1, shape.dim)) for part in both.split([n * shape.dim for n in heads], -1))
-    upstream = torch.randn(*rows, shape.heads, shape.dim, device="cuda", dtype=torch.bfloat16)
-    spans = None
-    if shape.documents > 1:
-        position = torch.arange(shape.tokens, device="cuda") % (shape.tokens // shape.documents)
-        spans = row_spans((*rows, both.device), None, position[None])
-    return Inputs(q, k, v, upstream, spans, ScoreMaskConfig(shape.dim**-0.5, shape.window, None))
+    def ours(self, tiles: Tiles) -> tuple[Callable[[], Any], Callable[[], Any]]:
+        """Our forward and backward, without arguments."""
+
+        def forward() -> Any:
+            return attention_fwd(*self.qkv, self.spans, self.rule, tiles)
+
+        out, lse = forward()
+        saved: Any = (*self.qkv, out, lse, self.spans)
+        return forward, lambda: attention_bwd(self.upstream, saved, self.rule, tiles)
+
+    def through_autograd(self, function: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, float, float]:
+        """(output, forward ms, backward ms)."""
+        leaves = [x.detach().requires_grad_() for x in self.qkv]
+        out = function(*leaves)
+        backward = timed(lambda: torch.autograd.grad(out, leaves, self.upstream, retain_graph=True))
+        return out, timed(lambda: function(*leaves)), backward
 
 
 def line(name: str, shape: Shape, forward: float, backward: float) -> None:
-    rates = [flops / ms / 1e9 for flops, ms in ((shape.flops, forward), (2.5 * shape.flops, backward))]
+    rates = shape.flops / forward / 1e9, 2.5 * shape.flops / backward / 1e9
     print(
         f"  {name:42s} fwd {forward:7.3f} ms {rates[0]:5.0f}   bwd {backward:7.3f} ms {rates[1]:5.0f} TFLOP/s",
         flush=True,
     )
 
 
-def milliseconds(function: Callable[[], Any]) -> float:
-    return do_bench(function, warmup=5, rep=25, return_mode="median")  # pyright: ignore[reportReturnType]
-
-
-def through_autograd(function: Callable[..., torch.Tensor], inputs: Inputs) -> tuple[torch.Tensor, float, float]:
-    """(output, forward ms, backward ms)."""
-    leaves = [x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
-    out = function(*leaves)
-    forward = milliseconds(lambda: function(*leaves))
-    backward = milliseconds(lambda: torch.autograd.grad(out, leaves, inputs.upstream, retain_graph=True))
-    return out, forward, backward
-
-
 def torchs(shape: Shape) -> dict[str, Callable[..., torch.Tensor]]:
-    """torch's ways to this attention, each (q, k, v) -> out, all (B, T, H, D)."""
+    """torch's implementations of this attention, each (q, k, v) -> out, all (B, T, H, D)."""
     group = shape.heads // shape.kv
 
-    def fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, expand: bool) -> torch.Tensor:
+    def sdpa(backend: SDPBackend | None, expand: bool, q: Any, k: Any, v: Any) -> torch.Tensor:
+        if backend is not None:
+            with sdpa_kernel(backend):
+                return sdpa(None, expand, q, k, v)
         if expand:
             k, v = (x.repeat_interleave(group, 2) for x in (k, v))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=not expand and group > 1).transpose(
-            1, 2
-        )
-
-    def only(backend: SDPBackend, expand: bool, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        with sdpa_kernel(backend):
-            return fused(q, k, v, expand)
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=not expand and group > 1)
+        return out.transpose(1, 2)
 
     ways: dict[str, Callable[..., torch.Tensor]] = {}
     if shape.window is None and shape.documents == 1:
-        ways["sdpa as torch chooses"] = functools.partial(fused, expand=False)
+        ways["sdpa as torch chooses"] = functools.partial(sdpa, None, False)
         for name, backend in (("cuDNN", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
             for expand in (False, True) if group > 1 else (False,):
-                ways[f"sdpa {name}{', K and V expanded' if expand else ''}"] = functools.partial(only, backend, expand)
+                ways[f"sdpa {name}{', K and V expanded' if expand else ''}"] = functools.partial(sdpa, backend, expand)
     ways["varlen_attn"] = functools.partial(varlen, shape)
     return ways
 
@@ -164,38 +152,27 @@ def varlen(shape: Shape, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> t
     starts = torch.arange(0, shape.batch * shape.tokens + 1, length, device="cuda", dtype=torch.int32)
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     extra: dict[str, Any] = {} if shape.heads == shape.kv else {"enable_gqa": True}
-    sides = {"is_causal": True} if shape.window is None else {"window_size": (shape.window - 1, 0)}
+    window = {"window_size": ((shape.window or 0) - 1, 0)}
     try:
-        out = varlen_attn(q, k, v, starts, starts, length, length, **sides, **extra)
+        causal = {"is_causal": True} if shape.window is None else window
+        out = varlen_attn(q, k, v, starts, starts, length, length, **causal, **extra)
     except TypeError:  # torch's signature differs between versions
-        out = varlen_attn(q, k, v, starts, starts, length, length, window_size=((shape.window or 0) - 1, 0), **extra)
+        out = varlen_attn(q, k, v, starts, starts, length, length, **window, **extra)
     return out.unflatten(0, (shape.batch, -1))
 
 
-def ours(tiles: Tiles, inputs: Inputs) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Forward and backward as functions of nothing."""
-    qkv = (inputs.q, inputs.k, inputs.v)
-    out, lse = attention_fwd(*qkv, inputs.spans, inputs.rule, tiles)
-    saved: Any = (*qkv, out, lse, inputs.spans)
-    return (
-        lambda: attention_fwd(*qkv, inputs.spans, inputs.rule, tiles),
-        lambda: attention_bwd(inputs.upstream, saved, inputs.rule, tiles),
-    )
-
-
 def variants(shape: Shape) -> Iterator[tuple[str, Tile, Tiles]]:
-    """(kernel, its tile, the table's tiles with that one in its place)."""
+    """(kernel, its tile, the table's tiles with that one replaced)."""
     table = tiles_for(torch.bfloat16, shape.dim, shared_memory(torch.device("cuda")))
     for kernel, tiles in CANDIDATES[shape.dim].items():
-        for tile in dict.fromkeys([getattr(table, kernel), *tiles]):
+        for tile in dict.fromkeys([getattr(table, kernel), *(Tile(*one) for one in tiles)]):
             yield kernel, tile, replace(table, **{kernel: tile})
 
 
 def compile_one(shape: Shape, kernel: str, tiles: Tiles) -> str | None:
-    """Runs one variant on a short row, which compiles it into Triton's cache. Returns why it cannot run."""
-    backward = kernel != "fwd"
+    """Compiles one variant into Triton's cache by running it on a short sequence. Returns why it cannot run."""
     try:
-        ours(tiles, draw(replace(shape, batch=1, tokens=256)))[backward]()
+        Inputs(replace(shape, batch=1, tokens=256)).ours(tiles)[kernel != "fwd"]()
         torch.cuda.synchronize()
     except UNFIT as error:
         return str(error).splitlines()[0][:70]
@@ -203,14 +180,14 @@ def compile_one(shape: Shape, kernel: str, tiles: Tiles) -> str | None:
 
 
 def measure(name: str, shape: Shape, unfit: dict[Any, str | None]) -> None:
-    from hasten.testing import relative_error  # not by the compiling processes, which it would hold up for seconds
+    from hasten.testing import relative_error  # slow to import: not in the processes that compile
 
     print(f"{name}: {shape}", flush=True)
-    inputs = draw(shape)
+    inputs = Inputs(shape)
     expected = None
     for way, function in torchs(shape).items():
         try:
-            out, forward, backward = through_autograd(function, inputs)
+            out, forward, backward = inputs.through_autograd(function)
         except (*UNFIT, ImportError) as error:
             print(f"  {way}: {str(error).splitlines()[0][:90]}", flush=True)
             continue
@@ -221,17 +198,16 @@ def measure(name: str, shape: Shape, unfit: dict[Any, str | None]) -> None:
         if unfit.get((shape, kernel, tile)):
             print(f"  {kernel} {tile}: {unfit[shape, kernel, tile]}", flush=True)
             continue
-        forward, backward = ours(tiles, inputs)
+        forward, backward = inputs.ours(tiles)
         if kernel == "fwd" and expected is not None:
             error = relative_error(forward()[0], expected)
             assert error < 1e-2, f"{tile} differs from torch by {error}"
-        spent = milliseconds(forward if kernel == "fwd" else backward)
+        spent = timed(forward if kernel == "fwd" else backward)
         flops = shape.flops * (1 if kernel == "fwd" else 2.5)
         print(f"  ours, {kernel:4s} {tile}: {spent:.3f} ms, {flops / spent / 1e9:.0f} TFLOP/s", flush=True)
         best[kernel] = min(best.get(kernel, (spent, tile)), (spent, tile), key=lambda pair: pair[0])
     tiles = Tiles(**{kernel: tile for kernel, (_, tile) in best.items()})
-    forward, backward = ours(tiles, inputs)
-    line("ours, best tiles", shape, milliseconds(forward), milliseconds(backward))
+    line("ours, best tiles", shape, *map(timed, inputs.ours(tiles)))
     print(f"  {shape.dim}: {tiles}", flush=True)
 
 

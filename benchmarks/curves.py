@@ -1,19 +1,20 @@
 """Loss curves in bf16 on real text: does hasten train as stock transformers does, within what a seed changes?
 
-    python -m benchmarks.curves --out FILE.json
-A tiny Llama is trained from scratch on the standard library's docstrings, then, from stock's result, a LoRA on its
-comments; stock transformers + PEFT and hasten each with the same seeds. A seed draws the first weights, the LoRA and the
-order of the data.
+    python -m benchmarks.gpu --out FOLDER --only curves
+A tiny Llama is trained from scratch on the standard library's docstrings, then, from stock's result, a LoRA on its comments; stock
+transformers + PEFT and hasten with the same seeds. A seed sets the initial weights, the LoRA and the order of the data.
 """
 
-import argparse
+import ast
 import hashlib
-import json
+import io
 import multiprocessing
 import statistics
-import sys
+import sysconfig
 import tempfile
 import time
+import tokenize
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,14 +22,13 @@ from typing import Any
 
 import torch
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-VARIANTS = ("stock", "hasten")
 STAGES = {"full": "full fine-tuning from scratch", "lora": "LoRA on a second text"}
+VARIANTS = {"stock": "transformers", "hasten": "hasten"}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The model, the data and the training. smooth: steps that a shown value is the mean of."""
+    """The model, the data and the training. smooth: steps averaged for a shown value."""
 
     layers: int = 8
     width: int = 256
@@ -44,96 +44,90 @@ class Setting:
     processes: int = 5
 
 
-@dataclass(frozen=True)
-class Texts:
-    """Token ids (tokens,) of both texts."""
+def _sources(limit: int | None) -> Iterator[str]:
+    """The standard library's files, always in the same order."""
+    root = Path(sysconfig.get_path("stdlib"))
+    elsewhere = {"site-packages", "dist-packages", "test", "tests"}
+    paths = sorted(path for path in root.rglob("*.py") if not elsewhere & set(path.relative_to(root).parts))
+    for path in paths[:limit]:
+        yield path.read_text(encoding="utf-8")
 
-    full: torch.Tensor
-    lora: torch.Tensor
+
+def docstrings(limit: int | None = None) -> str:
+    """Every docstring of the standard library's modules, classes and functions. limit: of files."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = (node for source in _sources(limit) for node in ast.walk(ast.parse(source)) if isinstance(node, kinds))
+    return "\n\n".join(said for node in nodes if (said := ast.get_docstring(node)))
 
 
-def _config(setting: Setting) -> Any:
-    from transformers import LlamaConfig
+def comments(limit: int | None = None) -> str:
+    """Every comment of the same files: English too, of another kind."""
+    tokens = (t for source in _sources(limit) for t in tokenize.generate_tokens(io.StringIO(source).readline))
+    lines = (token.string.lstrip("#! ") for token in tokens if token.type == tokenize.COMMENT)
+    return "\n".join(line for line in lines if line)
 
-    return LlamaConfig(
+
+def train_tokenizer(text: str, words: int) -> Any:
+    """A byte-level BPE tokenizer of `words` entries, trained on `text`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=words, special_tokens=["<|pad|>", "<|bos|>", "<|eos|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator([text], trainer)
+    return tokenizer
+
+
+def _train(variant: str, folder: Path, stage: str, setting: Setting, seed: int, tokens: torch.Tensor) -> Any:
+    """Returns (the trained model, the loss of each step). The seed alone decides the order of the batches."""
+    from benchmarks.harness.jobs import Job
+    from benchmarks.harness.steps import DEVICE, Steps
+    from benchmarks.harness.variants import build, same_start
+
+    job = Job("curves", "tiny", stage, setting.batch, setting.length)
+    model, loss = build(VARIANTS[variant], job, "keep", folder)
+    same_start(model, seed, setting.width**-0.5)
+    rate = setting.full_lr if stage == "full" else setting.lora_lr
+    steps = Steps(model, loss, job, variant, rate, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(seed)
+    warm = max(1, setting.steps // 10)
+    losses = []
+    for step in range(setting.steps):
+        for entry in steps.optimizer.param_groups:
+            entry["lr"] = rate * min(1.0, (step + 1) / warm)
+        starts = torch.randint(0, len(tokens) - setting.length, (setting.batch,), generator=generator)
+        ids = torch.stack([tokens[at : at + setting.length] for at in starts.tolist()]).to(DEVICE)
+        losses.append(steps.take(ids))
+    return model, [float(loss) for loss in losses]
+
+
+def run_seed(seed: int, setting: Setting, texts: dict[str, torch.Tensor]) -> dict[str, dict[str, list[float]]]:
+    """{stage: {variant: losses}} of one seed. Both variants' LoRA starts from stock's result of the first text."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from hasten.testing import tiny_tokenizer
+
+    found: dict[str, dict[str, list[float]]] = {stage: {} for stage in STAGES}
+    config = LlamaConfig(
         vocab_size=setting.words, hidden_size=setting.width, intermediate_size=4 * setting.width // 2,
         num_hidden_layers=setting.layers, num_attention_heads=setting.width // 64 or 1,
         num_key_value_heads=max(1, setting.width // 128), max_position_embeddings=setting.length,
         pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-
-
-def _load(variant: str, folder: Path, stage: str, setting: Setting, seed: int) -> Any:
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    from benchmarks.variants import ALPHA, LINEARS, RANK
-    from hasten import FastLanguageModel
-
-    if variant == "hasten":
-        model, _ = FastLanguageModel.from_pretrained(
-            str(folder), max_seq_length=setting.length, dtype=torch.bfloat16, load_in_4bit=False,
-            load_in_16bit=stage == "lora", full_finetuning=stage == "full", use_gradient_checkpointing=False,
-            fix_tokenizer=False, device_map=DEVICE,
-        )  # fmt: skip
-    else:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map=DEVICE)
-    if stage == "lora" and variant == "hasten":
-        model = FastLanguageModel.get_peft_model(
-            model, r=RANK, lora_alpha=ALPHA, target_modules=LINEARS, use_gradient_checkpointing=False
-        )
-    elif stage == "lora":
-        model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LINEARS))
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in sorted(model.named_parameters()):
-        if "lora_A" in name:
-            drawn = torch.randn(parameter.shape, generator=generator) * setting.width**-0.5
-            parameter.data = drawn.to(parameter.device, parameter.dtype)
-    return model.train()
-
-
-def _train(model: Any, tokens: torch.Tensor, setting: Setting, seed: int, rate: float) -> list[float]:
-    """The loss of each step. Batches are drawn from `tokens` in an order that the seed alone decides."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rate, fused=True, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(seed)
-    warm = max(1, setting.steps // 10)
-    losses = []
-    for step in range(setting.steps):
-        for entry in optimizer.param_groups:
-            entry["lr"] = rate * min(1.0, (step + 1) / warm)
-        starts = torch.randint(0, len(tokens) - setting.length, (setting.batch,), generator=generator)
-        ids = torch.stack([tokens[at : at + setting.length] for at in starts.tolist()]).to(DEVICE)
-        with torch.autocast(DEVICE, torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.detach())
-    return [float(loss) for loss in losses]
-
-
-def run_seed(seed: int, setting: Setting, texts: Texts) -> dict[str, dict[str, list[float]]]:
-    """{stage: {variant: losses}} of one seed. Both variants' LoRA starts from what stock made of the first text."""
-    from transformers import AutoModelForCausalLM
-
-    from hasten.testing import tiny_tokenizer
-
-    found: dict[str, dict[str, list[float]]] = {stage: {} for stage in STAGES}
     with tempfile.TemporaryDirectory() as name:
-        begin, taught = Path(name) / "begin", Path(name) / "taught"
+        folders = {"full": Path(name) / "initial", "lora": Path(name) / "trained"}
         torch.manual_seed(seed)
-        AutoModelForCausalLM.from_config(_config(setting), dtype=torch.bfloat16).save_pretrained(begin)
-        tiny_tokenizer().save_pretrained(begin)
-        for variant in VARIANTS:
-            model = _load(variant, begin, "full", setting, seed)
-            found["full"][variant] = _train(model, texts.full, setting, seed, setting.full_lr)
-            if variant == "stock":
-                model.save_pretrained(taught)
-                tiny_tokenizer().save_pretrained(taught)
-        for variant in VARIANTS:
-            model = _load(variant, taught, "lora", setting, seed)
-            found["lora"][variant] = _train(model, texts.lora, setting, seed, setting.lora_lr)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folders["full"])
+        for stage, folder in folders.items():
+            tiny_tokenizer().save_pretrained(folder)
+            for variant in VARIANTS:
+                model, found[stage][variant] = _train(variant, folder, stage, setting, seed, texts[stage])
+                if (variant, stage) == ("stock", "full"):
+                    model.save_pretrained(folders["lora"])
     return found
 
 
@@ -143,11 +137,11 @@ def smoothed(losses: list[float], width: int) -> list[float]:
 
 
 def summarise(stock: list[list[float]], hasten: list[list[float]], smooth: int) -> dict[str, Any]:
-    """What two sets of curves, one per seed and in the same order, say.
+    """Compares two sets of curves, one curve per seed, in the same order.
 
-    "low", "high": stock's spread over seeds; "mean": hasten's mean; all per smoothed step. "inside": the share of steps at
-    which the mean lies in the spread. "final_stock", "final_hasten": mean over seeds of the last value; "sigmas": their difference
-    over the standard deviation of stock's seeds. "paired": the largest smoothed difference of two runs of one seed.
+    "low", "high": stock's range over seeds; "mean": hasten's mean; all per smoothed step. "inside": fraction of steps at which the
+    mean lies in the range. "final_stock", "final_hasten": mean over seeds of the last value; "sigmas": their difference over the
+    standard deviation of stock's seeds. "paired": the largest smoothed difference of two runs of one seed.
     """
     theirs, ours = [smoothed(run, smooth) for run in stock], [smoothed(run, smooth) for run in hasten]
     low, high = ([choose(step) for step in zip(*theirs, strict=True)] for choose in (min, max))
@@ -164,13 +158,11 @@ def summarise(stock: list[list[float]], hasten: list[list[float]], smooth: int) 
 
 
 def measure_all(setting: Setting | None = None) -> dict[str, Any]:
-    """{"setting", "text", "seconds", stage: summary}; one process per seed, where more than one may run."""
-    from benchmarks.text import comments, docstrings, train_tokenizer
-
+    """{"setting", "text", "seconds", stage: summary}; one process per seed if `setting.processes` allows."""
     setting, begin = setting or Setting(), time.perf_counter()
-    written, second = docstrings(setting.files), comments(setting.files)
-    tokenizer = train_tokenizer(written + second, setting.words)
-    texts = Texts(*(torch.tensor(tokenizer.encode(text).ids) for text in (written, second)))
+    written = {"full": docstrings(setting.files), "lora": comments(setting.files)}
+    tokenizer = train_tokenizer("".join(written.values()), setting.words)
+    texts = {stage: torch.tensor(tokenizer.encode(text).ids) for stage, text in written.items()}
     prepared = time.perf_counter() - begin
     if setting.processes > 1:
         spawn = multiprocessing.get_context("spawn")
@@ -186,8 +178,12 @@ def measure_all(setting: Setting | None = None) -> dict[str, Any]:
         for stage in STAGES
     }
     text = {
-        name: {"characters": len(said), "tokens": len(ids), "sha256": hashlib.sha256(said.encode()).hexdigest()}
-        for name, said, ids in (("full", written, texts.full), ("lora", second, texts.lora))
+        stage: {
+            "characters": len(said),
+            "tokens": len(texts[stage]),
+            "sha256": hashlib.sha256(said.encode()).hexdigest(),
+        }
+        for stage, said in written.items()
     }
     seconds = {"text": prepared, "all": time.perf_counter() - begin}
     return {"setting": asdict(setting), "text": text, "seconds": seconds, **stages}
@@ -195,27 +191,13 @@ def measure_all(setting: Setting | None = None) -> dict[str, Any]:
 
 def say(curves: dict[str, Any]) -> list[str]:
     """One line per stage."""
-    return [
-        f"curves, {title}: hasten's mean inside stock's spread at {curves[stage]['inside']:.0%} of steps; final "
-        f"{curves[stage]['final_hasten']:.4f} against {curves[stage]['final_stock']:.4f} "
-        f"({_sigmas(curves[stage]['sigmas'])}); same seed at most {curves[stage]['paired']:.4f} apart; "
-        f"{curves['seconds']['all']:.0f} s"
-        for stage, title in STAGES.items()
-    ]
-
-
-def _sigmas(value: float | None) -> str:
-    return "one seed" if value is None else f"{value:+.2f} standard deviations of stock's seeds"
-
-
-def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args(arguments)
-    curves = measure_all()
-    args.out.write_text(json.dumps({"curves": curves}, indent=1))
-    print("\n".join(say(curves)))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    lines = []
+    for stage, title in STAGES.items():
+        one = curves[stage]
+        sigmas = "one seed" if one["sigmas"] is None else f"{one['sigmas']:+.2f} standard deviations of stock's seeds"
+        lines.append(
+            f"curves, {title}: hasten's mean within stock's range at {one['inside']:.0%} of steps; final "
+            f"{one['final_hasten']:.4f} against {one['final_stock']:.4f} ({sigmas}); same seed at most {one['paired']:.4f} "
+            f"apart; {curves['seconds']['all']:.0f} s"
+        )
+    return lines

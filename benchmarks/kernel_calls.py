@@ -1,7 +1,7 @@
-"""Every Triton kernel of hasten once or more, forward and backward, on small shapes that fill no tile.
+"""Runs every Triton kernel of hasten, forward and backward, on small shapes that fill no tile.
 
     python -m benchmarks.kernel_calls
-is what the sanitizers watch (benchmarks/sanitize.py). A new kernel gets a line in CALLS; a test finds the one that has none.
+is what the sanitizers watch (benchmarks/sanitize.py). A new kernel needs a call in CALLS; a test finds a kernel without one.
 """
 
 import sys
@@ -33,7 +33,7 @@ from hasten.weights.plain import DenseWeight
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-"""The interpreter, which stands in where there is no GPU, has no bf16 arithmetic."""
+"""Triton's interpreter, used without a GPU, has no bf16 arithmetic."""
 
 
 def _draw(*shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -41,24 +41,19 @@ def _draw(*shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
 
 
 def _back(outputs: Iterable[torch.Tensor | None]) -> None:
-    """Runs the backward of every output that has one, from random upstream gradients."""
+    """Runs the backward of every output that requires it, from random upstream gradients."""
     made = [out for out in outputs if out is not None and out.requires_grad]
     torch.autograd.backward(made, [torch.randn_like(out) for out in made])
 
 
 def _norms() -> None:
-    for kind, width, weights in (
-        ("rms", 37, (37,)),
-        ("layer", 37, (37,)),
-        ("rms", 130, (3, 130)),
-        ("layer", 8, (3, 8)),
-    ):
+    for kind, *weights in (("rms", 37), ("layer", 37), ("rms", 3, 130), ("layer", 3, 8)):
         for offset, fp32 in ((False, False), (True, True)):
             rule = NormConfig(1e-5, kind, offset, fp32)  # pyright: ignore[reportArgumentType]
-            x, weight = _draw(5, 3, width), _draw(*weights)
+            x, weight = _draw(5, 3, weights[-1]), _draw(*weights)
             _back([norm(x, weight, rule, "triton")])
             if len(weights) == 1:
-                _back([add_norm(x, weight, _draw(5, 3, width), rule, "triton")])
+                _back([add_norm(x, weight, _draw(5, 3, weights[-1]), rule, "triton")])
             frozen = weight.detach()
             _back(norm_with_residual(x, frozen, rule, "triton"))
 
@@ -119,8 +114,8 @@ def _loras() -> None:
     _back([lora_mlp(x, (plain[0], plain[1], plain[2]), "gelu_pytorch_tanh", backend="triton")])
 
 
-def _shares() -> None:
-    """The launchers alone, without a product of cuBLAS's between them."""
+def _lora_deltas() -> None:
+    """The launchers alone, without cuBLAS matmuls between them."""
     base, xa, b = _draw(75, 301).detach(), _draw(75, 7).detach(), _draw(7, 301).detach()
     add_lora_delta(base, xa, b)
     add_lora_delta(base[:1].expand(75, -1), xa, b)
@@ -167,21 +162,21 @@ def _host_rows() -> None:
 
 CALLS: dict[str, Callable[[], Any]] = {
     "norms": _norms,
-    "rotations": _rotations,
+    "rotary embeddings": _rotations,
     "activations": _activations,
     "heads": _heads,
     "LoRA": _loras,
     "wide LoRA": _wide_loras,
-    "LoRA's shares": _shares,
+    "LoRA deltas": _lora_deltas,
     "attention": _attentions,
     "NF4": _nf4,
     "AdamW": _adamw,
-    "rows from the host": _host_rows,
+    "rows of a CPU table": _host_rows,
 }
 
 
 def call_all(names: Iterable[str] = CALLS) -> None:
-    """Runs entries of CALLS, each on fresh random inputs."""
+    """Runs entries of CALLS on random inputs."""
     torch.manual_seed(0)
     for name in names:
         CALLS[name]()

@@ -1,4 +1,4 @@
-"""Which Triton kernels hasten launches, read from the syntax tree, so that nobody keeps a list."""
+"""Lists the Triton kernels that hasten launches, from the syntax tree."""
 
 import ast
 from pathlib import Path

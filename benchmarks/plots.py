@@ -17,7 +17,7 @@ def _figure(columns: int, width: float) -> tuple[Figure, Any]:
 
 
 def roofline(result: Mapping[str, Any], path: Path) -> None:
-    """Each op's FLOP per byte against the TFLOP/s it reaches, under the two measured ceilings."""
+    """Each op's arithmetic intensity against the TFLOP/s it reaches, under the two measured ceilings."""
     figure, (axes,) = _figure(1, 9)
     ceilings, ops = result["ceilings"], result["ops"]
     intensity = [row["flops"] / row["bytes"] for row in ops]
@@ -25,7 +25,7 @@ def roofline(result: Mapping[str, Any], path: Path) -> None:
     peak = ceilings.get("matmul")
     ends = [low, high] if peak is None else [low, peak / ceilings["copy"], high]
     roof = [min(peak or float("inf"), at * ceilings["copy"]) / 1e12 for at in ends]
-    axes.plot(ends, roof, color="black", linewidth=1.2, label="measured ceilings: copy, bf16 product")
+    axes.plot(ends, roof, color="black", linewidth=1.2, label="measured ceilings: copy, bf16 matmul")
     for number, (row, at) in enumerate(zip(ops, intensity, strict=True)):
         style = "osD^vP*X"[number // 10 % 8]
         axes.plot([at], [row["flops"] / row["ms"] / 1e9], style, color=f"C{number % 10}", label=row["op"], markersize=6)
@@ -66,7 +66,7 @@ def budget(result: Mapping[str, Any], path: Path) -> None:
 
 
 def curves(result: Mapping[str, Any], path: Path) -> None:
-    """hasten's mean loss over stock's spread, per stage."""
+    """hasten's mean loss over stock's range, per stage."""
     found = result["curves"]
     figure, panels = _figure(len(STAGES), 11)
     for axes, (stage, title) in zip(panels, STAGES.items(), strict=True):

@@ -1,27 +1,24 @@
-"""hasten's measured peaks beside the ones that `hasten.training.memory.costs` predicts, as a table in docs/memory.md.
-
-python -m benchmarks.predicted            writes the table anew from benchmarks/results
-"""
+"""hasten's measured memory peaks and those that `hasten.training.memory.costs` predicts, as a table in docs/memory.md."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.jobs import GIB, JOBS
-from benchmarks.shapes import config_of
+from benchmarks.harness.checkpoints import config_of
+from benchmarks.harness.jobs import GIB, JOBS
+from benchmarks.harness.results import FOLDER
 
-ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs/memory.md"
-BEGIN, END = "<!-- python -m benchmarks.predicted -->", "<!-- end -->"
+PAGE = Path(__file__).parents[1] / "docs/memory.md"
+BEGIN, END = "<!-- python -m benchmarks.publish -->", "<!-- end -->"
 MODES = {"keep": "SAVE_ALL", "recompute": "RECOMPUTE", "offload": "OFFLOAD"}
 PLANNED = {"default", "budget"}
-"""Modes whose actions depended on the memory that was free, or allowed: what was predicted then is in the row."""
+"""Modes whose plan depends on free memory or a budget: their rows hold the prediction of that time."""
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One measured row; GiB. when: the moment of the predicted peak."""
+    """One measured row; GiB. when: the phase of the step that has the predicted peak."""
 
     name: str
     measured: float
@@ -30,14 +27,14 @@ class Compared:
 
     @property
     def error(self) -> float:
-        """Of the prediction, as a share of what was measured."""
+        """Of the prediction, relative to the measurement."""
         return self.predicted / self.measured - 1
 
 
-def compared() -> list[Compared]:
-    """Every row of hasten in benchmarks/results that has a peak. Raises KeyError for an unknown mode."""
+def compared(folder: Path = FOLDER) -> list[Compared]:
+    """Every row of hasten in `folder` that has a peak. Raises KeyError for an unknown mode."""
     found: list[Compared] = []
-    for path in sorted((ROOT / "benchmarks/results").glob("*.json")):
+    for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text())
         for row in result.get("train", []):
             if row["variant"] == "hasten" and row.get("peak_gib"):
@@ -54,7 +51,6 @@ def _name(row: dict[str, Any]) -> str:
 
 
 def _as_planned(row: dict[str, Any], name: str) -> Compared:
-    """A row that says what was predicted when it was measured."""
     return Compared(name, row["peak_gib"], row["predicted_gib"], "as planned then")
 
 
@@ -71,7 +67,7 @@ def _compare(row: dict[str, Any]) -> Compared:
 def table() -> str:
     """Markdown."""
     lines = [
-        "| job, mode, rows x tokens | measured, GiB | predicted, GiB | off by | where the peak is |",
+        "| job, mode, sequences x tokens | measured, GiB | predicted, GiB | off by | where the peak is |",
         "|---|---|---|---|---|",
     ]
     lines += [
@@ -82,10 +78,6 @@ def table() -> str:
 
 
 def page(text: str) -> str:
-    """`text` with the table between its two marks made anew."""
+    """Replaces the table between the two marks of `text`."""
     before, rest = text.split(BEGIN)
     return f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
-
-
-if __name__ == "__main__":
-    PAGE.write_text(page(PAGE.read_text()))

@@ -1,12 +1,10 @@
 """hasten's kernels under NVIDIA's compute-sanitizer: out-of-bounds accesses, races in shared memory, reads of unwritten memory.
 
-    python -m benchmarks.sanitize --out FILE.json [--tools memcheck,racecheck,initcheck] [--calls norms,...]
-Each tool sees each entry of kernel_calls.CALLS in a process of its own, several at a time. memcheck and racecheck watch hasten's own kernels only. initcheck watches all: a kernel that is not watched writes, for it,
-nothing, and all that reads from there would be reported.
+    python -m benchmarks.gpu --out FOLDER --only sanitize [--tools memcheck,racecheck,initcheck] [--calls norms,...]
+Each tool runs each entry of kernel_calls.CALLS in a process of its own, several at a time. memcheck and racecheck watch hasten's
+kernels only. initcheck watches all, since it takes the output of an unwatched kernel for uninitialised memory.
 """
 
-import argparse
-import datetime
 import os
 import re
 import subprocess
@@ -16,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks import results
 from benchmarks.kernel_calls import CALLS
 from benchmarks.kernels import launched_kernels
 
@@ -26,8 +23,8 @@ PLACE = re.compile(r"(?:^=+\s+|access )at (.+?)\+0x[0-9a-f]+", re.M)
 SAID_DONE = "called "
 AT_ONCE = 8
 NOT_UNDER = {"racecheck": ("LoRA",)}
-"""Entries that a tool cannot run: racecheck ends in an internal error on the products of cuBLAS between our kernels. Each of
-these kernels is in another entry too."""
+"""Entries that a tool cannot run: racecheck ends with an internal error on cuBLAS's matmuls between our kernels. Other entries
+run the same kernels."""
 
 
 def command_for(tool: str, kernels: list[str], calls: str) -> list[str]:
@@ -41,10 +38,10 @@ def command_for(tool: str, kernels: list[str], calls: str) -> list[str]:
 
 
 def judge(tool: str, kernels: list[str], code: int, text: str) -> dict[str, Any]:
-    """{"clean", "verdict", "at", "ours"} from what the tool said.
+    """{"tool", "clean", "verdict", "at", "ours"} from the tool's output.
 
-    clean: the tool ran, the kernels ran to the end, and nothing was found in any of hasten's kernels. at: findings by
-    kernel, hasten's or not. verdict: the tool's own last line, or the first lines where there is none.
+    clean: the tool ran, the kernels ran to the end, and nothing was found in hasten's kernels. at: findings by kernel; ours:
+    those in hasten's. verdict: the tool's summary, or its first lines without one.
     """
     found = VERDICT.findall(text)
     places = Counter(PLACE.findall(text))
@@ -56,7 +53,7 @@ def judge(tool: str, kernels: list[str], code: int, text: str) -> dict[str, Any]
 
 
 def _run(tool: str, kernels: list[str], calls: str, limit_s: float) -> tuple[int, str]:
-    """(exit code, all that was said); a tool that is not there or takes too long has failed."""
+    """(exit code, output); a tool that is missing or takes too long has failed."""
     try:
         done = subprocess.run(
             command_for(tool, kernels, calls), capture_output=True, text=True, timeout=limit_s,
@@ -68,10 +65,7 @@ def _run(tool: str, kernels: list[str], calls: str, limit_s: float) -> tuple[int
 
 
 def sanitize(tools: list[str], log: Path, calls: list[str] | None = None, limit_s: float = 170) -> list[dict[str, Any]]:
-    """Runs each tool over each entry of CALLS (None: all of them) and judges what it said, one row each.
-
-    log: gets all that a tool said that is not clean.
-    """
+    """Runs each tool on each entry of CALLS (None = all) and returns one row each. log: gets the output of those not clean."""
     kernels = sorted(launched_kernels())
     pairs = [(tool, name) for tool in tools for name in (calls or CALLS) if name not in NOT_UNDER.get(tool, ())]
     with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -87,21 +81,3 @@ def sanitize(tools: list[str], log: Path, calls: list[str] | None = None, limit_
 
 def line_of(row: dict[str, Any]) -> str:
     return f"{row['tool']:10s} {row['calls']:12s} {'clean' if row['clean'] else 'NOT CLEAN'}  {row['verdict']}"
-
-
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tools", default=",".join(TOOLS))
-    parser.add_argument("--calls", default=",".join(CALLS))
-    args = parser.parse_args(arguments)
-    rows = sanitize(args.tools.split(","), args.out.with_suffix(".txt"), args.calls.split(","))
-    found = {"date": datetime.date.today().isoformat(), "versions": results.versions(), "sanitize": rows}
-    results.write(found, args.out)
-    for row in rows:
-        print(line_of(row))
-    return 0 if all(row["clean"] for row in rows) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Preference training with TRL's DPOTrainer; the reference is the same model with its adapter switched off.
+"""Preference training with TRL's DPOTrainer; the reference model is the same model with its adapter disabled.
 
 Usage: python dpo.py [CHECKPOINT [OUTPUT]]      (without them: a tiny random model, a temporary folder)
 """
@@ -28,7 +28,7 @@ def main(checkpoint: str, output: str) -> None:
         max_length=256,
         beta=0.1,
         bf16=False,
-        gradient_checkpointing=False,  # the model was loaded with its own
+        gradient_checkpointing=False,  # hasten's own is set by from_pretrained
         logging_steps=1,
         save_strategy="no",
         report_to="none",

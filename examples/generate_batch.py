@@ -1,4 +1,4 @@
-"""Generation: prompts of different lengths in one batch, greedy and sampled, and one answer streamed as it grows.
+"""Generation: prompts of different lengths in one batch, greedy and sampled, and one answer streamed token by token.
 
 Usage: python generate_batch.py [CHECKPOINT]      (without it: a tiny random model)
 """
@@ -19,7 +19,7 @@ def main(checkpoint: str) -> None:
     model, tokenizer = FastLanguageModel.from_pretrained(checkpoint, max_seq_length=256, load_in_4bit=True)
     FastLanguageModel.for_inference(model)
 
-    # Rows may be padded on either side; each is continued as if it were alone.
+    # Prompts may be padded on either side; each gets the continuation that it would get alone.
     batch = tokenizer(PROMPTS, return_tensors="pt", padding=True).to(model.device)
     width = batch["input_ids"].shape[1]
     greedy = model.generate(**batch, max_new_tokens=24, do_sample=False)

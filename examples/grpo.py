@@ -1,4 +1,4 @@
-"""Reinforcement learning with TRL's GRPOTrainer: answers are generated, and rewarded for the letters that they hold.
+"""Reinforcement learning with TRL's GRPOTrainer: generates answers and rewards the fraction of lower-case letters.
 
 Usage: python grpo.py [CHECKPOINT [OUTPUT]]      (without them: a tiny random model, a temporary folder)
 """
@@ -13,14 +13,14 @@ from hasten import FastLanguageModel
 from hasten.testing import save_tiny
 
 
-def share_of_letters(completions: list[str], **kwargs: object) -> list[float]:
-    """The reward: which part of an answer is lower-case letters."""
+def fraction_of_letters(completions: list[str], **kwargs: object) -> list[float]:
+    """The reward: the fraction of an answer's characters that are lower-case letters."""
     return [sum(c.isascii() and c.islower() for c in text) / max(len(text), 1) for text in completions]
 
 
 def main(checkpoint: str, output: str) -> None:
     model, tokenizer = FastLanguageModel.from_pretrained(checkpoint, max_seq_length=256, load_in_4bit=True)
-    # The head trains fully: a random base has little else that could change what it writes. Others need no such help.
+    # The head trains fully only because this base has random weights; a pretrained model does not need it.
     model = FastLanguageModel.get_peft_model(model, r=16, target_modules=["q_proj", "o_proj", "down_proj", "lm_head"])
     args = GRPOConfig(
         output_dir=output,
@@ -31,14 +31,14 @@ def main(checkpoint: str, output: str) -> None:
         learning_rate=2e-2,
         lr_scheduler_type="constant",
         bf16=False,
-        gradient_checkpointing=False,  # the model was loaded with its own
+        gradient_checkpointing=False,  # hasten's own is set by from_pretrained
         logging_steps=1,
         save_strategy="no",
         report_to="none",
     )
     trainer = GRPOTrainer(
         model=model,
-        reward_funcs=share_of_letters,
+        reward_funcs=fraction_of_letters,
         args=args,
         train_dataset=Dataset.from_dict({"prompt": [f"Write about {number}:" for number in range(40)]}),
         processing_class=tokenizer,

@@ -1,4 +1,4 @@
-"""Training within a memory budget: what a step will take before anything is loaded, the plan that fits, rows without padding.
+"""Training within a memory budget: estimate a step before loading, plan activation checkpointing to fit, no padding.
 
 Usage: python memory_budget.py [CHECKPOINT [OUTPUT]]      (without them: a tiny random model, a temporary folder)
 """
@@ -13,7 +13,7 @@ import hasten
 from hasten import FastLanguageModel, sft_config
 from hasten.testing import save_tiny
 
-BUDGET = "8GiB"  # of the GPU, or of a computer without one
+BUDGET = "8GiB"  # of GPU memory, or of CPU memory without a GPU
 LENGTH = 512
 
 
@@ -25,7 +25,7 @@ def main(checkpoint: str, output: str) -> None:
         checkpoint,
         max_seq_length=LENGTH,
         load_in_4bit=True,
-        use_gradient_checkpointing="auto",  # each layer keeps, makes again or sends to host memory what the budget asks for
+        use_gradient_checkpointing="auto",  # per layer: save, recompute or offload, as the budget allows
         memory_budget=BUDGET,
         unsloth_tiled_mlp="auto",
     )
@@ -37,7 +37,7 @@ def main(checkpoint: str, output: str) -> None:
         output_dir=output,
         max_steps=8,
         per_device_train_batch_size=4,
-        padding_free=True,  # rows one behind the other: no token of padding is computed, and none sees another row
+        padding_free=True,  # examples concatenated: no padding tokens, and no attention across examples
         learning_rate=5e-3,
         logging_steps=1,
         save_strategy="no",

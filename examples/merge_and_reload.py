@@ -1,4 +1,4 @@
-"""Train a LoRA, merge it into 16-bit weights, and read the result with transformers alone.
+"""Train a LoRA, merge it into 16-bit weights, and load the result with plain transformers.
 
 Usage: python merge_and_reload.py [CHECKPOINT [OUTPUT]]      (without them: a tiny random model, a temporary folder)
 """

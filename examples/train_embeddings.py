@@ -1,4 +1,4 @@
-"""New tokens: `embed_tokens` and `lm_head` train fully beside a LoRA, and come back with the adapter.
+"""New words: trains `embed_tokens` and `lm_head` fully beside a LoRA, and reloads both with the adapter.
 
 Usage: python train_embeddings.py [CHECKPOINT [OUTPUT]]      (without them: a tiny random model, a temporary folder)
 """
@@ -39,7 +39,7 @@ def main(checkpoint: str, output: str) -> None:
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
 
-    # Base and adapter in one call; training could go on from here.
+    # Loads base and adapter in one call; training can continue from here.
     again, _ = FastLanguageModel.from_pretrained(output, max_seq_length=128, load_in_4bit=False, dtype=torch.float32)
     ids = tokenizer("glorp 3 blick", return_tensors="pt").input_ids
     model, again = FastLanguageModel.for_inference(model), FastLanguageModel.for_inference(again)

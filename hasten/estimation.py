@@ -13,12 +13,12 @@ from transformers import AutoConfig, PreTrainedConfig
 from hasten.errors import CheckpointError, OptionError
 from hasten.options import CHECKPOINTING, PLANNED
 from hasten.training.memory.actions import UNIFORM_ACTIONS
-from hasten.training.memory.advice import Saving, Settings, savings
+from hasten.training.memory.advice import Saving, StepConfig, savings
 from hasten.training.memory.bandwidth import DeviceSpeed, measure
 from hasten.training.memory.costs import Optimizer, Peak, moments, peak, with_tile
 from hasten.training.memory.plan import LayerPlan, plan_layers
 from hasten.training.memory.shape import ModelShape
-from hasten.training.tiling import rows_of
+from hasten.training.tiling import tile_of
 from hasten.units import format_bytes, parse_bytes
 from hasten.weights import formats
 
@@ -93,7 +93,7 @@ def estimate(  # noqa: PLR0913
     if problems := [*problems, *budget_problems]:
         raise OptionError("estimate", problems)
     shape = ModelShape.of_config(_config(config), rank, quantization, full_finetuning, dtype, offload_embedding)
-    tile = rows_of(tiled_mlp)
+    tile = tile_of(tiled_mlp)
     if checkpointing in PLANNED:
         assert budget is not None
         speed = measure(torch.device("cuda")) if torch.cuda.is_available() else ASSUMED
@@ -104,9 +104,9 @@ def estimate(  # noqa: PLR0913
     else:
         actions = with_tile([UNIFORM_ACTIONS[checkpointing]] * len(shape.layers), tile)
     found = peak(shape, batch_size, seq_len, actions, tile, optimizer)
-    settings = Settings(batch_size, seq_len, actions, tile, optimizer)
+    step = StepConfig(batch_size, seq_len, actions, tile, optimizer)
     text = str(LayerPlan(actions, tile, found))
-    return Estimate(found, text, budget is None or found.total <= budget, tuple(savings(shape, settings)))
+    return Estimate(found, text, budget is None or found.total <= budget, tuple(savings(shape, step)))
 
 
 def _size_problems(sizes: dict[str, int]) -> list[str]:

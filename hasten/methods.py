@@ -1,11 +1,11 @@
-"""Methods that a hasten model has beyond transformers' and PEFT's own. Mixed into the instance's class when it is patched."""
+"""User-facing methods of a hasten model, mixed into the class of the causal LM and of its PeftModel."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hasten.inference import for_inference, generate
+from hasten.inference import engine_of, for_inference
 from hasten.overlays import Overlay
-from hasten.state import state_of
+from hasten.state import GenerateCall, state_of
 from hasten.training.modes import for_training
 
 if TYPE_CHECKING:
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 class SharedMethods:
-    """What the causal LM and the PeftModel around it share."""
+    """Methods of both the causal LM and the PeftModel."""
 
     def for_inference(self) -> Any:
-        """Evaluation mode, caches on, checkpointing off. Returns the model."""
+        """Sets evaluation mode, KV caches on, activation checkpointing off. Returns the model."""
         return for_inference(self)  # pyright: ignore[reportArgumentType]
 
     def for_training(self) -> Any:
-        """Training mode, as it was before `for_inference`. Returns the model."""
+        """Sets training mode, with the checkpointing that was on before `for_inference`. Returns the model."""
         return for_training(self)  # pyright: ignore[reportArgumentType]
 
     def save_pretrained_merged(
@@ -28,7 +28,7 @@ class SharedMethods:
     ) -> "Exported":
         """Writes the model with its adapter merged in. save_method: "merged_16bit", "merged_4bit" or "lora".
 
-        Raises ExportError, with nothing left behind that looks like a model.
+        Raises ExportError, and then leaves no partial model behind.
         """
         from hasten.export import save_merged
 
@@ -37,44 +37,49 @@ class SharedMethods:
     def push_to_hub_merged(
         self, repo_id: str, tokenizer: Any = None, save_method: str = "merged_16bit", **kwargs: Any
     ) -> Any:
-        """As `save_pretrained_merged`, into a hub repository. kwargs: token, private, revision."""
+        """As `save_pretrained_merged`, into a repository of the hub. kwargs: token, private, revision."""
         from hasten.export import push_to_hub_merged
 
         return push_to_hub_merged(self, repo_id, tokenizer, save_method, **kwargs)  # pyright: ignore[reportArgumentType]
 
 
 class CausalLMMethods(SharedMethods):
-    """For the causal LM itself."""
+    """Methods of the causal LM."""
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `generate`, for left- or right-padded rows alike. Raises InputError for rows that are too long."""
-        return generate(self, super().generate, *args, **kwargs)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+        """As transformers' `generate`, by the model's engine; takes left- and right-padded batches.
+
+        Raises InputError for sequences longer than `max_seq_length`.
+        """
+        call = GenerateCall(super().generate, args, kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        return engine_of(self).generate(self, call)
 
 
 class PeftMethods(SharedMethods, Overlay):
-    """For the PeftModel. Keeps the dtypes in which its weights train, whatever a trainer casts them to.
+    """Methods of the PeftModel. Keeps the dtypes in which its weights train, whatever a trainer casts them to.
 
-    TRL's trainers cast every trained weight of a quantised model to bf16 on construction, whose steps lose small updates.
+    TRL's trainers cast every trained weight of a quantised model to bf16 on construction, and bf16 loses small updates.
     """
 
     runs = "adapter"
 
     def train(self, mode: bool = True) -> Any:
-        """As torch's. Entering training gives trained weights their dtypes back."""
+        """As torch's; entering training mode casts trained weights back to their dtypes."""
         super().train(mode)
         if mode:
             self._keep_dtypes()
         return self
 
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
-        """As PEFT's, into weights of their own dtypes: a trainer resumes with it before it enters training."""
+        """As PEFT's, with trained weights cast back first: a trainer that resumes loads before it enters training
+        mode."""
         self._keep_dtypes()
         return super().load_adapter(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _keep_dtypes(self) -> None:
-        """Back to the dtypes that `get_peft_model` or loading promised."""
-        promised = state_of(self).trained_dtypes
+        """Casts trained weights back to the dtypes that loading or `get_peft_model` gave them."""
+        dtypes = state_of(self).trained_dtypes
         for name, parameter in self.named_parameters():
-            dtype = promised.get(name, parameter.dtype)
+            dtype = dtypes.get(name, parameter.dtype)
             if parameter.dtype != dtype:
                 parameter.data = parameter.data.to(dtype)

@@ -1,4 +1,4 @@
-"""FastLanguageModel: load, adapt, switch between training and inference. Orchestration only; the rooms do the work."""
+"""FastLanguageModel: load a model, add a LoRA, switch between training and inference. Orchestration only."""
 
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ from hasten.loading import load
 from hasten.loading.adapter import attach
 from hasten.loading.embedding import leave_out_of_ddp
 from hasten.methods import CausalLMMethods, PeftMethods
-from hasten.options import AdapterOptions, LoadOptions, none_if_left_out
+from hasten.options import ALL_LINEAR, AdapterOptions, LoadOptions, none_if_left_out
 from hasten.patching import apply, plan
 from hasten.patching.apply import overlay_class
 from hasten.state import causal_lm_of, state_of
@@ -20,11 +20,9 @@ from hasten.training import checkpointing, lora, tiling
 from hasten.training.modes import for_training
 from hasten.units import parse_bytes
 
-ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
 
 class FastLanguageModel:
-    """Loads any causal language model of the Hugging Face ecosystem, with every overlay that applies to it."""
+    """Loads causal language models of the Hugging Face ecosystem, with every overlay that applies."""
 
     model_type: ClassVar[str | None] = None
 
@@ -61,24 +59,57 @@ class FastLanguageModel:
         unsloth_tiled_mlp: bool | int | str = False,
         **kwargs: Any,
     ) -> tuple[Any, PreTrainedTokenizerBase]:
-        """Loads a model and its tokenizer from a folder or the hub; from an adapter, its base with the adapter on it.
+        """Loads a model and its tokenizer from a folder or the hub; an adapter is loaded with its base model.
 
         Every argument takes effect or raises; docs/api.md says what each does. Returns a transformers model (a
-        PeftModel where `model_name` holds an adapter) and a tokenizer. Raises OptionError with every problem of the
+        PeftModel where `model_name` is an adapter) and a tokenizer. Raises OptionError with every problem of the
         call, CheckpointError or TokenizerError, all before a weight is read.
         """
-        arguments = {name: value for name, value in locals().items() if name not in ("cls", "kwargs")}
-        options = LoadOptions.from_call(**arguments, expected_model_type=cls.model_type, extra=kwargs)
+        options = LoadOptions.from_call(
+            model_name=model_name,
+            max_seq_length=max_seq_length,
+            dtype=dtype,
+            load_in_4bit=load_in_4bit,
+            load_in_8bit=load_in_8bit,
+            load_in_16bit=load_in_16bit,
+            full_finetuning=full_finetuning,
+            token=token,
+            device_map=device_map,
+            rope_scaling=rope_scaling,
+            fix_tokenizer=fix_tokenizer,
+            trust_remote_code=trust_remote_code,
+            use_gradient_checkpointing=use_gradient_checkpointing,
+            resize_model_vocab=resize_model_vocab,
+            revision=revision,
+            use_exact_model_name=use_exact_model_name,
+            offload_embedding=offload_embedding,
+            float32_mixed_precision=float32_mixed_precision,
+            fast_inference=fast_inference,
+            gpu_memory_utilization=gpu_memory_utilization,
+            float8_kv_cache=float8_kv_cache,
+            random_state=random_state,
+            max_lora_rank=max_lora_rank,
+            disable_log_stats=disable_log_stats,
+            qat_scheme=qat_scheme,
+            load_in_fp8=load_in_fp8,
+            unsloth_tiled_mlp=unsloth_tiled_mlp,
+            expected_model_type=cls.model_type,
+            extra=kwargs,
+        )
+        return cls._load(options)
+
+    @classmethod
+    def _load(cls, options: LoadOptions) -> tuple[Any, PreTrainedTokenizerBase]:
         loaded = load(options)
         model: Any = loaded.model
-        planned = plan(model, max_seq_length=max_seq_length, attn_implementation=options.attn_implementation)
+        planned = plan(model, max_seq_length=options.max_seq_length, attn_implementation=options.attn_implementation)
         apply(model, planned, methods=CausalLMMethods)
         state = state_of(model)
-        state.notes = {"loading": loaded.notes, "tiled MLP": tiling.enable(model, unsloth_tiled_mlp)}
+        state.notes = {"loading": loaded.notes, "tiled MLP": tiling.enable(model, options.unsloth_tiled_mlp)}
         state.load_options = options
         if loaded.adapter is not None:
-            model = _wear_peft(attach(model, loaded.adapter, trainable=True), options)
-        _note_checkpointing(model, use_gradient_checkpointing, options.memory_budget)
+            model = _with_peft_methods(attach(model, loaded.adapter, trainable=True), options)
+        _enable_checkpointing(model, options.use_gradient_checkpointing, options.memory_budget)
         return model, loaded.tokenizer
 
     @classmethod
@@ -106,45 +137,49 @@ class FastLanguageModel:
         `kwargs`: any field of PEFT's LoraConfig. Called again with the same arguments it returns the model; with others
         it raises. Raises OptionError with every problem of the call before the model is touched.
         """
-        arguments = {name: value for name, value in locals().items() if name not in ("cls", "model", "kwargs")}
-        options = AdapterOptions.from_call(**arguments, extra=kwargs)
+        options = AdapterOptions.from_call(
+            r=r,
+            target_modules=target_modules,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            bias=bias,
+            use_gradient_checkpointing=use_gradient_checkpointing,
+            random_state=random_state,
+            use_rslora=use_rslora,
+            loftq_config=loftq_config,
+            modules_to_save=modules_to_save,
+            layers_to_transform=layers_to_transform,
+            use_dora=use_dora,
+            init_lora_weights=init_lora_weights,
+            qat_scheme=qat_scheme,
+            extra=kwargs,
+        )
         options.validate()
         base = causal_lm_of(model)
         state = state_of(base)
-        worn = state.adapter_options
-        if base is not model:
-            if worn == options:
-                return model
-            raise OptionError("get_peft_model", [_already(worn, options)])
-        loaded = state.load_options
-        if loaded is not None and loaded.full_finetuning:
-            raise OptionError(
-                "get_peft_model",
-                [
-                    "the model was loaded with full_finetuning=True, so all its weights train; load it without to add a LoRA"
-                ],
-            )
-        if loaded is not None and loaded.offload_embedding and lora.trains_embedding(options):
-            problem = "embed_tokens would train, and offload_embedding keeps it frozen on the host; drop one of them"
+        if base is not model and state.adapter_options == options:
+            return model
+        if problem := _adapter_problem(model, options):
             raise OptionError("get_peft_model", [problem])
         dense = find_base(base) if options.loftq_config else None
-        peft_model = _wear_peft(lora.build(base, options, dense.read if dense is not None else None), loaded)
+        peft_model = lora.build(base, options, dense.read if dense is not None else None)
+        peft_model = _with_peft_methods(peft_model, state.load_options)
         state.adapter_options = options
-        _note_checkpointing(peft_model, use_gradient_checkpointing, options.memory_budget)
+        _enable_checkpointing(peft_model, options.use_gradient_checkpointing, options.memory_budget)
         return peft_model
 
     @staticmethod
     def for_inference(model: Any) -> Any:
-        """Evaluation mode, caches on, checkpointing off. Returns the model."""
+        """Sets evaluation mode, KV caches on, activation checkpointing off. Returns the model."""
         return for_inference(model)
 
     @staticmethod
     def for_training(model: Any) -> Any:
-        """Back to training after `for_inference`. Returns the model."""
+        """Sets training mode, with the checkpointing that was on before `for_inference`. Returns the model."""
         return for_training(model)
 
 
-def _wear_peft(peft_model: Any, loaded: LoadOptions | None) -> Any:
+def _with_peft_methods(peft_model: Any, loaded: LoadOptions | None) -> Any:
     """Gives a PeftModel hasten's methods, and trained weights the dtype that was asked for."""
     peft_model.__class__ = overlay_class(type(peft_model), PeftMethods, None)
     wants_fp32 = loaded is None or loaded.float32_mixed_precision is not False
@@ -154,23 +189,36 @@ def _wear_peft(peft_model: Any, loaded: LoadOptions | None) -> Any:
     return peft_model
 
 
-def _note_checkpointing(model: Any, mode: bool | str, budget: int | str | None) -> None:
-    """Switches checkpointing and records what that means in place of what was recorded before.
+def _enable_checkpointing(model: Any, mode: bool | str, budget: int | str | None) -> None:
+    """Sets activation checkpointing and replaces its note in the report.
 
-    A budget that was given when the model was loaded holds for its adapter too, unless that comes with its own.
+    The memory budget given at loading also holds for the adapter, unless `get_peft_model` got its own.
     """
     state = state_of(model)
     loaded = state.load_options
     asked = loaded.memory_budget if budget is None and loaded is not None else budget
-    said = checkpointing.enable(model, mode, None if asked is None else parse_bytes(asked))
-    state.notes["checkpointing"] = [f"checkpointing: {note}" for note in said]
+    notes = checkpointing.enable(model, mode, None if asked is None else parse_bytes(asked))
+    state.notes["checkpointing"] = [f"checkpointing: {note}" for note in notes]
 
 
-def _already(worn: AdapterOptions | None, asked: AdapterOptions) -> str:
-    if worn is None:
+def _adapter_problem(model: Any, options: AdapterOptions) -> str | None:
+    """Why this model cannot get this adapter, if so."""
+    state = state_of(model)
+    loaded = state.load_options
+    if causal_lm_of(model) is not model:
+        return _second_adapter(state.adapter_options, options)
+    if loaded is not None and loaded.full_finetuning:
+        return "the model was loaded with full_finetuning=True, so all its weights train; load it without to add a LoRA"
+    if loaded is not None and loaded.offload_embedding and lora.trains_embedding(options):
+        return "embed_tokens would train, and offload_embedding keeps it frozen in CPU memory; drop one of them"
+    return None
+
+
+def _second_adapter(present: AdapterOptions | None, asked: AdapterOptions) -> str:
+    if present is None:
         return "the model already has an adapter (loaded with it, or made by PEFT); load the base model to add another"
-    changed = [name for name in worn.__dataclass_fields__ if getattr(worn, name) != getattr(asked, name)]
-    differences = ", ".join(f"{name}={getattr(worn, name)!r}, now {getattr(asked, name)!r}" for name in changed)
+    changed = [name for name in present.__dataclass_fields__ if getattr(present, name) != getattr(asked, name)]
+    differences = ", ".join(f"{name}={getattr(present, name)!r}, now {getattr(asked, name)!r}" for name in changed)
     return f"the model already has an adapter made with other arguments ({differences}); load the base model again"
 
 

@@ -1,10 +1,10 @@
-"""What hasten remembers about one model: a single typed object on the causal LM, reached by `state_of`.
+"""Holds hasten's state of one model: a single typed object on the causal LM, reached by `state_of`.
 
-It travels with the model (deepcopy, pickle) and is the only attribute that hasten adds to a transformers or PEFT model.
-The layers above state.py appear here as protocols, so that nothing below them has to import them.
+It is copied with the model (deepcopy, pickle) and is the only attribute that hasten adds to a transformers or PEFT
+model. Objects of higher layers (plan, memory policy, engine) are typed by protocols here, so that imports go one way.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -45,14 +45,43 @@ class OverlayPlan(Protocol):
 
 
 class MemoryAdvisor(Protocol):
-    """What a forward asks of `training.memory`: an out-of-memory error inside the context says what would free memory."""
+    """What a causal LM's forward asks of `training.memory`, so that out-of-memory errors say which changes would free memory.
 
-    def advising(self, rows: tuple[int, int] | None) -> AbstractContextManager[None]: ...
+    advising: the context of a forward over (sequences, tokens per sequence). watch_backward: the same for the backward through
+    the forward's outputs.
+    """
+
+    def advising(self, batch_shape: tuple[int, int] | None) -> AbstractContextManager[None]: ...
+    def watch_backward(self, outputs: Any) -> None: ...
+
+
+@dataclass(frozen=True)
+class GenerateCall:
+    """One call of `model.generate`. stock: transformers' `generate`, bound to the model. args, kwargs: the caller's."""
+
+    stock: Callable[..., Any]
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """What `model.generate` calls. Implementations stand in `hasten.inference`, one file each."""
+
+    @property
+    def name(self) -> str: ...
+
+    def check(self, options: LoadOptions) -> list[str]:
+        """Every problem that keeps this engine from serving a model loaded with `options`; empty = none."""
+        ...
+
+    def generate(self, model: Any, call: GenerateCall) -> Any:
+        """Returns what transformers' `generate` returns for this call. model: the causal LM."""
+        ...
 
 
 @dataclass(frozen=True)
 class FusedHeadRequest:
-    """What a TRL trainer asked of the fused head. outputs: names of scores, as `trl.trainer.utils.add_fused_lm_head`."""
+    """Settings of TRL's `add_fused_lm_head`. outputs: names of the scores to return."""
 
     temperature: float = 1.0
     cast_lm_head_to_fp32: bool = False
@@ -61,12 +90,13 @@ class FusedHeadRequest:
 
 @dataclass
 class ModelState:
-    """load_options, adapter_options: the arguments that the model and its adapter were made with.
+    """load_options, adapter_options: the arguments of `from_pretrained` and `get_peft_model`.
 
-    notes: topic -> lines of the report. plan: the overlays that are on. memory: the memory policy, None without one.
-    checkpointing: the `use_gradient_checkpointing` in force, None = never set here. mlp_tile: `unsloth_tiled_mlp` as given.
-    trained_dtypes: parameter name in the PeftModel -> the dtype it trains in. fused_head: TRL's request, None = its
-    defaults. saw_labels: whether any training batch so far had a label that counts.
+    notes: topic -> lines of the report. plan: the overlays that are on. memory: the memory policy, None = none.
+    checkpointing: the `use_gradient_checkpointing` in force, None = never set by hasten. mlp_tile: `unsloth_tiled_mlp`
+    as given. trained_dtypes: parameter name in the PeftModel -> the dtype it trains in. fused_head: TRL's request, None
+    = its defaults. saw_labels: whether a training batch had a label that counts. engine: what `generate` calls, None =
+    stock.
     """
 
     load_options: LoadOptions | None = None
@@ -79,18 +109,20 @@ class ModelState:
     trained_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     fused_head: FusedHeadRequest | None = None
     saw_labels: bool = False
+    engine: Engine | None = None
 
 
 def causal_lm_of(model: nn.Module) -> Any:
-    """The transformers model under PEFT's wrapper, or `model` itself."""
+    """Returns the transformers model inside a PeftModel, or `model` itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
 
 
 def state_of(model: nn.Module) -> ModelState:
-    """The state of the causal LM `model` or of the one under its PeftModel; attaches an empty one if there is none."""
+    """Returns the state of the causal LM (`model`, or the one inside the PeftModel); attaches an empty one if there is
+    none."""
     return causal_lm_of(model).__dict__.setdefault(ATTRIBUTE, ModelState())
 
 
 def find_state(model: nn.Module) -> ModelState | None:
-    """As `state_of`, without attaching one: None for a model that hasten has not touched."""
+    """As `state_of`, but returns None for a model without a state."""
     return causal_lm_of(model).__dict__.get(ATTRIBUTE)

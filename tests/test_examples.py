@@ -61,7 +61,7 @@ def test_memory_budget(example: Callable[[str], str]) -> None:
     first, last = before_and_after(printed, "loss")
     assert last < first - 0.3
     assert re.search(r"a step will take about [1-9]\d* MiB: \d+ of \d+ layers", printed)
-    assert re.search(r"memory: 4 of 4 layers keep what is dear to make again \(predicted peak \d+\.\d [MG]iB", printed)
+    assert re.search(r"memory: 4 of 4 layers save all activations \(predicted peak \d+\.\d [MG]iB", printed)
 
 
 def test_full_finetune(example: Callable[[str], str], tmp_path: Path, checkpoint: Path) -> None:

@@ -18,7 +18,8 @@ FLOORS = [
     {"overlays"},
     {"patching"},
     {"data"},
-    {"loading", "training", "inference", "export"},
+    {"loading", "inference", "export"},
+    {"training"},
     {"methods", "estimation"},
     {"model"},
     {"testing", "doctor", "unsloth_compat", "demo"},
@@ -88,6 +89,66 @@ def test_bans(path: Path) -> None:
             assert all(alias.name != "*" for alias in node.names), f"{path}: import *"
     for name in _imports(tree):
         assert name.split(".")[0] not in {"pickle", "dill", "joblib"}, f"{path} imports {name}"
+
+
+MUTATORS = {"append", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "remove", "discard", "clear"}
+
+
+def _module_containers(tree: ast.Module) -> set[str]:
+    """Names bound at module level to a list, dict or set (a literal, a comprehension or a constructor's result)."""
+    displays = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
+    makers = {"list", "dict", "set", "defaultdict", "collections.defaultdict", "OrderedDict", "Counter", "deque"}
+    makers |= {"weakref.WeakKeyDictionary", "weakref.WeakValueDictionary", "weakref.WeakSet"}
+    found = set()
+    for node in tree.body:
+        value = node.value if isinstance(node, (ast.Assign, ast.AnnAssign)) else None
+        if isinstance(value, displays) or (isinstance(value, ast.Call) and ast.unparse(value.func) in makers):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]  # pyright: ignore
+            found |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return found
+
+
+def _mutations(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """(name, line) where something is stored into, deleted from, or changed by a method of a plain name."""
+    for node in ast.walk(tree):
+        targets: list[ast.expr] = []
+        if isinstance(node, ast.Assign):
+            targets = node.targets
+        elif isinstance(node, ast.AugAssign):
+            targets = [node.target]
+        elif isinstance(node, ast.Delete):
+            targets = node.targets
+        for target in targets:
+            if isinstance(target, ast.Subscript) and isinstance(target.value, ast.Name):
+                yield target.value.id, node.lineno  # pyright: ignore
+            if isinstance(node, ast.AugAssign) and isinstance(target, ast.Name):
+                yield target.id, node.lineno
+        method = node.func if isinstance(node, ast.Call) else None
+        if isinstance(method, ast.Attribute) and method.attr in MUTATORS and isinstance(method.value, ast.Name):
+            yield method.value.id, node.lineno  # pyright: ignore
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_hidden_state(path: Path) -> None:
+    """A model's state is `hasten.state.ModelState` and nothing else: no hidden attribute, no mutable module global."""
+    text = path.read_text()
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("_hasten"):
+            assert _room(path) == "state", f"{path}:{node.lineno} names the attribute {node.value!r}; use state_of"
+        if isinstance(node, ast.Attribute):
+            assert not node.attr.startswith("_hasten"), f"{path}:{node.lineno} hides state in .{node.attr}"
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in {"locals", "globals"}, f"{path}:{node.lineno} harvests {called}()"
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation).endswith("TypeAlias"):
+            assert node.value is None or ast.unparse(node.value) != "Any", f"{path}:{node.lineno}: an alias of Any"
+        if isinstance(node, ast.Assign) and _room(path) != "__init__":
+            hides = ast.unparse(node.value) in {"Any", "typing.Any", "object"}
+            assert not hides, f"{path}:{node.lineno}: an alias of Any hides a type, or an import cycle"
+    containers = _module_containers(tree)
+    changed = [f"{name} (line {line})" for name, line in _mutations(tree) if name in containers]
+    assert not changed, f"{path} changes module globals: {', '.join(changed)}"
 
 
 def test_no_family_is_named_in_code() -> None:

@@ -1,1 +1,1 @@
-"""The demo: a small language model is made, taught with QLoRA, tested, merged and checked, from nothing but Python itself."""
+"""The demo: pretrains a small language model, fine-tunes it with QLoRA, evaluates, merges and checks it."""

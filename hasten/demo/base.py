@@ -1,4 +1,4 @@
-"""The base model of the demo: a byte-level BPE tokenizer and a small Llama, both made from scratch."""
+"""The base model of the demo: a byte-level BPE tokenizer and a small Llama, both trained from scratch."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class BaseSize:
-    """How large the base is and how long it reads. block: tokens of a training row; batch: rows of a step."""
+    """Size and pretraining of the base model. block: tokens per sequence. batch: sequences per step."""
 
     hidden: int
     layers: int
@@ -32,7 +32,7 @@ class BaseSize:
     learning_rate: float = 3e-3
 
     def config(self) -> LlamaConfig:
-        """HeadsConfig of 64 channels, an MLP of 8/3 of the width, tied embeddings: the proportions of Llama."""
+        """Llama's proportions: attention heads of 64 channels, an MLP of 8/3 of the hidden size, tied embeddings."""
         return LlamaConfig(
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,
@@ -49,7 +49,7 @@ class BaseSize:
 
 
 def train_tokenizer(documents: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909) with a chat template whose answers are marked."""
+    """Trains a byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909). The chat template marks assistant tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -81,7 +81,7 @@ def pretrain(
     on_step: Callable[[int, float], None],
     seed: int = 3407,
 ) -> list[float]:
-    """Trains tokenizer and model on `documents` and writes an ordinary bf16 checkpoint to `folder`.
+    """Trains tokenizer and model on `documents` and writes a standard bf16 checkpoint to `folder`.
 
     on_step: called with the step (from 1) and its loss, in nats per token. Returns the losses of all steps.
     """
@@ -92,8 +92,8 @@ def pretrain(
     optimizer = torch.optim.AdamW(model.parameters(), lr=size.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, size.learning_rate, size.steps, pct_start=0.1)
     losses = []
-    rows = _rows([tokenizer(text + EOS)["input_ids"] for text in documents], size, seed)
-    for step, input_ids in zip(range(1, size.steps + 1), rows, strict=False):
+    batches = _batches([tokenizer(text + EOS)["input_ids"] for text in documents], size, seed)
+    for step, input_ids in zip(range(1, size.steps + 1), batches, strict=False):
         loss = model(input_ids=input_ids, labels=input_ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -108,15 +108,15 @@ def pretrain(
     return losses
 
 
-def _rows(encoded: list[list[int]], size: BaseSize, seed: int) -> Iterator[torch.Tensor]:
-    """Endless (batch, block) int64 batches: documents in a new order each epoch, one after the other, cut into rows."""
+def _batches(encoded: list[list[int]], size: BaseSize, seed: int) -> Iterator[torch.Tensor]:
+    """Yields endless (batch, block) int64 batches: documents shuffled per epoch, concatenated, cut into sequences."""
     order = random.Random(seed)
-    stream: list[int] = []
+    tokens: list[int] = []
     needed = size.batch * size.block
     while True:
         order.shuffle(encoded)
         for ids in encoded:
-            stream += ids
-            if len(stream) >= needed:
-                yield torch.tensor(stream[:needed]).view(size.batch, size.block)
-                stream = stream[needed:]
+            tokens += ids
+            if len(tokens) >= needed:
+                yield torch.tensor(tokens[:needed]).view(size.batch, size.block)
+                tokens = tokens[needed:]

@@ -1,7 +1,7 @@
-"""Questions and documented answers about this machine's own Python standard library.
+"""The demo's dataset: questions about the installed Python standard library, answered by its docstrings.
 
-Nothing is downloaded: the facts are the docstrings. Only a fixed list of modules whose import has no side effect is
-read, in a fixed order, and every split is decided by a hash of the fact's name, so the same Python gives the same data.
+Nothing is downloaded. The modules are a fixed list, in a fixed order, whose import has no side effects, and a hash of a
+fact's name decides its split, so the same Python version gives the same data.
 """
 
 import hashlib
@@ -33,16 +33,16 @@ QUESTIONS = (
 )
 
 PLATFORM_MODULES = ("posix", "nt", "posixpath", "ntpath", "genericpath")
-"""Where `os` and `os.path` get their functions from."""
+"""Modules that define the functions of `os` and `os.path`."""
 SHORTEST, LONGEST = 20, 100
-"""Characters of an answer: a shorter sentence says nothing, a longer one costs more time than a demo has."""
+"""Characters of an answer: shorter sentences carry no information, longer ones take too long to train in a demo."""
 LONGEST_PAGE = 200
 SENTENCE = re.compile(r"[A-Z][a-z]+ .*?[a-z0-9)\"'`]\.(?= |$)")
 
 
 @dataclass(frozen=True)
 class Fact:
-    """name: dotted, as imported. answer: first sentence of its docstring. text: the start of the docstring."""
+    """A documented function, class or method. name: dotted. answer: first sentence of the docstring. text: its start."""
 
     name: str
     answer: str
@@ -51,7 +51,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Question:
-    """One question with its documented answer; `name` is the fact's."""
+    """A question with its documented answer. name: of the fact."""
 
     name: str
     question: str
@@ -63,11 +63,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Corpus:
-    """documents: what the base model reads. train: what is taught. The two held-out sets:
+    """documents: the pretraining data. train: the fine-tuning set. The two held-out sets:
 
-    reworded: facts that are taught, asked in a wording in which they are not. They test memory beyond the exact prompt.
-    untaught: facts that no question of `train` is about. The base has read their documentation, like everybody's; they
-        test whether the model has learned to answer, and what it makes of a fact that nobody taught it.
+    reworded: facts of `train`, asked in a wording that is not in `train`. They test recall beyond the exact prompt.
+    untaught: facts that are not in `train`, whose documentation is in the pretraining data. They test whether the
+        model has learned to answer, and generalisation to new facts.
     """
 
     documents: tuple[str, ...]
@@ -77,7 +77,7 @@ class Corpus:
 
 
 def build(limit: int) -> Corpus:
-    """The corpus of at most `limit` facts."""
+    """Builds the dataset from at most `limit` facts."""
     facts = pick(read_facts(MODULES), limit)
     train, reworded, untaught = [], [], []
     for fact in facts:
@@ -93,7 +93,7 @@ def build(limit: int) -> Corpus:
 
 
 def documents(facts: Sequence[Fact]) -> Iterator[str]:
-    """Reference pages in several layouts, so that a fact is known by its name and not by one page's look."""
+    """Yields pretraining documents: each fact in several layouts, so that the model does not depend on one layout."""
     for fact in facts:
         yield f"{fact.name}: {fact.answer}"
         yield f"Help on {fact.name}\n{fact.text}"
@@ -101,11 +101,11 @@ def documents(facts: Sequence[Fact]) -> Iterator[str]:
 
 
 def read_facts(modules: Sequence[str]) -> list[Fact]:
-    """Every documented public function, class and method of `modules`, in order, each answer once."""
+    """Reads every documented public function, class and method of `modules`, in order, without duplicate answers."""
     facts: dict[str, Fact] = {}
     answers: set[str] = set()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # some modules warn when an old name is merely looked at
+        warnings.simplefilter("ignore", DeprecationWarning)  # some modules warn when a deprecated name is read
         for name, thing in (pair for module in modules for pair in _members(module)):
             text = inspect.cleandoc(str(getattr(thing, "__doc__", None) or ""))
             found = SENTENCE.match(" ".join(text.split("\n\n")[0].split()))
@@ -117,18 +117,18 @@ def read_facts(modules: Sequence[str]) -> list[Fact]:
 
 
 def pick(facts: Sequence[Fact], limit: int) -> list[Fact]:
-    """At most `limit` facts, chosen by the hash of their names, in the order in which they were given."""
+    """Selects at most `limit` facts by the hash of their names, in the given order."""
     chosen = {fact.name for fact in sorted(facts, key=lambda fact: number(fact.name, "pick"))[:limit]}
     return [fact for fact in facts if fact.name in chosen]
 
 
 def number(name: str, purpose: str) -> int:
-    """A number that depends on nothing but the two strings; on no seed, order or version of Python."""
+    """Hashes the two strings to an integer, independent of seed, order and Python version."""
     return int.from_bytes(hashlib.sha256(f"{purpose}:{name}".encode()).digest()[:8], "big")
 
 
 def _members(module_name: str) -> Iterator[tuple[str, Any]]:
-    """Dotted names and values: what a module holds, then what its classes hold, in alphabetical order."""
+    """Yields dotted names and values of a module's members and its classes' methods, in alphabetical order."""
     module = importlib.import_module(module_name)
     for name, value in sorted(vars(module).items()):
         if name.startswith("_") or not callable(value) or not _lives_in(value, module):
@@ -141,7 +141,7 @@ def _members(module_name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _lives_in(value: Any, module: ModuleType) -> bool:
-    """False for names that a module merely imported from elsewhere. C accelerators (`_heapq`) and parts count as home."""
+    """Whether a module defines the value rather than imports it. C accelerators (`_heapq`) and submodules count as it."""
     home = getattr(value, "__module__", None)
     name = module.__name__
     return home is None or home in (name, f"_{name}", *PLATFORM_MODULES) or home.startswith(f"{name}.")

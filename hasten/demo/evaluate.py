@@ -1,4 +1,4 @@
-"""How well a model answers: loss on the documented answers, and answers that match them to the letter."""
+"""Evaluates a model on questions: loss on the documented answers, and exact matches."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from hasten.demo.corpus import Question
 IGNORED = -100
 BATCH = 32
 LONGEST_ANSWER = 48
-"""Tokens. The longest answers of the corpus (100 characters) take about 40."""
+"""Tokens. The longest answers of the dataset (100 characters) take about 40."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """loss: nats per token of the documented answers. exact: how many of `total` came out to the letter."""
+    """loss: nats per token of the documented answers. exact: how many of `total` generated answers equal theirs."""
 
     loss: float
     exact: int
@@ -25,7 +25,7 @@ class Score:
 
 
 def score(model: Any, tokenizer: Any, questions: Sequence[Question]) -> Score:
-    """Asks every question, greedily. The model must be set up for inference."""
+    """Answers every question by greedy decoding and scores the answers. The model must be in inference mode."""
     answers = tuple(answer for batch in _batches(questions) for answer in _answer(model, tokenizer, batch))
     exact = sum(answer == question.answer for answer, question in zip(answers, questions, strict=True))
     return Score(answer_loss(model, tokenizer, questions), exact, len(questions), answers)
@@ -33,7 +33,7 @@ def score(model: Any, tokenizer: Any, questions: Sequence[Question]) -> Score:
 
 @torch.no_grad()
 def answer_loss(model: Any, tokenizer: Any, questions: Sequence[Question]) -> float:
-    """Mean negative log-likelihood of the answers' tokens and of the end of the turn, given the questions."""
+    """Mean negative log-likelihood, in nats per token, of answers and end-of-turn tokens given the questions."""
     total, count = 0.0, 0
     for batch in _batches(questions):
         inputs = encode(tokenizer, batch)
@@ -44,7 +44,7 @@ def answer_loss(model: Any, tokenizer: Any, questions: Sequence[Question]) -> fl
 
 
 def encode(tokenizer: Any, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
-    """input_ids, attention_mask and labels, each (B, T) int64, right-padded; labels only on the answers' tokens."""
+    """Encodes to input_ids, attention_mask, labels: (B, T) int64, right-padded. Labels on the answers' tokens only."""
     rows = [
         tokenizer.apply_chat_template(q.messages(), tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         for q in questions

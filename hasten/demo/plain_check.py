@@ -1,9 +1,9 @@
-"""Run as a script, in a process of its own that never imports hasten: is the merged model the model that was trained?
+"""Checks in a separate process, which never imports hasten, that the merged model equals base + adapter.
 
-    python plain_check.py BASE ADAPTER MERGED ROWS.json RESULT.json
+    python plain_check.py BASE ADAPTER MERGED SEQUENCES.json RESULT.json
 
 Compares plain transformers on MERGED with plain transformers + PEFT on BASE and ADAPTER, in fp32, on the token ids of
-ROWS (a list of lists), and writes the differences of the logits to RESULT.
+SEQUENCES (a list of lists), and writes the differences of the logits to RESULT.
 """
 
 import json
@@ -15,12 +15,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 
-def main(base: str, adapter: str, merged: str, rows_file: str, result_file: str) -> None:
-    rows = json.loads(Path(rows_file).read_text(encoding="utf-8"))
+def main(base: str, adapter: str, merged: str, sequences_file: str, result_file: str) -> None:
+    sequences = json.loads(Path(sequences_file).read_text(encoding="utf-8"))
     plain_base = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    without = _logits(plain_base, rows)
-    trained = _logits(PeftModel.from_pretrained(plain_base, adapter), rows)
-    after_merge = _logits(AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32), rows)
+    without = _logits(plain_base, sequences)
+    trained = _logits(PeftModel.from_pretrained(plain_base, adapter), sequences)
+    after_merge = _logits(AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32), sequences)
     result = {
         "tokens": len(trained),
         "max_difference": (after_merge - trained).abs().max().item(),
@@ -34,10 +34,10 @@ def main(base: str, adapter: str, merged: str, rows_file: str, result_file: str)
 
 
 @torch.no_grad()
-def _logits(model: torch.nn.Module, rows: list[list[int]]) -> torch.Tensor:
-    """(tokens of all rows, vocabulary), fp32. Row by row, so that no padding is in play."""
+def _logits(model: torch.nn.Module, sequences: list[list[int]]) -> torch.Tensor:
+    """(tokens of all sequences, vocabulary), fp32. One sequence at a time, so that nothing is padded."""
     model.eval()
-    return torch.cat([model(input_ids=torch.tensor([row])).logits[0] for row in rows])
+    return torch.cat([model(input_ids=torch.tensor([sequence])).logits[0] for sequence in sequences])
 
 
 def _rms(difference: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""The demo from end to end, told while it happens. Raises AccuracyError where a promise was not kept."""
+"""Runs the demo end to end and prints its progress. Raises AccuracyError if a check fails."""
 
 import json
 import platform
@@ -33,7 +33,7 @@ from hasten.training.metrics import MetricsFile, losses
 
 @dataclass(frozen=True)
 class Size:
-    """How much the demo does. facts: of the standard library. epochs: passes of the fine-tuning over its questions."""
+    """Amount of work. facts: of the standard library. epochs: of fine-tuning. batch: examples per fine-tuning step."""
 
     facts: int
     base: BaseSize
@@ -49,7 +49,7 @@ QUICK = Size(facts=60, base=BaseSize(hidden=128, layers=2, vocabulary=768, steps
 
 @dataclass
 class Story:
-    """What is known so far. seconds: wall time of each chapter."""
+    """Settings and results so far. seconds: wall time of each chapter."""
 
     out: Path
     size: Size
@@ -62,7 +62,7 @@ class Story:
 
     @contextmanager
     def chapter(self, title: str) -> Iterator[None]:
-        """A heading, and the time that what follows it takes."""
+        """Prints a heading and records the wall time of the block."""
         self.console.rule(f"[bold]{len(self.seconds) + 1}. {title}", align="left")
         start = time.monotonic()
         yield
@@ -70,25 +70,25 @@ class Story:
 
 
 def tell(out: Path, console: Console, size: Size = FULL) -> dict[str, Any]:
-    """Runs the demo, leaves its artefacts in `out`, and returns what summary.json holds.
+    """Runs the demo, writes its artefacts to `out`, and returns the content of summary.json.
 
     Artefacts: base/ and model/ (adapter) and merged/, train.jsonl, job.yaml, metrics.jsonl, loss.png, answers.json,
-    report.txt, logits.json, summary.json. Raises AccuracyError where a held-out loss did not fall or the merged model's
-    logits are not those of base + adapter.
+    report.txt, logits.json, summary.json. Raises AccuracyError if a held-out loss did not decrease, or if the
+    merged model's logits differ from those of base + adapter by more than rounding.
     """
     story = Story(out.resolve(), size, console)
     story.out.mkdir(parents=True, exist_ok=True)
-    with story.chapter("Questions and answers from this machine's own Python"):
+    with story.chapter("Dataset: questions about the Python standard library"):
         corpus = _collect(story)
-    with story.chapter("A base model, from random weights"):
+    with story.chapter("Pretrain a base model from random weights"):
         _pretrain(story, corpus)
-    with story.chapter("What the base answers, loaded in 4 bits"):
+    with story.chapter("Answers of the base model, loaded in 4 bits"):
         before = _before(story, corpus)
-    with story.chapter("QLoRA: TRL's SFTTrainer on a hasten model"):
+    with story.chapter("Fine-tune with QLoRA: TRL's SFTTrainer on a hasten model"):
         finished = _finetune(story)
-    with story.chapter("What it answers now"):
+    with story.chapter("Answers after fine-tuning"):
         after = _after(story, corpus, finished, before)
-    with story.chapter("Merged to 16 bits, reloaded in plain transformers"):
+    with story.chapter("Merge to 16 bits, reload in plain transformers"):
         agreement = _merge(story, corpus, finished)
     summary = _summary(story, before, after, agreement)
     _check(before, after, agreement)
@@ -103,9 +103,9 @@ def _collect(story: Story) -> Corpus:
             file.write(json.dumps({"messages": question.messages()}) + "\n")
     first = corpus.train[len(corpus.train) // 2]
     lines = [
-        f"[bold]{len(corpus.train)}[/] questions to learn from, nothing downloaded. One of them:",
+        f"[bold]{len(corpus.train)}[/] training examples, nothing downloaded. One of them:",
         f"  [cyan]{escape(first.question)}[/]  ->  {escape(first.answer)}",
-        "Held out, to ask the model later:",
+        "Held-out questions:",
         *(f"  [bold]{len(getattr(corpus, name))} {name}[/]: {what}" for name, what in SETS.items()),
     ]
     story.console.print("\n".join(lines))
@@ -117,7 +117,7 @@ def _pretrain(story: Story, corpus: Corpus) -> None:
     parameters = sum(p.numel() for p in _shape(size).parameters())
     story.console.print(
         f"Llama with {size.layers} layers of width {size.hidden}, {parameters / 1e6:.1f} M parameters, byte-level BPE; "
-        f"it reads {len(corpus.documents)} short pages of documentation again and again."
+        f"trained on {len(corpus.documents)} short documents for {size.steps} steps."
     )
     columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(24), TextColumn("loss {task.fields[loss]}"))
     with Progress(*columns, console=story.console) as progress:
@@ -136,7 +136,7 @@ def _before(story: Story, corpus: Corpus) -> dict[str, Score]:
     scores = _scores(FastLanguageModel.for_inference(model), tokenizer, corpus)
     for question, answer in shown(corpus, scores)[:2]:
         story.console.print(f"  [cyan]{escape(question.question)}[/]  ->  [red]{escape(answer) or '(nothing)'}[/]")
-    story.console.print("It has read the documentation, but nobody taught it to answer.")
+    story.console.print("It was pretrained on the documentation, but not trained to answer questions.")
     return scores
 
 
@@ -190,9 +190,9 @@ def _merge(story: Story, corpus: Corpus, finished: Finished) -> Agreement:
         story.base, finished.saved, merged, finished.tokenizer, [*corpus.reworded, *corpus.untaught], story.out
     )
     story.console.print(
-        f"{agreement.tokens} tokens, a fresh process without hasten: logits of the merged model are at most "
-        f"[bold]{agreement.max_difference:.4f}[/] from base + adapter (the adapter moves them by up to "
-        f"{agreement.max_effect_of_adapter:.1f}); {agreement.share:.2%} of its effect is rounding to 16 bits; "
+        f"{agreement.tokens} tokens, in a new process without hasten: logits of the merged model differ from "
+        f"base + adapter by at most [bold]{agreement.max_difference:.4f}[/] (the adapter itself changes them by up to "
+        f"{agreement.max_effect_of_adapter:.1f}); the RMS difference is {agreement.share:.2%} of the adapter's effect; "
         f"the most likely token is the same at {agreement.same_argmax:.2%} of positions"
     )
     return agreement
@@ -226,7 +226,7 @@ def _check(before: dict[str, Score], after: dict[str, Score], agreement: Agreeme
 
 
 def _model_options() -> dict[str, Any]:
-    """Rows are short, so no activation needs to be recomputed."""
+    """Sequences are short, so activation checkpointing is off."""
     return {"max_seq_length": 128, "load_in_4bit": True, "use_gradient_checkpointing": False}
 
 

@@ -1,4 +1,4 @@
-"""Merge to 16 bit, reload with plain transformers in a fresh process, and judge whether it is the same model."""
+"""Compares the merged model with base + adapter, both loaded by plain transformers in a new process."""
 
 import json
 import subprocess
@@ -13,13 +13,14 @@ from hasten.demo.evaluate import encode
 from hasten.errors import AccuracyError
 
 LARGEST_SHARE = 0.02
-"""Of the adapter's own effect on the logits (root mean square). Rounding the merged weights to bf16 once, 2**-9 of each,
-costs a few thousandths of it; a merge that forgets one matrix of one layer costs several hundredths."""
+"""Largest allowed difference, as a fraction of the adapter's effect on the logits (root mean square). Rounding the
+merged weights to bf16 once, 2**-9 of each, gives a few thousandths; omitting one matrix of one layer gives several
+hundredths."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Differences of logits between the merged model and base + adapter, over `tokens` positions, in fp32."""
+    """Logit differences between the merged model and base + adapter, over `tokens` positions, in fp32."""
 
     tokens: int
     max_difference: float
@@ -31,33 +32,35 @@ class Agreement:
 
     @property
     def share(self) -> float:
-        """How much of the adapter's effect was lost or added, as root mean squares."""
+        """RMS of the difference, as a fraction of the RMS of the adapter's effect."""
         return self.rms_difference / self.rms_effect_of_adapter if self.rms_effect_of_adapter else float("inf")
 
     def check(self) -> None:
-        """Raises AccuracyError where the merged model is not the model that was trained."""
+        """Raises AccuracyError if the merged model differs from base + adapter by more than rounding."""
         if self.hasten_imported:
-            raise AccuracyError("the process that was to use plain transformers imported hasten, so it proves nothing")
+            raise AccuracyError(
+                "the process for plain transformers imported hasten, so the comparison is not independent"
+            )
         if not self.share <= LARGEST_SHARE:
             raise AccuracyError(
-                f"logits of the merged model are {self.rms_difference:.3g} (rms) off base + adapter, {self.share:.2%} of "
-                f"the adapter's effect of {self.rms_effect_of_adapter:.3g}; at most {LARGEST_SHARE:.0%} is rounding"
+                f"logits of the merged model are {self.rms_difference:.3g} (rms) off base + adapter, "
+                f"{self.share:.2%} of the adapter's effect of {self.rms_effect_of_adapter:.3g}; rounding explains at most {LARGEST_SHARE:.0%}"
             )
 
 
 def compare_in_plain_transformers(
     base: Path, adapter: Path, merged: Path, tokenizer: Any, questions: Sequence[Question], work: Path
 ) -> Agreement:
-    """Runs `plain_check.py` on the questions with their answers. Raises AccuracyError if the models cannot be loaded."""
+    """Runs `plain_check.py` on questions and answers. Raises AccuracyError if the models cannot be loaded."""
     inputs = encode(tokenizer, questions)
     lengths = inputs["attention_mask"].sum(1).tolist()
-    rows = [row[:length].tolist() for row, length in zip(inputs["input_ids"], lengths, strict=True)]
-    rows_file, result = work / "logits_rows.json", work / "logits.json"
-    rows_file.write_text(json.dumps(rows), encoding="utf-8")
+    sequences = [ids[:length].tolist() for ids, length in zip(inputs["input_ids"], lengths, strict=True)]
+    sequences_file, result = work / "logits_sequences.json", work / "logits.json"
+    sequences_file.write_text(json.dumps(sequences), encoding="utf-8")
     result.unlink(missing_ok=True)
     script = Path(__file__).with_name("plain_check.py")
-    # -P: without the script's own folder on the path, whose module names are not meant to be found at the top.
-    command = [sys.executable, "-P", script, base, adapter, merged, rows_file, result]
+    # -P: the script's own folder must not be on the path, where its modules would shadow others.
+    command = [sys.executable, "-P", script, base, adapter, merged, sequences_file, result]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     if done.returncode:
         raise AccuracyError(f"plain transformers could not load {merged}:\n{done.stderr[-2000:]}")

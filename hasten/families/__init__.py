@@ -1,4 +1,4 @@
-"""The families that hasten knows, one data file each."""
+"""The supported model families, one data file each."""
 
 from hasten.families import cohere, cohere2, gemma, gemma2, gemma3_text, granite, llama, mistral, qwen2, qwen3
 from hasten.families.schema import Family

@@ -1,4 +1,4 @@
-"""Llama 1 to 3 (arXiv:2302.13971, 2407.21783): the reference that the other families are told apart from."""
+"""Llama 1 to 3 (arXiv:2302.13971, 2407.21783): the defaults of the schema; other families record what differs."""
 
 from hasten.families.schema import Family, classes
 

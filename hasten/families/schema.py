@@ -1,7 +1,7 @@
-"""What differs between model families, as data. A family is one `Family` value; code never asks for a model_type.
+"""The schema of model families: what differs between architectures, as data. Code never compares a model_type.
 
-Facts name fields of the transformers config instead of holding numbers, so that one value serves every checkpoint
-of the family. `None` always means "this family does not have it".
+A field names a field of the transformers config instead of holding a number, so that one `Family` serves all its
+checkpoints. None means that the family does not have it.
 """
 
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Norm:
-    """One normalisation over the last axis.
+    """Normalisation over the last axis.
 
-    kind: "rms" = Zhang & Sennrich 2019 (arXiv:1910.07467), no mean; "layer" = Ba et al. 2016 (arXiv:1607.06450), no bias.
+    kind: "rms" = Zhang & Sennrich 2019 (arXiv:1910.07467); "layer" = Ba et al. 2016 (arXiv:1607.06450), no bias.
     unit_offset: the stored weight w scales by (1 + w).
     fp32_weight: multiply by the weight in fp32 and cast last; False = cast to the input's dtype first (Llama).
     eps: config field that holds epsilon.
@@ -26,12 +26,12 @@ class Norm:
 
 @dataclass(frozen=True)
 class Attention:
-    """Self-attention with grouped queries and rotary positions (Su et al. 2021, arXiv:2104.09864).
+    """Causal self-attention with grouped queries and RoPE (Su et al. 2021, arXiv:2104.09864).
 
     rotation: "half" pairs channel i with i + D/2; "interleaved" pairs 2i with 2i + 1.
     rope_fp32: rotate in fp32 and cast back; False = in the model's dtype.
-    rope_layers: which layers rotate at all.
-    qk_norm: norm on queries and keys before the rotation, over each head's channels.
+    rope_layers: the layers that have RoPE.
+    qk_norm: norm on queries and keys before RoPE, over each head's channels.
     qk_norm_if: config field that switches `qk_norm` on.
     window: "never", "always" (config.sliding_window where set) or "by_layer" (where config.layer_types says so).
     scale: config field s; scores are multiplied by s (scale_power 1) or by s ** scale_power. None = 1 / sqrt(head_dim).
@@ -58,7 +58,7 @@ class MLP:
 
 @dataclass(frozen=True)
 class Block:
-    """How a layer joins its branches to the residual stream.
+    """How a decoder layer adds its branches to the residual stream h.
 
     residual: "serial"  h += attn(n1(h)); h += mlp(n2(h))
               "parallel" h += attn(n(h)) + mlp(n(h)), one norm for both
@@ -81,7 +81,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Classes:
-    """Names of the transformers classes that the family's modules are instances of, in `module`."""
+    """Names of the family's transformers classes, in the Python module `module`."""
 
     module: str
     causal_lm: str
@@ -93,9 +93,9 @@ class Classes:
 
 @dataclass(frozen=True)
 class Family:
-    """Everything hasten knows about one transformers `model_type`.
+    """Describes one transformers `model_type`.
 
-    fp16_safe: False where activations are known to leave fp16's range.
+    fp16_safe: False where activations are known to exceed fp16's range.
     """
 
     model_type: str
@@ -109,7 +109,7 @@ class Family:
 
 
 def classes(package: str, prefix: str) -> Classes:
-    """The names that transformers' own naming scheme gives, for `transformers.models.<package>`."""
+    """Class names by transformers' naming scheme, for `transformers.models.<package>`."""
     return Classes(
         module=f"transformers.models.{package}.modeling_{package}",
         causal_lm=f"{prefix}ForCausalLM",

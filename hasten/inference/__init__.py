@@ -1,6 +1,7 @@
-"""Generation around transformers' own `generate`: length check, padding of either side, evaluation mode inside."""
+"""Generation: engines, the stock one around transformers' `generate`, and evaluation mode."""
 
+from hasten.inference.engine import engine_of
 from hasten.inference.generate import generate
 from hasten.inference.modes import for_inference
 
-__all__ = ["for_inference", "generate"]
+__all__ = ["engine_of", "for_inference", "generate"]

@@ -1,6 +1,6 @@
-"""transformers' `generate`, made safe around: lengths checked first, padding of either side taken, evaluation mode inside.
+"""Wraps transformers' `generate`: checks lengths first, accepts padding on either side, runs in evaluation mode.
 
-Decoding itself (greedy, sampling, beams, assistants, streamers, caches) stays transformers' own.
+Decoding itself (greedy, sampling, beams, assistants, streamers, caches) is transformers'.
 """
 
 import copy
@@ -13,20 +13,20 @@ from hasten.inference.modes import evaluating
 from hasten.inference.prompt import Prompt, read_prompt
 from hasten.overlays import HeadOverlay
 
-DEFAULT_NEW_TOKENS = 20  # transformers' own, where nothing says how long
+DEFAULT_NEW_TOKENS = 20  # transformers' default
 
 
 def generate(model: Any, stock_generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What `stock_generate(*args, **kwargs)` returns, each row continued as it would be alone.
+    """Returns `stock_generate(*args, **kwargs)`, with each sequence of a padded batch continued as it would be alone.
 
-    model: the causal LM. stock_generate: transformers' `generate`, bound to it. Rows padded on the right, or with
-    padding in between, are moved to the right end first, so the prompt part of the result is left-padded; its width is
-    that of the prompt given, and `result[:, prompt.shape[1]:]` are the new tokens.
+    model: the causal LM. stock_generate: transformers' `generate`, bound to it. Sequences with padding after their
+    first token are left-padded first, so the prompt part of the result is left-padded; its width is that of the prompt
+    given, and `result[:, prompt.shape[1]:]` are the new tokens.
 
-    Raises InputError before anything runs where a prompt, or a prompt with the new tokens that this call asks for, is
-    longer than the `max_seq_length` that the model was loaded with, where a row holds padding only, and where shapes
-    disagree. A length that only the checkpoint's generation config or transformers' default asks for is lowered to what
-    is left. Nothing of the model, its configs or the caller's tensors is changed.
+    Raises InputError before anything runs where a prompt, or a prompt plus the new tokens that this call asks for, is
+    longer than `max_seq_length`, where a sequence is padding only, and where shapes disagree. A length that comes only
+    from the checkpoint's generation config or transformers' default is lowered to what fits. Does not change the model,
+    its configs or the caller's tensors.
     """
     call = inspect.signature(stock_generate).bind(*args, **kwargs)
     catch_all = next((p.name for p in call.signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
@@ -46,34 +46,35 @@ def generate(model: Any, stock_generate: Callable[..., Any], *args: Any, **kwarg
 
 
 def _setting(model: Any, named: dict[str, Any], name: str) -> Any:
-    """A generation parameter by transformers' precedence: the call's own, its generation_config's, the model's."""
+    """A generation parameter by transformers' precedence: the call, its generation_config, the model's."""
     if name in named:
         return named[name]
     return _asked(named, name) if _asked(named, name) is not None else getattr(model.generation_config, name, None)
 
 
 def _asked(named: dict[str, Any], name: str) -> Any:
-    """A generation parameter as far as this call sets it, by name or in its generation_config."""
+    """A generation parameter if this call sets it, by name or in its generation_config; else None."""
     if named.get(name) is not None:
         return named[name]
     return getattr(named.get("generation_config"), name, None)
 
 
 def _checked_length(model: Any, named: dict[str, Any], prompt: Prompt) -> dict[str, Any]:
-    """The arguments to change so that no row outgrows the model. Raises InputError where the caller asks for more."""
+    """Arguments to change so that no sequence exceeds `max_seq_length`. Raises InputError where the caller asks for
+    more."""
     limit = model.overlay_config.max_seq_length if isinstance(model, HeadOverlay) else None
     if limit is None:
         return {}
     if prompt.longest > limit:
         raise InputError(
-            f"a prompt of {prompt.longest} tokens was given to a model loaded with max_seq_length={limit}. Load it with "
-            "a longer max_seq_length, or shorten the prompt; nothing is cut off silently."
+            f"a prompt of {prompt.longest} tokens was given to a model loaded with max_seq_length={limit}. Load it "
+            "with a longer max_seq_length, or shorten the prompt; it is never truncated silently."
         )
     asked = _new_tokens(_asked(named, "max_new_tokens"), _asked(named, "max_length"), prompt.width)
     if asked is not None and prompt.longest + asked > limit:
         raise InputError(
-            f"a prompt of {prompt.longest} tokens and {asked} new ones are {prompt.longest + asked}; the model was loaded "
-            f"with max_seq_length={limit}. Ask for at most {limit - prompt.longest} new tokens, or load it with "
+            f"a prompt of {prompt.longest} tokens and {asked} new ones are {prompt.longest + asked} tokens; the model was "
+            f"loaded with max_seq_length={limit}. Ask for at most {limit - prompt.longest} new tokens, or load it with "
             f"max_seq_length={prompt.longest + asked} or more."
         )
     if asked is not None:
@@ -84,21 +85,21 @@ def _checked_length(model: Any, named: dict[str, Any], prompt: Prompt) -> dict[s
         return {}
     if prompt.longest == limit:
         raise InputError(
-            f"a prompt of {limit} tokens fills the max_seq_length={limit} that the model was loaded with, so nothing can "
-            "be generated. Load it with a longer max_seq_length, or shorten the prompt."
+            f"a prompt of {limit} tokens fills the max_seq_length={limit} that the model was loaded with, so nothing "
+            "can be generated. Load it with a longer max_seq_length, or shorten the prompt."
         )
     return _shortened(named, own.max_new_tokens is not None, prompt, limit - prompt.longest)
 
 
 def _new_tokens(max_new_tokens: int | None, max_length: int | None, width: int) -> int | None:
-    """How many tokens the two parameters allow beyond a prompt `width` wide; the first wins, as in transformers."""
+    """New tokens that the two parameters allow after a prompt of `width`; max_new_tokens wins, as in transformers."""
     if max_new_tokens is not None:
         return max_new_tokens
     return None if max_length is None else max_length - width
 
 
 def _shortened(named: dict[str, Any], by_new_tokens: bool, prompt: Prompt, room: int) -> dict[str, Any]:
-    """Arguments that allow `room` new tokens, in the caller's generation_config if there is one."""
+    """Arguments that allow `room` new tokens, in a copy of the caller's generation_config if there is one."""
     name, value = ("max_new_tokens", room) if by_new_tokens else ("max_length", prompt.width + room)
     config = named.get("generation_config")
     if config is None:

@@ -1,4 +1,4 @@
-"""Evaluation mode: to stay (`for_inference`; `hasten.training.for_training` is the way back), or inside a block."""
+"""Evaluation mode: until `hasten.training.for_training` (`for_inference`), or inside a block (`evaluating`)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +10,9 @@ from hasten.state import causal_lm_of
 
 
 def for_inference(model: Any) -> Any:
-    """Evaluation mode, caches on, checkpointing off. Takes a causal LM or the PeftModel around it, and returns it.
+    """Sets evaluation mode, KV caches on, activation checkpointing off. Takes and returns a causal LM or its PeftModel.
 
-    `for_training` brings back the checkpointing that the model was loaded with.
+    `for_training` restores the checkpointing that the model was loaded with.
     """
     base = causal_lm_of(model)
     base.config.use_cache = True  # trainers leave it False
@@ -24,7 +24,7 @@ def for_inference(model: Any) -> Any:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; after it every module has the mode that it had, whatever happened inside."""
+    """Sets evaluation mode inside the block and restores each module's own mode after it, also after an exception."""
     in_training = [module for module in model.modules() if module.training]
     if in_training:
         model.eval()

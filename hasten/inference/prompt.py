@@ -1,7 +1,7 @@
-"""The prompt of a `generate` call: which rows and positions count, how long they are, and left padding for all of them.
+"""Reads the prompt of a `generate` call: its mask, the sequences' lengths, and left-padding.
 
-Shapes: B rows, T positions of the prompt (padding included), S of the mask (T, or more where a cache holds the past),
-E the embedding's width.
+Shapes: B sequences, T positions of the prompt (padding included), S of the mask (T, or more with a cache), E hidden
+size.
 """
 
 from dataclasses import dataclass
@@ -14,11 +14,9 @@ from hasten.errors import InputError
 
 @dataclass
 class Prompt:
-    """What the model reads.
-
-    tensors: every tensor of the call that has one entry per position, by the name of its argument: ids or positions
-    (B, T), embeddings (B, T, E). mask_BS: int64, 1 = read. width: T. cached: positions in a cache passed by the caller.
-    """
+    """tensors: argument name -> every tensor of the call with one entry per position: ids or positions (B, T),
+    embeddings (B, T, E). mask_BS: int64, 1 = token, 0 = padding. width: T. cached: positions in a cache passed by the
+    caller."""
 
     tensors: dict[str, torch.Tensor]
     mask_BS: torch.Tensor
@@ -27,24 +25,24 @@ class Prompt:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest row: what is cached included, padding not."""
+        """Tokens of the longest sequence, cached ones included, without padding."""
         return int(self.mask_BS.sum(1).max())
 
     def needs_realigning(self) -> bool:
-        """Whether a row has padding after its first token. Between cached and new tokens it is where it belongs."""
+        """Whether a sequence has padding after its first token (with a cache: after its last)."""
         if self.cached:
             return bool((self.mask_BS[:, -1] == 0).any())
         return bool((self.mask_BS[:, 1:] < self.mask_BS[:, :-1]).any())
 
     def left_padded(self) -> "Prompt":
-        """The same rows, each with what is read at the right end, in order. Width and tensors' shapes stay.
+        """Returns the prompt with each sequence's padding moved to its left. Shapes stay.
 
-        Raises InputError where a cache fixes the positions that were read before.
+        Raises InputError with a cache, which fixes the positions of earlier tokens.
         """
         if self.cached:
             raise InputError(
-                "rows with padding after their last token were given together with past_key_values, whose positions "
-                "cannot be moved any more. Pad the new tokens on the left, or pass the whole rows without a cache."
+                "sequences with padding after their last token were given with past_key_values, whose positions "
+                "are fixed. Pad the new tokens on the left, or pass the whole sequences without a cache."
             )
         order_BT = self.mask_BS.argsort(dim=1, stable=True)
         moved = {name: _reorder(tensor, order_BT) for name, tensor in self.tensors.items()}
@@ -52,7 +50,7 @@ class Prompt:
 
 
 def _reorder(tensor: torch.Tensor, order_BT: torch.Tensor) -> torch.Tensor:
-    """(B or 1, T) or (B, T, E), its positions taken in `order_BT`."""
+    """Gathers a (B or 1, T) or (B, T, E) tensor's positions in `order_BT`."""
     order = order_BT.to(tensor.device)
     if tensor.ndim == 2:
         return tensor.expand(order.shape).gather(1, order)
@@ -60,64 +58,65 @@ def _reorder(tensor: torch.Tensor, order_BT: torch.Tensor) -> torch.Tensor:
 
 
 def read_prompt(named: dict[str, Any], pad_token_id: Any, eos_token_id: Any) -> Prompt | None:
-    """Finds the prompt among `named`, the arguments of a `generate` call by name; None = the call has none to check.
+    """Finds the prompt among `named`, the arguments of a `generate` call by name; None = there is none to check.
 
     Without attention_mask, padding is inferred as transformers does: where ids equal `pad_token_id`, and only if that
-    is no EOS. Raises InputError for a prompt of another type or shape, a mask that does not fit it, and empty rows.
+    is no EOS. Raises InputError for a prompt of another type or shape, a mask that does not fit it, and sequences that
+    are padding only.
     """
     main = next((n for n in ("inputs_embeds", "inputs", "input_ids") if named.get(n) is not None), None)
     if main is None:
         return None
-    rows = named[main]
-    if not isinstance(rows, torch.Tensor):
+    ids = named[main]
+    if not isinstance(ids, torch.Tensor):
         raise InputError(
-            f"generate was given a {type(rows).__name__} as {main}; it takes a tensor of shape (rows, positions). A "
+            f"generate was given a {type(ids).__name__} as {main}; it takes a tensor of shape (batch, positions). A "
             "tokenizer's output is passed as generate(**tokenizer(..., return_tensors='pt'))."
         )
-    if rows.ndim != (3 if main == "inputs_embeds" else 2):
-        wanted = "(rows, positions, width)" if main == "inputs_embeds" else "(rows, positions)"
-        raise InputError(f"{main} has shape {tuple(rows.shape)}; generate takes {wanted}.")
+    if ids.ndim != (3 if main == "inputs_embeds" else 2):
+        wanted = "(batch, positions, hidden size)" if main == "inputs_embeds" else "(batch, positions)"
+        raise InputError(f"{main} has shape {tuple(ids.shape)}; generate takes {wanted}.")
     mask = named.get("attention_mask")
     cache = named.get("past_key_values")
     cached = int(cache.get_seq_length()) if cache is not None else 0
     if mask is None:
-        mask = _inferred_mask(rows, pad_token_id, eos_token_id)
+        mask = _inferred_mask(ids, pad_token_id, eos_token_id)
     elif mask.ndim != 2:
-        return None  # a mask of its own making; transformers says where it takes one
-    elif len(mask) != len(rows) or mask.shape[1] != rows.shape[1] + (cached if mask.shape[1] > rows.shape[1] else 0):
+        return None  # the caller's own mask, which transformers checks
+    elif len(mask) != len(ids) or mask.shape[1] != ids.shape[1] + (cached if mask.shape[1] > ids.shape[1] else 0):
         raise InputError(
-            f"attention_mask has shape {tuple(mask.shape)}, {main} has {tuple(rows.shape[:2])}"
+            f"attention_mask has shape {tuple(mask.shape)}, {main} has {tuple(ids.shape[:2])}"
             f"{f' and the cache holds {cached} positions' if cached else ''}; one mask entry per position is needed."
         )
-    prompt = Prompt(_by_position(named, rows), (mask != 0).long(), rows.shape[1], cached)
-    empty = [row for row, length in enumerate(prompt.mask_BS.sum(1).tolist()) if length == 0]
+    prompt = Prompt(_by_position(named, ids), (mask != 0).long(), ids.shape[1], cached)
+    empty = [index for index, length in enumerate(prompt.mask_BS.sum(1).tolist()) if length == 0]
     if empty:
         raise InputError(
-            f"rows {empty} of {main} hold padding only, so there is nothing to continue. Leave them out, or start them "
-            "with the tokenizer's bos_token."
+            f"sequences {empty} of {main} are padding only, so there is nothing to continue. Leave them out, or start "
+            "them with the tokenizer's bos_token."
         )
     return prompt
 
 
-def _inferred_mask(rows: torch.Tensor, pad: Any, eos: Any) -> torch.Tensor:
+def _inferred_mask(ids: torch.Tensor, pad: Any, eos: Any) -> torch.Tensor:
     """(B, T), as `GenerationMixin._prepare_attention_mask_for_generation`."""
-    every = torch.ones(rows.shape[:2], dtype=torch.long, device=rows.device)
+    ones = torch.ones(ids.shape[:2], dtype=torch.long, device=ids.device)
     stops = torch.as_tensor([] if eos is None else eos).flatten().tolist()
-    if pad is None or rows.ndim != 2 or int(pad) in stops:
-        return every
-    return rows.ne(int(pad)).long()
+    if pad is None or ids.ndim != 2 or int(pad) in stops:
+        return ones
+    return ids.ne(int(pad)).long()
 
 
-def _by_position(named: dict[str, Any], rows: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The arguments that hold one entry per position of `rows`. Raises InputError for one of another length."""
+def _by_position(named: dict[str, Any], ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The arguments that hold one entry per position of `ids`. Raises InputError for one of another length."""
     found = {}
     for name in ("inputs", "input_ids", "inputs_embeds", "position_ids", "token_type_ids"):
         tensor = named.get(name)
         if tensor is None or tensor.shape[1:2] == (0,):
             continue
-        if tensor.shape[1] != rows.shape[1] or tensor.shape[0] not in (1, len(rows)):
+        if tensor.shape[1] != ids.shape[1] or tensor.shape[0] not in (1, len(ids)):
             raise InputError(
-                f"{name} has shape {tuple(tensor.shape)}, the prompt has {len(rows)} rows of {rows.shape[1]} positions."
+                f"{name} has shape {tuple(tensor.shape)}, the prompt has {len(ids)} sequences of {ids.shape[1]} tokens."
             )
         found[name] = tensor
     return found

@@ -1,8 +1,12 @@
-"""Pure tensor functions: no nn.Module, no transformers. Each folder holds a contract, a reference in plain torch, and
-(from the kernels' issue on) a Triton implementation with the same contract.
+"""Pure tensor functions: no nn.Module, no transformers. One folder per op:
 
-Shape suffixes: B batch, T tokens of a row, N tokens of all rows, E hidden size, F width of the MLP, H heads,
-D channels of a head, V vocabulary, R rank of a LoRA.
+    __init__.py    the contract: signature, shapes, dtypes, which inputs get gradients, the equation; picks the backend
+    reference.py   plain torch, the clearest way to write it: the oracle of the tests, and what runs on a CPU
+    kernel.py, or kernels/*.py where there are several: Triton kernels, their launchers and autograd Functions
+
+Shape suffixes: B batch, T tokens of a sequence, N tokens of all sequences, E hidden size, F intermediate size of the MLP,
+H query heads, K key/value heads, D channels of a head, V vocabulary, R rank of a LoRA, O output channels. In kernels and
+launchers "row" and "column" are those of a matrix; a row is one token unless a docstring says otherwise.
 """
 
 from hasten.ops.attention import attend

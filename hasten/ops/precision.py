@@ -1,4 +1,4 @@
-"""The dtype in which sums are taken."""
+"""Accumulation in at least fp32, whatever the dtype of the inputs."""
 
 from typing import Any
 
@@ -6,12 +6,12 @@ import torch
 
 
 def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
-    """`x` in fp32, or as it is where it already has more precision (fp64 in gradient checks)."""
+    """Casts x to fp32; fp64 (gradcheck) stays fp64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def add_matmul(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """total + left @ right, summed in at least fp32, into `total` where there is one: on a GPU inside of the product."""
+    """total + left @ right, accumulated in at least fp32. Adds in place if `total` is given; on a GPU inside the matmul (addmm)."""
     if not left.is_cuda:
         left, right = at_least_fp32(left), at_least_fp32(right)
     wide: dict[str, Any] = {} if left.dtype in (torch.float32, torch.float64) else {"out_dtype": torch.float32}

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Mapping
 
 from hasten.options.fields import LoadFields
-from hasten.options.weights import load_arguments
 from hasten.suggest import did_you_mean
+from hasten.weights.formats import load_arguments
 
 HUB_ARGUMENTS = frozenset({"cache_dir", "force_download", "local_files_only", "subfolder"})
 MODEL_ARGUMENTS = frozenset(

@@ -3,14 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from hasten.weights import formats
-
 TooLong = Literal["truncate", "drop", "error"]
-
-
-def save_methods() -> list[str]:
-    """The values of `save_method`, as `export.exporters.names` has them."""
-    return ["lora", "merged_16bit", *formats.save_methods()]
 
 
 @dataclass(frozen=True)

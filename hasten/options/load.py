@@ -25,7 +25,6 @@ from hasten.options.call import fields_from_call
 from hasten.options.engine import EngineOptions
 from hasten.options.fields import LoadFields
 from hasten.options.values import Rule, broken_rules
-from hasten.weights.formats import load_arguments
 
 LOAD_RULES: Mapping[str, Rule] = {
     **source.RULES,
@@ -81,14 +80,6 @@ class LoadOptions(LoadFields):
         stores them, and with `own_quantization`. Meaningful once validated.
         """
         return weights.weight_format(self)
-
-    @property
-    def quantization(self) -> str:
-        """ "own" = the caller's quantization_config decides, "none" = weights are not quantised, else the format's name."""
-        if self.own_quantization:
-            return "own"
-        name = self.weight_format
-        return name if name is not None and name in load_arguments(quantized=True).values() else "none"
 
     @property
     def engine_options(self) -> EngineOptions:

@@ -1,18 +1,20 @@
 """The weight format that Linear layers are loaded in: which one is asked for, and what it excludes."""
 
+from collections.abc import Mapping
+
 from hasten.options.fields import LoadFields
 from hasten.options.values import not_yet
-from hasten.weights.formats import default, load_arguments
+from hasten.weights import formats
 
 OWN_ARGUMENT = "quantization_config"
 """transformers' own argument: the caller chooses the quantiser, and no format of ours is used."""
-PLANNED_ARGUMENTS = ("load_in_fp8",)
-"""Arguments whose format comes later."""
+PLANNED_ARGUMENTS: Mapping[str, str] = {"load_in_fp8": "use load_in_4bit, load_in_8bit or load_in_16bit"}
+"""Arguments whose format comes later -> what to use until then."""
 
 
 def asked_storage(options: LoadFields) -> list[str]:
     """The arguments with which the caller asked for a weight format, or for a quantiser of transformers."""
-    known = load_arguments()
+    known = formats.load_arguments()
     arguments = [*known, *(name for name in PLANNED_ARGUMENTS if name not in known)]
     own = [OWN_ARGUMENT] if options.extra.get(OWN_ARGUMENT) is not None else []
     return [name for name in arguments if _value(options, name)] + own
@@ -24,11 +26,10 @@ def weight_format(options: LoadFields) -> str | None:
 
     Meaningful for options without problems.
     """
-    asked, known = asked_storage(options), load_arguments()
-    usual = default()
-    if not asked and not options.full_finetuning and _value(options, str(usual.load_argument)) is None:
-        return usual.name
-    return next((known[name] for name in asked if name in known), None)
+    asked, names, default = asked_storage(options), formats.load_arguments(), str(formats.default().load_argument)
+    default_on = not asked and not options.full_finetuning and _value(options, default) is None
+    named = [default] if default_on else [name for name in asked if name in names]
+    return names[named[0]] if named else None
 
 
 def check(options: LoadFields) -> list[str]:
@@ -37,16 +38,15 @@ def check(options: LoadFields) -> list[str]:
     found = []
     if len(asked) > 1:
         found.append(f"{', '.join(asked)} were asked for together, and weights have one format; keep one of them")
-    dense = load_arguments().keys() - load_arguments(quantized=True).keys()
+    dense = formats.load_arguments().keys() - formats.load_arguments(quantized=True).keys()
     quantised = [name for name in asked if name not in dense]
     if options.full_finetuning and quantised:
         found.append(
             f"full_finetuning trains all weights, and weights held by {', '.join(quantised)} cannot train; drop one of them"
         )
-    planned = [name for name in PLANNED_ARGUMENTS if name not in load_arguments()]
+    planned = [name for name in PLANNED_ARGUMENTS if name not in formats.load_arguments()]
     later = [name for name in planned if _value(options, name) not in (False, None)]
-    instead = f"use {' or '.join(load_arguments())}"
-    return found + [not_yet(f"{name}={_value(options, name)!r}", instead) for name in later]
+    return found + [not_yet(f"{name}={_value(options, name)!r}", PLANNED_ARGUMENTS[name]) for name in later]
 
 
 def _value(options: LoadFields, argument: str) -> object:

@@ -1,12 +1,13 @@
 """Forward methods with transformers' signatures, built from ops. Put over a module's class by `hasten.patching`.
 
-An overlay holds no state of its own. Its `overlay_config` are a frozen dataclass on a cached subclass, so two models with
-different overlay_config never meet, and taking an overlay off is one assignment.
+An overlay holds no state. Its `overlay_config` is a frozen dataclass on a cached subclass, so models with different
+configs live side by side, and taking an overlay off is one assignment of `module.__class__`.
 """
 
 from hasten.overlays.attention import AttentionConfig, AttentionOverlay
 from hasten.overlays.backbone import BackboneConfig, BackboneOverlay
 from hasten.overlays.base import Overlay
+from hasten.overlays.context import AttentionContext, SpanAttention, StockAttention
 from hasten.overlays.fp32_head import Fp32Embedding, Fp32Head, Fp32WeightConfig
 from hasten.overlays.head import HeadConfig, HeadOverlay
 from hasten.overlays.layer import LayerConfig, LayerOverlay
@@ -15,6 +16,7 @@ from hasten.overlays.norm import NormOverlay
 
 __all__ = [
     "AttentionConfig",
+    "AttentionContext",
     "AttentionOverlay",
     "BackboneConfig",
     "BackboneOverlay",
@@ -26,6 +28,8 @@ __all__ = [
     "MLPOverlay",
     "NormOverlay",
     "Overlay",
+    "SpanAttention",
+    "StockAttention",
     "Fp32WeightConfig",
     "Fp32Embedding",
     "Fp32Head",

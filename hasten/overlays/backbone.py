@@ -1,31 +1,30 @@
-"""Who sees whom, settled once per forward of the backbone, in place of the dense masks that transformers would build.
+"""Makes the attention context of a forward: packed documents and padding become spans instead of dense masks.
 
-transformers hands a 4-D attention mask to every layer as it is. On a GPU, for whole rows, the backbone's overlay puts the
-rows' spans there: (B, 1, T, 3) int32 (see `ops.attention.spans`), or (1, 1, 0, 3) for plain causal rows. The attention
-overlay knows them by their dtype. Everything else (decoding over a cache, masks that the caller made, an attention
-backend that the user named) goes the way of transformers, whose packing has two gaps that are closed here.
+On a GPU, for full sequences (an empty cache), hasten's own attention runs. Everything else (decoding over a cache, 4-D
+masks of the caller, an attention backend that the user named) goes through transformers' attention interface, whose two
+gaps in packing are closed here.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, ClassVar
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 from hasten.errors import InputError
-from hasten.ops.attention import attention, document_starts, row_spans
+from hasten.ops.attention import document_starts, row_spans
 from hasten.ops.backend import backend_for
 from hasten.overlays.base import Overlay
-from hasten.overlays.head_inputs import compute_dtype
+from hasten.overlays.context import AttentionContext, SpanAttention, placeholder_mask
 
 MASKED = ("eager", "sdpa", "flex_attention")
-"""transformers' backends that see documents only through the mask that transformers builds."""
+"""transformers' backends that separate documents only by the dense mask that transformers builds."""
 
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """replaces: the `config._attn_implementation` in whose place hasten's own choice runs on a GPU; None = in no place.
-    reason: why not, where it is None. dropout: on attention weights in training, which hasten's choice does not do."""
+    """replaces: the `config._attn_implementation` in place of which hasten's own attention runs on a GPU; None = none.
+    reason: why None. dropout: on attention weights in training, which hasten's attention does not have."""
 
     replaces: str | None
     reason: str = ""
@@ -34,7 +33,7 @@ class BackboneConfig:
 
 class BackboneOverlay(Overlay):
     overlay_config: ClassVar[BackboneConfig]
-    runs = "rows and documents"
+    runs = "packing and padding"
 
     def forward(
         self,
@@ -44,25 +43,33 @@ class BackboneOverlay(Overlay):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        attention_context: AttentionContext | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the stock backbone's. Raises InputError for packed rows that the attention in use would mix."""
+        """As the stock backbone's. attention_context: the caller's own, used as it is; None = made here.
+
+        Raises InputError for packed sequences whose documents the attention in use would mix.
+        """
         given = input_ids if input_ids is not None else inputs_embeds
         documents = kwargs.get("cu_seq_lens_q")
-        if given is not None and _is_empty(past_key_values) and _says_of_each(given, attention_mask, position_ids):
-            if self.chooses(given, kwargs):
-                rows = (given.shape[0], given.shape[1], given.device)
-                attention_mask = as_mask(row_spans(rows, attention_mask, position_ids, documents), given)
+        chooses = attention_context is None and _is_empty(past_key_values)
+        if chooses and given is not None and _is_per_token(given, attention_mask, position_ids):
+            if self.uses_own_attention(given, kwargs):
+                shape = (given.shape[0], given.shape[1], given.device)
+                attention_context = SpanAttention(row_spans(shape, attention_mask, position_ids, documents))
             elif position_ids is not None:
                 cache = past_key_values is not None or use_cache is True
                 if self._must_isolate(attention_mask, position_ids, cache):
-                    # Beside a mask (here one without padding) or a cache, transformers overlooks packing.
+                    # transformers ignores packing beside a mask (here one without padding) or a cache.
                     attention_mask, use_cache = None, False
             elif documents is not None and self.config._attn_implementation in MASKED:
                 raise InputError(
                     "cu_seq_lens_q was given without position_ids: this attention backend would mix the documents of a "
-                    "packed row. Pass position_ids that restart at each document"
+                    "packed sequence. Pass position_ids that restart at each document"
                 )
+        if attention_context is not None and given is not None:
+            attention_mask = placeholder_mask(given)
+            kwargs["attention_context"] = attention_context
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -73,10 +80,10 @@ class BackboneOverlay(Overlay):
             **kwargs,
         )
 
-    def chooses(self, rows: torch.Tensor, kwargs: dict[str, Any]) -> bool:
-        """Whether hasten's own choice of attention serves these rows, rather than transformers' interface."""
+    def uses_own_attention(self, inputs: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+        """Whether hasten's own attention serves these inputs, rather than transformers' attention interface."""
         overlay_config = self.overlay_config
-        if backend_for(rows) != "triton" or overlay_config.replaces != self.config._attn_implementation:
+        if backend_for(inputs) != "triton" or overlay_config.replaces != self.config._attn_implementation:
             return False
         if self.training and overlay_config.dropout:
             return False
@@ -84,7 +91,7 @@ class BackboneOverlay(Overlay):
         return not (self.config.output_attentions if asked is None else asked)
 
     def _must_isolate(self, attention_mask: torch.Tensor | None, position_ids: torch.Tensor, cache: bool) -> bool:
-        """Whether the rows are packed, for a backend of transformers whose way of keeping documents apart is known.
+        """Whether the sequences are packed, so that transformers' backend needs mask and cache left out.
 
         Raises InputError where documents would be mixed: with padding in the mask, or with a cache that was asked for.
         """
@@ -102,46 +109,18 @@ class BackboneOverlay(Overlay):
             problems.append("a cache was asked for (pass use_cache=False)")
         if problems:
             raise InputError(
-                f"position_ids restart, so the rows hold several documents, which {name} attention would mix because "
+                f"position_ids restart, so the sequences hold several documents, which {name} attention would mix: "
                 + " and ".join(problems)
             )
         return True
 
 
-def as_mask(spans_BT3: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
-    """Spans in the place of an attention mask: (B, 1, T, 3) int32, or (1, 1, 0, 3) for plain causal rows."""
-    if spans_BT3 is None:
-        return torch.empty(1, 1, 0, 3, dtype=torch.int32, device=rows.device)
-    return spans_BT3[:, None]
-
-
-def holds_spans(attention_mask: Any) -> TypeGuard[torch.Tensor]:
-    """Whether what came as an attention mask is `as_mask`'s."""
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dtype != torch.int32:
-        return False
-    return attention_mask.dim() == 4 and attention_mask.shape[-1] == 3
-
-
-def attend_rows(
-    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    mask: torch.Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> torch.Tensor:
-    """`ops.attention` over q (B, H, T, D) and k, v (B, H / groups, T, D) with the spans in `mask`. Returns (B, T, H, D)."""
-    dtype = compute_dtype(qkv[2])
-    q, k, v = (x.transpose(1, 2).to(dtype) for x in qkv)
-    with torch.autocast(q.device.type, enabled=False):
-        return attention(q, k, v, scale, window, softcap, mask[:, 0] if mask.shape[2] else None)
-
-
 def _is_empty(past: Cache | None) -> bool:
-    """No cache, or one of the kind that hands back exactly the keys it is first given."""
+    """No cache, or one of the kind that returns exactly the keys that it is first given."""
     return past is None or (type(past) is DynamicCache and past.get_seq_length() == 0)
 
 
-def _says_of_each(rows: torch.Tensor, attention_mask: Any, position_ids: torch.Tensor | None) -> bool:
-    """Whether mask and positions, where given, say one thing of each token of the rows (B, T, ...)."""
-    whole_mask = attention_mask is None or getattr(attention_mask, "shape", None) == rows.shape[:2]
-    return whole_mask and (position_ids is None or position_ids.shape[1:] == rows.shape[1:2])
+def _is_per_token(inputs: torch.Tensor, attention_mask: Any, position_ids: torch.Tensor | None) -> bool:
+    """Whether mask and positions, where given, hold one entry per token of the inputs (B, T, ...)."""
+    fits = attention_mask is None or getattr(attention_mask, "shape", None) == inputs.shape[:2]
+    return fits and (position_ids is None or position_ids.shape[1:] == inputs.shape[1:2])

@@ -1,4 +1,4 @@
-"""What all overlays share: overlay_config on the class, the stock class they came from, a name that shows them."""
+"""The base of all overlays: config on the class, the stock class below, a name that shows in `print(model)`."""
 
 import functools
 from collections.abc import Callable
@@ -11,15 +11,18 @@ from hasten.state import find_state
 
 
 class Overlay(nn.Module):
-    """Base of the overlays. Never instantiated: `patching` makes `type(stock.__name__, (overlay, stock), ...)`."""
+    """Base of the overlays. Never instantiated: `patching` makes `type(stock.__name__, (overlay, stock), ...)`.
+
+    overlay_config: a frozen dataclass. stock_class: transformers' class below. runs: what the report calls it.
+    packed_projections: children that read one input; on a GPU their weights are packed, so that one matmul reads them.
+    """
 
     overlay_config: ClassVar[Any] = None
     stock_class: ClassVar[type[nn.Module]]
     runs: ClassVar[str] = ""
     packed_projections: ClassVar[tuple[str, ...]] = ()
-    """Children that read one input: on a GPU their weights are laid behind each other, so that one product reads them."""
 
-    if TYPE_CHECKING:  # the stock class's attributes, which the overlay finds on the instance
+    if TYPE_CHECKING:  # attributes of the stock class
 
         def __getattr__(self, name: str) -> Any: ...
 
@@ -27,8 +30,13 @@ class Overlay(nn.Module):
         return f"hasten:{type(self).__name__}"
 
 
+def runs_overlay(module: nn.Module, overlay: type[Overlay]) -> bool:
+    """Whether calling `module` runs `overlay.forward`: nobody put a class with another forward over it."""
+    return isinstance(module, overlay) and type(module).forward is overlay.forward
+
+
 def with_oom_advice(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A causal LM's forward whose out-of-memory error says what would make room, where a memory policy knows."""
+    """Wraps a causal LM's forward: its out-of-memory error says what would free memory (with a memory policy)."""
 
     @functools.wraps(forward)
     def forward_with_advice(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -38,6 +46,8 @@ def with_oom_advice(forward: Callable[..., Any]) -> Callable[..., Any]:
         given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         shapes = ((t.shape[0], t.shape[1]) for t in given if isinstance(t, torch.Tensor))
         with state.memory.advising(next(shapes, None)):
-            return forward(self, *args, **kwargs)
+            outputs = forward(self, *args, **kwargs)
+        state.memory.watch_backward(outputs)
+        return outputs
 
     return forward_with_advice

@@ -1,4 +1,4 @@
-"""Embedding and head that train in fp32 beside a 16-bit model: the weight is fp32, what goes in and comes out is not."""
+"""Embedding and head whose weight trains in fp32 in a 16-bit model; inputs and outputs keep the model's dtype."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,25 +11,25 @@ from hasten.overlays.base import Overlay
 
 @dataclass(frozen=True)
 class Fp32WeightConfig:
-    """dtype: of the residual stream, which the embedding feeds and the head reads."""
+    """dtype: of the residual stream, which the embedding writes and the head reads."""
 
     dtype: torch.dtype
 
 
 class Fp32Embedding(Overlay):
-    """Looks up in fp32 and hands on the stream's dtype; a family's scale is applied there, rounded as it always is."""
+    """Looks up the fp32 weight and casts to the residual stream's dtype; a family's scale is applied after the cast."""
 
     overlay_config: ClassVar[Fp32WeightConfig]
     runs = "fp32 embedding"
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        rows = F.embedding(input_ids, self.weight, self.padding_idx).to(self.overlay_config.dtype)
+        embedded = F.embedding(input_ids, self.weight, self.padding_idx).to(self.overlay_config.dtype)
         scale = getattr(self, "embed_scale", None)
-        return rows if scale is None else rows * scale.to(rows.dtype)
+        return embedded if scale is None else embedded * scale.to(embedded.dtype)
 
 
 class Fp32Head(Overlay):
-    """Multiplies in the input's dtype by a weight that is kept in fp32."""
+    """Casts the fp32 weight to the input's dtype for the matmul."""
 
     overlay_config: ClassVar[Fp32WeightConfig]
     runs = "fp32 head"

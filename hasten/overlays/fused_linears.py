@@ -1,7 +1,7 @@
-"""Chooses between a module's own forward and the fused LoRA ops, anew at each call: adapters come and go.
+"""Chooses per call (adapters come and go) between a projection's own forward and the fused LoRA ops.
 
-The ops run on a GPU, where every projection that reads the input is a plain weight, frozen or not, with at most one plain LoRA. What
-stands in the way of one projection is named by `weights.plain_linear`, and the report shows it.
+The ops run on a GPU, where each projection is a plain weight, frozen or not, with at most one plain LoRA. What keeps a
+projection from it is named by `weights.plain_linear`, and the report shows it.
 """
 
 from typing import Any
@@ -11,14 +11,14 @@ import torch
 from hasten.ops import NormInput, qk_rope
 from hasten.ops.backend import backend_for
 from hasten.ops.lora import HeadsConfig, LoraLinear, lora_linears, lora_qkv
-from hasten.overlays.head_inputs import compute_dtype
+from hasten.overlays.precision import compute_dtype
 from hasten.weights import plain_linear
 
 
 def fused_input(
     x: torch.Tensor, modules: tuple[Any, ...], training: bool
 ) -> tuple[torch.Tensor, tuple[LoraLinear, ...]] | None:
-    """(x in the dtype to multiply in, the linears), or None where the modules' own forwards must run."""
+    """(x in the matmul's dtype, the linears), or None where the modules' own forwards must run."""
     if backend_for(x) != "triton":
         return None
     found = []
@@ -31,7 +31,7 @@ def fused_input(
 
 
 def linear(x: torch.Tensor, module: Any, training: bool, residual: torch.Tensor | None = None) -> torch.Tensor:
-    """The module's output for x (..., in), on top of `residual` where given: by the fused op, or by its own forward."""
+    """module(x), plus `residual` where given, for x (..., in): by the fused op, or by the module's own forward."""
     fused = fused_input(x, (module,), training)
     if fused is None:
         return module(x) if residual is None else residual + module(x)
@@ -45,8 +45,10 @@ def qkv(
     heads: HeadsConfig,
     norm_input: NormInput | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, keys and values (B, T, H, D) of x (B, T, E), ready to attend. norm_input: what x's norm read, to be kept in place
-    of x."""
+    """Projects x (B, T, E) to q, k and v (B, T, H, D), with q/k norm and RoPE applied.
+
+    norm_input: what x's norm read; the fused op saves it instead of x and recomputes the norm in the backward.
+    """
     fused = fused_input(x, modules, training)
     if fused is not None:
         return lora_qkv(*fused, heads, norm_input)

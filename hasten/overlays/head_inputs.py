@@ -1,4 +1,4 @@
-"""Small helpers of the head: which rows count, how long they are, in which dtype the head multiplies."""
+"""Inputs of the head: length check, kept positions, shifted labels, operands of the fused op."""
 
 from typing import Any
 
@@ -9,23 +9,24 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 
 from hasten.errors import InputError
-from hasten.ops import ScoreConfig, TokenScores, score_logits
+from hasten.ops import LoraHead, ScoreConfig, TokenScores, score_logits
+from hasten.weights import read_linear
 
 IGNORED = -100
 
 
 def check_length(
     limit: int | None,
-    rows: torch.Tensor | None,
+    inputs: torch.Tensor | None,
     position_ids: torch.Tensor | None,
     past: Cache | None,
     longest_document: int | None,
 ) -> None:
-    """Raises InputError where a row (or, in packed rows, a document) is longer than `limit` tokens, the cache included."""
-    if limit is None or rows is None:
+    """Raises InputError for a sequence (or packed document) longer than `limit` tokens, cached ones included."""
+    if limit is None or inputs is None:
         return
     seen = int(past.get_seq_length()) if past is not None else 0
-    length = rows.shape[1] + seen
+    length = inputs.shape[1] + seen
     if length <= limit:
         return
     if longest_document is not None:
@@ -35,12 +36,12 @@ def check_length(
     if length > limit:
         raise InputError(
             f"a sequence of {length} tokens was given to a model loaded with max_seq_length={limit}. Load it with "
-            f"max_seq_length={length} or more, or shorten the input; nothing is cut off silently."
+            f"max_seq_length={length} or more, or shorten the input; it is never truncated silently."
         )
 
 
 def keep_positions(hidden_BTE: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:
-    """The positions that `logits_to_keep` asks for, in all the forms that transformers gives it."""
+    """Selects the positions of `logits_to_keep` (a count, indices, or a mask), as transformers does."""
     if isinstance(keep, int):
         return hidden_BTE[:, -keep:] if keep else hidden_BTE
     if keep.ndim == 2 and keep.dtype == torch.bool:
@@ -53,7 +54,7 @@ def keep_positions(hidden_BTE: torch.Tensor, keep: int | torch.Tensor) -> torch.
 def targets_of(
     hidden_BTE: torch.Tensor, labels: torch.Tensor | None, shift_labels: torch.Tensor | None, ignored: int
 ) -> torch.Tensor:
-    """The label that each position predicts, (B, T): the next one, ignored at a row's end, unless the labels come shifted."""
+    """The label that each position predicts, (B, T): the next token's (none at a sequence's end), or `shift_labels`."""
     if shift_labels is not None:
         return shift_labels
     if labels is None:
@@ -66,22 +67,28 @@ def targets_of(
 def shifted(
     hidden_BTE: torch.Tensor, labels: torch.Tensor | None, shift_labels: torch.Tensor | None, ignored: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states beside the labels they predict, without the positions at the rows' ends, which predict none."""
+    """Hidden states and the labels they predict, without each sequence's last position, which predicts none."""
     targets = targets_of(hidden_BTE, labels, shift_labels, ignored)
     return (hidden_BTE, targets) if shift_labels is not None else (hidden_BTE[:, :-1], targets[:, :-1])
 
 
-def compute_dtype(hidden: torch.Tensor) -> torch.dtype:
-    """autocast's dtype where it is on, else the stream's; a head that trains in fp32 is rounded to it."""
-    if torch.is_autocast_enabled(hidden.device.type):
-        return torch.get_autocast_dtype(hidden.device.type)
-    return hidden.dtype
+def head_operands(
+    lm_head: nn.Module, training: bool, hidden: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, LoraHead | None] | str:
+    """(hidden in `dtype` on the head's device, weight, bias, LoRA), or the reason why the module itself must run."""
+    base, pair, reason = read_linear(lm_head, training)
+    if base is None or reason is not None:
+        return str(reason)
+    weight: torch.Tensor = base.weight  # pyright: ignore[reportAssignmentType]
+    lora = None if pair is None else LoraHead(pair.a_RE, pair.b_VR, pair.scale)
+    return hidden.to(weight.device, dtype), weight, base.bias, lora  # pyright: ignore[reportReturnType]
 
 
 def score_through_module(
     head: nn.Module, hidden_NE: torch.Tensor, labels_N: torch.Tensor, rule: ScoreConfig
 ) -> TokenScores:
-    """Scores through the head's own forward, some rows at a time; each chunk's logits are recomputed in the backward."""
+    """Scores through the head's own forward, a chunk of tokens at a time; logits are recomputed in the backward
+    (activation checkpointing), so the full logits never exist."""
 
     def score(hidden: torch.Tensor, labels: torch.Tensor) -> tuple[Any, ...]:
         raw = head(hidden)

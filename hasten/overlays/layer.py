@@ -1,4 +1,4 @@
-"""A decoder layer: norms, branches and the residual stream, in the three arrangements that families use."""
+"""A decoder layer: norms, branches and the residual stream, in the three arrangements of `LayerConfig.residual`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ import torch
 
 from hasten.ops.backend import backend_for
 from hasten.overlays.attention import AttentionOverlay
-from hasten.overlays.base import Overlay
-from hasten.overlays.head_inputs import compute_dtype
+from hasten.overlays.base import Overlay, runs_overlay
 from hasten.overlays.mlp import AS_CONFIGURED, MLPOverlay, TileRows
 from hasten.overlays.norm import NormOverlay
+from hasten.overlays.precision import compute_dtype
 from hasten.weights import is_watched
 
 CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
-NORMS = {
+BRANCH_NORMS = {
     "serial": ("input_layernorm", "post_attention_layernorm"),
     "parallel": ("input_layernorm",),
     "sandwich": (
@@ -26,12 +26,12 @@ NORMS = {
         "post_feedforward_layernorm",
     ),
 }
-"""A layer's norms, in each arrangement of the branches."""
+"""residual arrangement -> names of the layer's norms."""
 
 
 @dataclass(frozen=True)
 class LayerCheckpoint:
-    """What transformers calls in place of torch's checkpoint: run(index, function, *args), of `training.memory`."""
+    """Replaces torch's checkpoint function on a layer: calls run(index, function, *args), of `training.memory`."""
 
     run: Callable[..., Any]
     index: int
@@ -42,7 +42,7 @@ class LayerCheckpoint:
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """`spec.Block` with the multiplier's value (1.0 = none)."""
+    """`families.schema.Block` with the multiplier's value (1.0 = none)."""
 
     residual: Literal["serial", "parallel", "sandwich"]
     multiplier: float = 1.0
@@ -54,7 +54,7 @@ class LayerOverlay(Overlay):
 
     @property
     def _gradient_checkpointing_func(self) -> Any:
-        """transformers' own attribute. A `LayerCheckpoint` stays until it is deleted, whatever a trainer sets meanwhile."""
+        """transformers' own attribute. A `LayerCheckpoint` stays until it is deleted, whatever a trainer sets."""
         if CHECKPOINT_FUNCTION not in self.__dict__:
             raise AttributeError(CHECKPOINT_FUNCTION)
         return self.__dict__[CHECKPOINT_FUNCTION]
@@ -74,54 +74,62 @@ class LayerOverlay(Overlay):
     def forward(
         self, hidden_states: torch.Tensor, *, mlp_tile: TileRows = AS_CONFIGURED, **kwargs: Any
     ) -> torch.Tensor:
-        """hidden_states: (B, T, E). mlp_tile: rows at a time of the MLP, for this call. Other keyword arguments go to the
-        attention, as in transformers' layers."""
-        if self._branches_add(hidden_states):
+        """Returns (B, T, E) for hidden_states (B, T, E).
+
+        mlp_tile: tokens per tile of the MLP in this call, None = all at once. Other keyword arguments (the forward's
+        attention context among them) go to the attention, as in transformers' layers.
+        """
+        if self._can_fuse(hidden_states):
             return self._fused(hidden_states, mlp_tile, kwargs)
-        mlp = partial(self.mlp, tile_rows=mlp_tile) if isinstance(self.mlp, MLPOverlay) else self.mlp
+        mlp = partial(self.mlp, tile_rows=mlp_tile) if runs_overlay(self.mlp, MLPOverlay) else self.mlp
         normed = self.input_layernorm(hidden_states)
         attended, _ = self.self_attn(hidden_states=normed, **kwargs)
         if self.overlay_config.residual == "parallel":
-            return hidden_states + self._branch(attended) + self._branch(mlp(normed))
+            return hidden_states + self._scaled(attended) + self._scaled(mlp(normed))
         if self.overlay_config.residual == "sandwich":
-            hidden_states = hidden_states + self._branch(self.post_attention_layernorm(attended))
+            hidden_states = hidden_states + self._scaled(self.post_attention_layernorm(attended))
             fed = mlp(self.pre_feedforward_layernorm(hidden_states))
-            return hidden_states + self._branch(self.post_feedforward_layernorm(fed))
-        hidden_states = hidden_states + self._branch(attended)
-        return hidden_states + self._branch(mlp(self.post_attention_layernorm(hidden_states)))
+            return hidden_states + self._scaled(self.post_feedforward_layernorm(fed))
+        hidden_states = hidden_states + self._scaled(attended)
+        return hidden_states + self._scaled(mlp(self.post_attention_layernorm(hidden_states)))
 
-    def _branches_add(self, hidden_states: torch.Tensor) -> bool:
-        """Whether branches can join the stream in passes that run anyway: all parts are known, and nobody is watching them."""
+    def _can_fuse(self, hidden_states: torch.Tensor) -> bool:
+        """Whether residual adds can be fused: every part runs its overlay's forward and has no hooks."""
         if backend_for(hidden_states) != "triton":
             return False
         if compute_dtype(hidden_states) != hidden_states.dtype:
-            return False  # a stream wider than autocast's products must not be rounded by them
+            return False  # under autocast the fused add would round a wider residual stream to the matmul's dtype
         if self.overlay_config.multiplier != 1.0 and self.overlay_config.residual != "serial":
             return False
-        norms = [getattr(self, name) for name in NORMS[self.overlay_config.residual]]
-        known = ((self.self_attn, AttentionOverlay), (self.mlp, MLPOverlay), *((norm, NormOverlay) for norm in norms))
-        return all(isinstance(module, kind) and not is_watched(module) for module, kind in known)
+        norms = [getattr(self, name) for name in BRANCH_NORMS[self.overlay_config.residual]]
+        parts = ((self.self_attn, AttentionOverlay), (self.mlp, MLPOverlay), *((norm, NormOverlay) for norm in norms))
+        return all(runs_overlay(module, kind) and not is_watched(module) for module, kind in parts)
 
-    def _fused(self, stream: torch.Tensor, mlp_tile: TileRows, kwargs: dict[str, Any]) -> torch.Tensor:
-        """The stream's gradients meet in the norms. A branch joins the stream in its last product where nothing is between
-        them, else in its own norm's pass, or scaled in one pass."""
-        scale, after = self.overlay_config.multiplier, self.overlay_config.residual == "sandwich"
-        adds = scale == 1.0 and not after  # whether a branch's last product adds to the stream
-        normed, stream, source = self.input_layernorm.with_residual(stream)
-        branch, _ = self.self_attn(hidden_states=normed, residual=stream if adds else None, norm_input=source, **kwargs)
-        stream = branch if adds else self._joined(stream, branch, self.post_attention_layernorm if after else None)
-        if self.overlay_config.residual != "parallel":
-            before = self.pre_feedforward_layernorm if after else self.post_attention_layernorm
-            normed, stream, source = before.with_residual(stream)
-        branch = self.mlp(normed, residual=stream if adds else None, norm_input=source, tile_rows=mlp_tile)
-        return branch if adds else self._joined(stream, branch, self.post_feedforward_layernorm if after else None)
+    def _fused(self, residual: torch.Tensor, mlp_tile: TileRows, kwargs: dict[str, Any]) -> torch.Tensor:
+        """Fuses the residual adds; the two gradients of the residual are summed in the norms' backward.
 
-    def _joined(self, stream: torch.Tensor, branch: torch.Tensor, norm: Any) -> torch.Tensor:
-        return (
-            torch.add(stream, branch, alpha=self.overlay_config.multiplier)
-            if norm is None
-            else norm.add_to(branch, stream)
+        The add happens in o_proj and down_proj (addmm) where nothing is between them and the residual stream, else in
+        the branch's own last norm (sandwich), or scaled (torch.add with alpha).
+        """
+        scale, sandwich = self.overlay_config.multiplier, self.overlay_config.residual == "sandwich"
+        in_matmul = scale == 1.0 and not sandwich
+        normed, residual, source = self.input_layernorm.with_residual(residual)
+        branch, _ = self.self_attn(
+            hidden_states=normed, residual=residual if in_matmul else None, norm_input=source, **kwargs
         )
+        norm = self.post_attention_layernorm if sandwich else None
+        residual = branch if in_matmul else self._added(residual, branch, norm)
+        if self.overlay_config.residual != "parallel":
+            before = self.pre_feedforward_layernorm if sandwich else self.post_attention_layernorm
+            normed, residual, source = before.with_residual(residual)
+        branch = self.mlp(normed, residual=residual if in_matmul else None, norm_input=source, tile_rows=mlp_tile)
+        norm = self.post_feedforward_layernorm if sandwich else None
+        return branch if in_matmul else self._added(residual, branch, norm)
 
-    def _branch(self, branch: torch.Tensor) -> torch.Tensor:
+    def _added(self, residual: torch.Tensor, branch: torch.Tensor, norm: Any) -> torch.Tensor:
+        if norm is not None:
+            return norm.add_to(branch, residual)
+        return torch.add(residual, branch, alpha=self.overlay_config.multiplier)
+
+    def _scaled(self, branch: torch.Tensor) -> torch.Tensor:
         return branch if self.overlay_config.multiplier == 1.0 else branch * self.overlay_config.multiplier

@@ -1,7 +1,8 @@
-"""The gated MLP: one op where the projections are plain weights with at most one plain LoRA on a GPU, else `ops.glu` between them.
+"""The gated MLP: one fused op on a GPU where the projections are plain weights with at most one plain LoRA, else
+`ops.glu` between the projections' own forwards, so that any adapter and any weight format works.
 
-Through the second way the projections stay modules, so any adapter and any storage acts as ever. Both ways can run some rows
-at a time (`tile_rows`), so that what is as wide as the MLP does not grow with the sequence.
+Both can run a tile of tokens at a time (`tile_rows`), so that the intermediate activations do not grow with the
+sequence.
 """
 
 import warnings
@@ -19,7 +20,7 @@ from hasten.overlays.fused_linears import fused_input
 
 @dataclass(frozen=True)
 class MLPConfig:
-    """activation: transformers' name of the gate's activation. tile_rows: rows at a time, None = all at once."""
+    """activation: transformers' name of the gate's activation. tile_rows: tokens per tile, None = all at once."""
 
     activation: str
     tile_rows: int | None = None
@@ -41,8 +42,12 @@ class MLPOverlay(Overlay):
         norm_input: NormInput | None = None,
         tile_rows: TileRows = AS_CONFIGURED,
     ) -> torch.Tensor:
-        """x: (..., E). residual: a stream to add the result to, which the last product can do for nothing. norm_input: what x's norm
-        read, to be kept in place of x. tile_rows: of this call; None = all rows at once."""
+        """Returns down(act(gate(x)) * up(x)), plus `residual` where given, for x (..., E).
+
+        residual: (..., E), fused into down_proj (addmm) where the op runs. norm_input: what x's norm read; the fused op
+        saves it instead of x and recomputes the norm in the backward. tile_rows: tokens per tile in this call, None =
+        all at once.
+        """
         tile = self.overlay_config.tile_rows if tile_rows == AS_CONFIGURED else tile_rows
         fused = fused_input(x, (self.gate_proj, self.up_proj, self.down_proj), self.training)
         if fused is not None:
@@ -50,7 +55,10 @@ class MLPOverlay(Overlay):
             return lora_mlp(x, (gate, up, down), self.overlay_config.activation, residual, norm_input, tile)
         if tile is not None and self._projections_are_hooked():
             if torch.is_grad_enabled():
-                warnings.warn("a hook on a projection wants whole rows: its MLP does not run in tiles", stacklevel=2)
+                warnings.warn(
+                    "a projection of this MLP has a forward hook, which needs all tokens: the MLP does not run in tiles",
+                    stacklevel=2,
+                )
             tile = None
         out = self._through_modules(x) if tile is None else in_tiles(self._through_modules, x, tile)
         return out if residual is None else residual + out
@@ -59,7 +67,7 @@ class MLPOverlay(Overlay):
         return self.down_proj(glu(self.gate_proj(x), self.up_proj(x), self.overlay_config.activation))
 
     def _projections_are_hooked(self) -> bool:
-        """Whether somebody looks at, or adds to, what goes into a projection: that has to be whole rows (PEFT hands each row's
-        adapter to its layers so)."""
+        """Whether a projection has forward hooks: they need all tokens at once (PEFT passes each sequence's adapter
+        name by such hooks)."""
         below = (module for module in self.modules() if module is not self)
         return any(module._forward_hooks or module._forward_pre_hooks for module in below)

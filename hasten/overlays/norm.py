@@ -16,10 +16,11 @@ class NormOverlay(Overlay):
         return norm(hidden_states, self.weight, self.overlay_config)
 
     def with_residual(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, NormInput]:
-        """(normed, hidden_states, what normed is made from): for a stream that also goes on past the branch that the norm feeds."""
-        normed, stream = norm_with_residual(hidden_states, self.weight, self.overlay_config)
-        return normed, stream, NormInput(hidden_states.detach(), self.weight.detach(), self.overlay_config)
+        """(normed, hidden_states, the norm's input); the two gradients of hidden_states are summed in the norm's
+        backward."""
+        normed, residual = norm_with_residual(hidden_states, self.weight, self.overlay_config)
+        return normed, residual, NormInput(hidden_states.detach(), self.weight.detach(), self.overlay_config)
 
     def add_to(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """residual + normed: for a branch that is normed before it joins the stream."""
+        """residual + norm(hidden_states), fused: for a branch with a norm at its end (sandwich layers)."""
         return add_norm(hidden_states, self.weight, residual, self.overlay_config)

@@ -1,8 +1,8 @@
-"""TRL's fused-head protocol: `model(..., labels=labels, fused_lm_head=True)` answers with per-token scores.
+"""TRL's fused-head protocol: `model(..., labels=labels, fused_lm_head=True)` returns per-token scores.
 
-TRL's trainers install it by assigning `model.forward = <function made by trl.trainer.utils.add_fused_lm_head>`. The
-settings travel in that function's closure. A head overlay takes them over, so that the head's LoRA, the trained copy
-of a head and hasten's own op serve the protocol; a function that it cannot read is left to act as TRL wrote it.
+TRL's trainers install it by assigning `model.forward = <function made by trl.trainer.utils.add_fused_lm_head>`, whose
+closure holds the settings. A head overlay reads them, so that the head's LoRA, the trained copy of a head and hasten's
+op serve the protocol; a function that cannot be read is left as TRL made it.
 """
 
 from dataclasses import dataclass
@@ -11,16 +11,20 @@ from typing import Any
 import torch
 from transformers.utils.generic import ModelOutput
 
-from hasten.ops import TokenScores
+from hasten.errors import InputError
+from hasten.ops import ScoreConfig, TokenScores, linear_cross_entropy
 from hasten.ops.linear_cross_entropy import OPTIONAL_SCORES
-from hasten.state import FusedHeadRequest
+from hasten.overlays.head_inputs import IGNORED, head_operands, score_through_module, shifted
+from hasten.overlays.label_checks import warn_without_labels
+from hasten.overlays.precision import compute_dtype
+from hasten.state import FusedHeadRequest, state_of
 
 TRL_MODULE = "trl.trainer.utils"
 TRL_FUNCTION = "_fused_forward"
 
 
 def read_trl_request(forward: Any) -> FusedHeadRequest | None:
-    """The settings in TRL's closure, or None where `forward` is something else or holds other settings than known."""
+    """Reads the settings in TRL's closure; None where `forward` is something else or holds unknown settings."""
     function: Any = getattr(forward, "__func__", None)
     code = getattr(function, "__code__", None)
     if code is None or code.co_name != TRL_FUNCTION or function.__globals__.get("__name__") != TRL_MODULE:
@@ -35,7 +39,7 @@ def read_trl_request(forward: Any) -> FusedHeadRequest | None:
 
 @dataclass
 class FusedScores(ModelOutput):
-    """Per-token scores, each (B, T - 1), or (B, T) for labels that came shifted; zero where the label is ignored.
+    """Per-token scores, each (B, T - 1), or (B, T) with shift_labels; zero where the label is ignored.
 
     loss: scalar, sum of -log_probs over num_items_in_batch (where None: over the labels that count, at least one).
     log_probs, entropy, log_sum_sq_probs, mean_logits: fp32. is_top1, label_mask: bool. aux_loss: always None here.
@@ -52,13 +56,13 @@ class FusedScores(ModelOutput):
 
     @classmethod
     def from_tokens(cls, scores: TokenScores, label_mask: torch.Tensor, num_items_in_batch: Any) -> "FusedScores":
-        """All on the head's device, wherever the labels are."""
+        """Scores of B * T tokens as (B, T) fields, all on the head's device."""
         device = scores.log_prob.device
         label_mask = label_mask.to(device)
         if isinstance(num_items_in_batch, torch.Tensor):
             num_items_in_batch = num_items_in_batch.to(device)
 
-        def rows(score: torch.Tensor | None) -> torch.Tensor | None:
+        def shaped(score: torch.Tensor | None) -> torch.Tensor | None:
             return None if score is None else score.view(label_mask.shape)
 
         log_probs = scores.log_prob.view(label_mask.shape)
@@ -66,9 +70,46 @@ class FusedScores(ModelOutput):
         return cls(
             loss=-log_probs.sum() / count,
             log_probs=log_probs,
-            entropy=rows(scores.entropy),
-            log_sum_sq_probs=rows(scores.log_sum_sq_probs),
-            mean_logits=rows(scores.mean_logits),
+            entropy=shaped(scores.entropy),
+            log_sum_sq_probs=shaped(scores.log_sum_sq_probs),
+            mean_logits=shaped(scores.mean_logits),
             is_top1=None if scores.is_top1 is None else scores.is_top1.view(label_mask.shape).bool(),
             label_mask=label_mask,
         )
+
+
+def fused_scores(
+    model: Any,
+    hidden_BTE: torch.Tensor,
+    labels: torch.Tensor | None,
+    num_items_in_batch: Any = None,
+    ignore_index: int = IGNORED,
+    shift_labels: torch.Tensor | None = None,
+) -> FusedScores:
+    """Serves TRL's protocol. model: the causal LM, a `HeadOverlay`; its state holds TRL's settings."""
+    request = state_of(model).fused_head or FusedHeadRequest()
+    hidden, targets = shifted(hidden_BTE, labels, shift_labels, ignore_index)
+    rule = ScoreConfig(
+        model.overlay_config.scale,
+        model.overlay_config.softcap,
+        request.temperature,
+        ignore_index,
+        want=frozenset(request.outputs) & OPTIONAL_SCORES,
+    )
+    if model.training and not state_of(model).saw_labels:
+        warn_without_labels(model, targets != ignore_index)
+    scores = _score(model, hidden.flatten(0, -2), targets.flatten(), rule, request.cast_lm_head_to_fp32)
+    return FusedScores.from_tokens(scores, targets != ignore_index, num_items_in_batch)
+
+
+def _score(model: Any, hidden_NE: torch.Tensor, labels_N: torch.Tensor, rule: ScoreConfig, fp32: bool) -> TokenScores:
+    """The op on a plain, trained or LoRA head; through the head's module where only PEFT can compute it."""
+    dtype = torch.float32 if fp32 else compute_dtype(hidden_NE)
+    operands = head_operands(model.lm_head, model.training, hidden_NE, dtype)
+    if isinstance(operands, str):
+        if fp32:
+            raise InputError(f"cast_lm_head_to_fp32 needs a head that is a plain Linear; this one is not: {operands}")
+        return score_through_module(model.lm_head, hidden_NE, labels_N, rule)
+    hidden, weight, bias, lora = operands
+    with torch.autocast(hidden.device.type, enabled=False):  # it would undo the dtype that was just chosen
+        return linear_cross_entropy(hidden, weight, labels_N.to(hidden.device), rule, bias, lora)

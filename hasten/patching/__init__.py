@@ -1,4 +1,4 @@
-"""Puts overlays over a transformers model and takes them off: check, plan, then retype; never half of it."""
+"""Puts overlays on a transformers model and takes them off: check, plan, then change classes; all or nothing."""
 
 from hasten.patching.apply import apply, is_patched, patched, restore
 from hasten.patching.plan import Action, Plan, Skip, family_of, plan

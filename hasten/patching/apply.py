@@ -1,6 +1,5 @@
-"""Carries out a plan: retypes instances, patches no class. Undone by one assignment per module."""
+"""Carries out a plan: sets `module.__class__` on instances, patches no class. Undone by one assignment per module."""
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,59 +11,58 @@ from hasten.errors import ContractError, PatchError
 from hasten.families.schema import Family
 from hasten.ops.backend import backend_for
 from hasten.overlays import HeadOverlay, Overlay
-from hasten.patching.contract import stock_class
+from hasten.patching.classes import installed_overlay, methods_of, overlay_class, stock_class, with_base
 from hasten.patching.plan import Plan, plan
 from hasten.state import causal_lm_of, find_state, state_of
 from hasten.weights import pack_weights
 
 
-@functools.cache
-def overlay_class(stock: type, overlay: type[Overlay], overlay_config: Any, methods: type | None = None) -> type:
-    """The subclass that carries `overlay_config`. It keeps the stock class's name and module, which transformers writes to disk."""
-    bases = (methods, overlay, stock) if methods is not None else (overlay, stock)
-    names = {
-        "__module__": stock.__module__,
-        "__qualname__": stock.__qualname__,
-        "__doc__": stock.__doc__,
-        "overlay_config": overlay_config,
-        "stock_class": stock,
-    }
-    return type(stock.__name__, bases, names)
-
-
 def apply(model: nn.Module, planned: Plan | None = None, methods: type | None = None) -> Plan:
     """Puts the planned overlays on (None = `plan(model)`) and returns the plan.
 
-    methods: a mixin with user-facing methods for the causal LM. Raises ContractError or PatchError before anything is
-    changed. A module that already wears an overlay gets the planned one in its place.
+    methods: a mixin with user-facing methods for the causal LM; None keeps the one that it has. A module that has an
+    overlay gets the planned one in its place. Classes that others put over a module (FSDP2, parametrize) stay over its
+    overlay. Raises ContractError or PatchError before anything is changed.
     """
     planned = plan(model) if planned is None else planned
     if planned.problems:
         kind = ContractError if planned.family is not None and _is_drift(planned) else PatchError
         raise kind("overlays were not put on, nothing was changed:\n  " + "\n  ".join(planned.problems))
     base = causal_lm_of(model)
-    for action in planned.actions:
-        module = base.get_submodule(action.name)
-        extra = methods if action.overlay is HeadOverlay else None
-        _retype(module, overlay_class(stock_class(module), action.overlay, action.overlay_config, extra))
-        _lay_out(module, action.overlay.packed_projections)
+    modules = [base.get_submodule(action.name) for action in planned.actions]
+    targets = []
+    for module, action in zip(modules, planned.actions, strict=True):
+        extra = (methods or methods_of(module)) if action.overlay is HeadOverlay else None
+        ours = overlay_class(stock_class(module), action.overlay, action.overlay_config, extra)
+        targets.append((module, with_base(module, ours)))
+    _set_classes(targets)
+    for module, action in zip(modules, planned.actions, strict=True):
+        _pack(module, action.overlay.packed_projections)
     state_of(base).plan = planned
     return planned
 
 
-def _lay_out(module: nn.Module, names: tuple[str, ...]) -> None:
-    """Weights that one product reads, behind each other, where the ops that profit run. Values and parameters stay."""
+def put_overlay(module: nn.Module, overlay: type[Overlay], overlay_config: Any) -> None:
+    """Puts one overlay over one module, under the classes that others put over it."""
+    _set_classes([(module, with_base(module, overlay_class(stock_class(module), overlay, overlay_config)))])
+
+
+def _pack(module: nn.Module, names: tuple[str, ...]) -> None:
+    """Packs the weights of projections that one matmul reads, on a GPU. Values and Parameter objects stay."""
     readers = [module.get_submodule(name) for name in names]
     if readers and all(backend_for(weight) == "triton" for reader in readers for weight in reader.parameters()):
         pack_weights(readers)
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Gives every module its stock class back, and returns `model`. Weights, hooks and adapters stay as they are."""
+    """Takes all overlays off and returns `model`. Weights, hooks, adapters and classes of others stay.
+
+    A class that somebody put over an overlay (FSDP2, parametrize) is rebuilt over the stock class. Raises PatchError,
+    before anything is changed, naming one that cannot be.
+    """
     base = causal_lm_of(model)
-    for module in model.modules():
-        if isinstance(module, Overlay):
-            _retype(module, stock_class(module))
+    patched_modules = [module for module in model.modules() if isinstance(module, Overlay)]
+    _set_classes([(module, with_base(module, stock_class(module))) for module in patched_modules])
     state = find_state(base)
     if state is None:
         return model
@@ -79,7 +77,7 @@ def restore(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def patched(model: nn.Module, family: Family | None = None) -> Iterator[nn.Module]:
-    """Overlays on inside the block, the former state after it. A model that is already patched stays so."""
+    """Puts overlays on inside the block and takes them off after it. A model that is already patched stays so."""
     if is_patched(model):
         yield model
         return
@@ -91,19 +89,34 @@ def patched(model: nn.Module, family: Family | None = None) -> Iterator[nn.Modul
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether any module of `model` wears an overlay."""
+    """Whether any module of `model` has an overlay."""
     return any(isinstance(module, Overlay) for module in causal_lm_of(model).modules())
 
 
 def reconfigure(module: Overlay, **changes: Any) -> None:
     """Changes fields of an overlay's config on this instance."""
-    kind = type(module)
-    config = replace(module.overlay_config, **changes)
-    overlay = next(base for base in kind.__mro__ if issubclass(base, Overlay) and "stock_class" not in base.__dict__)
-    _retype(module, overlay_class(kind.stock_class, overlay, config))
+    ours = installed_overlay(type(module))
+    assert ours is not None
+    overlay = ours.__bases__[-2]
+    config = replace(ours.overlay_config, **changes)
+    _set_classes([(module, with_base(module, overlay_class(ours.stock_class, overlay, config, methods_of(module))))])
 
 
-def _retype(module: nn.Module, target: type) -> None:
+def _set_classes(targets: list[tuple[nn.Module, type]]) -> None:
+    """Sets each module's class, or none: raises PatchError where Python refuses one."""
+    done: list[tuple[nn.Module, type]] = []
+    for module, target in targets:
+        before = type(module)
+        try:
+            _set_class(module, target)
+        except TypeError as error:
+            for changed, former in done:
+                _set_class(changed, former)
+            raise PatchError(f"the class of a {before.__name__} cannot be changed: {error}") from error
+        done.append((module, before))
+
+
+def _set_class(module: nn.Module, target: type) -> None:
     hooked = hasattr(module, "_hf_hook") and "_old_forward" in module.__dict__
     module.__class__ = target
     if hooked:  # accelerate calls the forward that it found; it must find the new class's

@@ -1,4 +1,4 @@
-"""From a family's overlay_config and a checkpoint's config to the values that overlays run with."""
+"""Builds overlay configs from a family's data file and a checkpoint's config."""
 
 from typing import Any
 
@@ -46,7 +46,7 @@ def _head_dim(config: Any) -> int:
 def backbone_config(family: Family, config: Any, asked: str | None) -> BackboneConfig:
     """asked: the attention backend that the user named, which then runs; None = hasten chooses on a GPU.
 
-    Without a name only what transformers chooses by itself is replaced: sdpa, and eager where scores have a softcap.
+    Replaces only transformers' own default: sdpa, and eager where scores have a softcap.
     """
     name = config._attn_implementation
     softcapped = family.attention.softcap is not None and _field(config, family.attention.softcap) is not None
@@ -56,7 +56,7 @@ def backbone_config(family: Family, config: Any, asked: str | None) -> BackboneC
     elif name != "sdpa" and not (name == "eager" and softcapped):
         reason = f"the config names {name}"
     elif _head_dim(config) > LARGEST_HEAD:
-        reason = f"heads of {_head_dim(config)} channels; the kernels take up to {LARGEST_HEAD}"
+        reason = f"head_dim is {_head_dim(config)}; the kernels take up to {LARGEST_HEAD}"
     elif not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
         reason = "this model's attention is not causal"
     return BackboneConfig(None if reason else name, reason, getattr(config, "attention_dropout", 0.0) or 0.0)

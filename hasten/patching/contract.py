@@ -1,7 +1,7 @@
-"""Does the installed transformers class still look as the family's data file records it?
+"""Checks that the installed transformers classes still have the structure that the family's data file records.
 
-Structure is checked here, on the modules at hand, before anything is planned. What the structure cannot show (the order
-of casts, a factor left out) is compared as numbers by `hasten.testing.check_family`, which the tests run per family.
+Runs on the model's modules, before anything is planned. What structure cannot show (the order of casts, a missing
+factor) is compared numerically by `hasten.testing.check_family`, which the tests run per family.
 """
 
 from typing import Any
@@ -10,23 +10,9 @@ from torch import nn
 
 from hasten.families.schema import Classes, Family
 from hasten.ops import NormConfig
-from hasten.overlays import AttentionConfig, LayerConfig, MLPConfig, Overlay
-
-BRANCH_NORMS = {
-    "serial": {"input_layernorm", "post_attention_layernorm"},
-    "parallel": {"input_layernorm"},
-    "sandwich": {
-        "input_layernorm",
-        "post_attention_layernorm",
-        "pre_feedforward_layernorm",
-        "post_feedforward_layernorm",
-    },
-}
-
-
-def stock_class(module: nn.Module) -> type[nn.Module]:
-    """transformers' own class of a module, under an overlay or not."""
-    return type(module).stock_class if isinstance(module, Overlay) else type(module)
+from hasten.overlays import AttentionConfig, LayerConfig, MLPConfig
+from hasten.overlays.layer import BRANCH_NORMS
+from hasten.patching.classes import stock_class
 
 
 def role_of(module: nn.Module, recorded: Classes) -> str | None:
@@ -40,8 +26,15 @@ def role_of(module: nn.Module, recorded: Classes) -> str | None:
     return None
 
 
+def extends_recorded_class(module: nn.Module, recorded: Classes) -> str | None:
+    """The recorded class that the module's own class extends; None where it is that class, or none of them."""
+    names = {getattr(recorded, role) for role in ("causal_lm", "layer", "attention", "mlp", "norm")}
+    above = stock_class(module).__mro__[1:]
+    return next((cls.__name__ for cls in above if cls.__module__ == recorded.module and cls.__name__ in names), None)
+
+
 def forward_in_the_way(module: nn.Module) -> str | None:
-    """Why the instance's own `forward` forbids an overlay; accelerate's hooks are known and kept."""
+    """Why the instance's own `forward` prevents an overlay; None also for accelerate's hooks, which stay in use."""
     own = module.__dict__.get("forward")
     if own is None or (hasattr(module, "_hf_hook") and hasattr(module, "_old_forward")):
         return None
@@ -66,7 +59,7 @@ def check_mlp(module: nn.Module, overlay_config: MLPConfig, known: Any) -> list[
 
 def check_layer(module: nn.Module, overlay_config: LayerConfig) -> list[str]:
     norms = {name for name, _ in module.named_children() if name.endswith("layernorm")}
-    expected = BRANCH_NORMS[overlay_config.residual]
+    expected = set(BRANCH_NORMS[overlay_config.residual])
     found = (
         []
         if norms == expected

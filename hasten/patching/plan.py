@@ -1,11 +1,11 @@
-"""What would be done to a model, as data: one action per module that gets an overlay, one skip per module that does not.
+"""Plans what `apply` will do, as data: one action per module that gets an overlay, one skip per module that does not.
 
-Planning changes nothing. A family's data file is trusted as far as the contract holds; a model type without a data file
-gets only those overlays that reproduce its own modules' outputs (see `probe`).
+Planning changes nothing. A model type with a data file is checked against the contract; one without gets only overlays
+that reproduce its own modules' outputs (see `probe`).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -38,7 +38,7 @@ class Action:
 
 @dataclass(frozen=True)
 class Skip:
-    """Leave the module called `name` as transformers has it."""
+    """Leave the module called `name` on its stock forward."""
 
     name: str
     kind: str
@@ -47,7 +47,7 @@ class Skip:
 
 @dataclass
 class Plan:
-    """Everything that `apply` will do. problems: why it will refuse; empty = it will not."""
+    """Everything that `apply` will do. problems: why `apply` will raise; empty = it will not."""
 
     model_type: str
     family: Family | None
@@ -76,7 +76,7 @@ def plan(
 ) -> Plan:
     """Plans overlays for `model`. `family` overrides the data file (None = by model_type). Pure: nothing is changed.
 
-    attn_implementation: the attention backend that the user named, which then runs everywhere; None = hasten's choice.
+    attn_implementation: the attention backend that the user named, which then runs; None = hasten chooses.
     """
     base = causal_lm_of(model)
     chosen = family if family is not None else family_of(base)
@@ -85,14 +85,13 @@ def plan(
         _plan_unknown(base, found, max_seq_length)
     else:
         _plan_family(base, chosen, found, max_seq_length)
-        found.actions.append(
-            Action(
-                "model",
-                BackboneOverlay,
-                configs.backbone_config(chosen, base.config, attn_implementation),
-                f"{chosen.model_type} family",
+        backbone = configs.backbone_config(chosen, base.config, attn_implementation)
+        stock = _stock_attentions(base, found)
+        if stock and backbone.replaces is not None:
+            backbone = replace(
+                backbone, replaces=None, reason=f"the attention of {stock} layers is not under an overlay"
             )
-        )
+        found.actions.append(Action("model", BackboneOverlay, backbone, f"{chosen.model_type} family"))
     for action in found.actions:
         reason = contract.forward_in_the_way(base.get_submodule(action.name))
         if reason is not None:
@@ -121,6 +120,10 @@ def _plan_family(base: Any, family: Family, found: Plan, max_seq_length: int | N
     for name, module in base.named_modules():
         role = contract.role_of(module, family.classes)
         if role is None:
+            parent = contract.extends_recorded_class(module, family.classes)
+            if parent is not None:
+                reason = f"a subclass of {parent}, which the family's data file does not describe"
+                found.skips.append(Skip(name, type(module).__name__, reason))
             continue
         seen.add(role)
         overlay, read, check = roles[role]
@@ -133,13 +136,20 @@ def _plan_family(base: Any, family: Family, found: Plan, max_seq_length: int | N
         found.problems.append(f"no module of the recorded class for: {', '.join(missing)}, in {family.classes.module}")
 
 
+def _stock_attentions(base: Any, found: Plan) -> int:
+    """How many decoder layers keep an attention that ignores attention contexts."""
+    planned = {action.name for action in found.actions if action.overlay is AttentionOverlay}
+    layers = getattr(base.model, "layers", ())
+    return sum(f"model.layers.{index}.self_attn" not in planned for index in range(len(layers)))
+
+
 def _plan_unknown(base: Any, found: Plan, max_seq_length: int | None) -> None:
     proofs: dict[Any, tuple[type[Overlay], Any] | str] = {}
     for name, module in base.named_modules():
         kind = probe.kind_of(module, base)
         if kind is None:
             continue
-        key = (contract.stock_class(module), probe.signature(module))
+        key = probe.signature(module)
         if key not in proofs:
             proofs[key] = probe.prove(kind, module, max_seq_length)
         proof = proofs[key]

@@ -1,7 +1,7 @@
-"""Which overlay provably applies to a module of a model type without a data file.
+"""Finds, by comparing outputs, which overlay applies to a module of a model type without a data file.
 
-A proof is a comparison of outputs: the module's own forward against the op with candidate overlay_config, on random input of the
-module's dtype, bit for bit in fp32 arithmetic or within two roundings otherwise. What is not proved stays stock.
+The module's own forward is compared with the op at each candidate config, on random input of the module's dtype, within
+a few roundings. A module that no candidate reproduces stays stock.
 """
 
 from itertools import product
@@ -14,13 +14,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from hasten.ops import NormConfig, glu, norm
 from hasten.ops.glu import ACTIVATIONS
 from hasten.overlays import HeadConfig, HeadOverlay, MLPConfig, MLPOverlay, NormOverlay, Overlay
-from hasten.patching.contract import stock_class
+from hasten.patching.classes import installed_overlay, stock_class
 
-ROWS = 3
+TOKENS = 3
 
 
 def kind_of(module: nn.Module, base: nn.Module) -> str | None:
-    """What overlay a module has the parts for ("norm", "mlp", "head"); "attention" and "layer" are for the report."""
+    """The overlay that a module's children fit ("norm", "mlp", "head"); "attention" and "layer" are for the report."""
     if module is base:
         return "head"
     children = {name for name, _ in module.named_children()}
@@ -35,14 +35,17 @@ def kind_of(module: nn.Module, base: nn.Module) -> str | None:
 
 
 def signature(module: nn.Module) -> tuple[Any, ...]:
-    """What two instances of a class must share for one proof to hold for both."""
+    """What must be equal for a proof on one module to hold for another: classes, epsilon, parameter shapes and
+    dtypes."""
+    ours = installed_overlay(type(module))
+    over = type(module).__mro__[: type(module).__mro__.index(ours or stock_class(module))]
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     shapes = tuple((name, tuple(p.shape), p.dtype) for name, p in module.named_parameters(recurse=False))
-    return (eps, shapes)
+    return (stock_class(module), over, eps, shapes)
 
 
 def prove(kind: str, module: nn.Module, max_seq_length: int | None) -> tuple[type[Overlay], Any] | str:
-    """(overlay, overlay_config) that reproduce the module's outputs, or the reason why none does."""
+    """(overlay, overlay_config) that reproduce the module's outputs, or the reason why none is known."""
     with torch.no_grad():
         if kind == "norm":
             return _prove_norm(module)
@@ -50,7 +53,7 @@ def prove(kind: str, module: nn.Module, max_seq_length: int | None) -> tuple[typ
             return _prove_mlp(module)
         if kind == "head":
             return _prove_head(module, max_seq_length)
-    return f"{kind}s differ too much between families for a proof from outside; they need a data file"
+    return f"{kind}s differ too much between families to be compared from outside; they need a data file"
 
 
 def _random(*shape: int, like: torch.Tensor) -> torch.Tensor:
@@ -73,36 +76,36 @@ def _prove_norm(module: nn.Module) -> tuple[type[Overlay], Any] | str:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if eps is None or weight.dim() != 1 or getattr(module, "bias", None) is not None:
         return "not a norm over one axis with a weight, an epsilon and no bias"
-    # An all-ones or all-zeros weight could not tell (1 + w) from w; so the proof is on a random one.
+    # An all-ones or all-zeros weight cannot distinguish (1 + w) from w, so a random one is used.
     trial = nn.Parameter(_random(weight.shape[0], like=weight), requires_grad=False)
-    x = _random(ROWS, weight.shape[0], like=weight) * 3 + 1
-    module.weight, kept = trial, weight
+    x = _random(TOKENS, weight.shape[0], like=weight) * 3 + 1
+    module.weight = trial
     try:
         theirs = module(x)
     finally:
-        module.weight = kept
-    for overlay_config in product(("rms", "layer"), (False, True), (False, True)):
-        rule = NormConfig(eps, *overlay_config)
+        module.weight = weight
+    for variant in product(("rms", "layer"), (False, True), (False, True)):
+        rule = NormConfig(eps, *variant)
         if _same(norm(x, trial, rule), theirs):
             return NormOverlay, rule
-    return "its outputs are those of no norm that hasten has"
+    return "its outputs match no norm that hasten has"
 
 
 def _prove_mlp(module: nn.Module) -> tuple[type[Overlay], Any] | str:
     gate: Any = module.gate_proj
-    x = _random(ROWS, gate.in_features, like=next(module.parameters()))
+    x = _random(TOKENS, gate.in_features, like=next(module.parameters()))
     theirs = module(x)
     for name in ACTIVATIONS:
         ours = module.down_proj(glu(module.gate_proj(x), module.up_proj(x), name))  # pyright: ignore[reportCallIssue]
         if _same(ours, theirs):
             return MLPOverlay, MLPConfig(name)
-    return "its outputs are those of no gated MLP that hasten has"
+    return "its outputs match no gated MLP that hasten has"
 
 
 def _prove_head(model: Any, max_seq_length: int | None) -> tuple[type[Overlay], Any] | str:
     if not hasattr(model, "lm_head") or not hasattr(model, "model"):
         return "not a backbone called `model` with a head called `lm_head`"
-    ids = torch.arange(ROWS, device=model.lm_head.weight.device)[None] % model.lm_head.weight.shape[0]
+    ids = torch.arange(TOKENS, device=model.lm_head.weight.device)[None] % model.lm_head.weight.shape[0]
     was_training = model.training
     model.eval()
     try:
@@ -112,4 +115,4 @@ def _prove_head(model: Any, max_seq_length: int | None) -> tuple[type[Overlay], 
         model.train(was_training)
     if _same(model.lm_head(hidden), theirs):
         return HeadOverlay, HeadConfig(1.0, None, max_seq_length)
-    return "its logits are more than the head's product with the last hidden state"
+    return "its logits are not just lm_head(last hidden state)"

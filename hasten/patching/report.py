@@ -1,4 +1,4 @@
-"""What runs in each module of a model, and why: the answer to "is it patched, and with what?"."""
+"""Reports what runs in each module of a model, and why: which overlay, which attention, which fused op, or stock."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from hasten.weights import label_of, lie_apart, plain_linear, read_linear, read_
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the report: `count` modules of one kind in which the same thing runs for the same reason."""
+    """One line of the report: `count` modules of one class in which the same thing runs for the same reason."""
 
     module: str
     count: int
@@ -25,7 +25,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """rows: what runs where. notes: overlay_config about the whole model. `str(report)` is a table of plain text."""
+    """rows: what runs where. notes: lines about the whole model. `str(report)` is a plain-text table."""
 
     title: str
     rows: tuple[Row, ...]
@@ -42,9 +42,9 @@ class Report:
 
 
 def report(model: nn.Module) -> Report:
-    """Reads the model as it stands now (adapters added or overlays taken off since loading show).
+    """Describes the model in its present state: adapters added and overlays taken off since loading are seen.
 
-    Notes that loading and `get_peft_model` recorded in the model's state are listed under the table.
+    The notes of loading and `get_peft_model` (in the model's state) follow the table.
     """
     base = causal_lm_of(model)
     counted: Counter[tuple[str, str, str]] = Counter()
@@ -52,12 +52,12 @@ def report(model: nn.Module) -> Report:
     planned = state.plan
     why = {a.name: a.why for a in planned.actions} if planned else {}
     skipped = {s.name: s.reason for s in planned.skips} if planned else {}
-    shared = _shared_products(base)
+    fused = _fused_projections(base)
     wrapped: set[str] = set()
     for name, module in base.named_modules():
         if any(name.startswith(f"{outer}.") for outer in wrapped):
             continue
-        row = shared.get(name) or _describe(name, module, base, why, skipped)
+        row = fused.get(name) or _describe(name, module, base, why, skipped)
         if row is not None:
             counted[row] += 1
             if not isinstance(module, Overlay) and name not in skipped:
@@ -74,35 +74,37 @@ def report(model: nn.Module) -> Report:
 
 
 def _attention(base: Any) -> tuple[str, str]:
-    """(backends that serve the scores, why these): hasten's choice, or transformers' interface by the config's name."""
+    """(attention backend, why): hasten's own attention, or transformers' attention interface by the config's name."""
     name = getattr(base.config, "_attn_implementation", None)
     backbone = getattr(base, "model", None)
     if not isinstance(backbone, BackboneOverlay):
-        return str(name), "no overlay chooses"
-    if not backbone.chooses(base.get_output_embeddings().weight, {}):
-        reason = backbone.overlay_config.reason or "hasten chooses for whole rows on a GPU, without attention dropout"
+        return str(name), "the backbone has no overlay"
+    if not backbone.uses_own_attention(base.get_output_embeddings().weight, {}):
+        reason = (
+            backbone.overlay_config.reason or "hasten's own attention runs only on a GPU, without attention dropout"
+        )
         return str(name), f"through transformers: {reason}"
     layers = [m.overlay_config for m in base.modules() if isinstance(m, AttentionOverlay)]
-    capped = [overlay_config for overlay_config in layers if overlay_config.softcap is not None]
-    windows = [overlay_config for overlay_config in layers if overlay_config.window is not None]
-    needs = ["packed and padded rows, other lengths"]
+    capped = [layer for layer in layers if layer.softcap is not None]
+    windows = [layer for layer in layers if layer.window is not None]
+    needs = ["packed and padded sequences, other lengths"]
     if windows:
         needs.insert(0, f"windows of {windows[0].window} in {len(windows)} of {len(layers)} layers")
     if len(capped) == len(layers):
         return "Triton", "softcap on scores, which torch's sdpa drops"
-    why = f"sdpa for plain causal rows of a multiple of {CUDNN_LENGTH_MULTIPLE} tokens, Triton for {', '.join(needs)}; no dense mask"
-    return "torch sdpa and Triton", why
+    plain = f"sdpa for plain causal sequences of a multiple of {CUDNN_LENGTH_MULTIPLE} tokens"
+    return "torch sdpa and Triton", f"{plain}, Triton for {', '.join(needs)}; no dense mask"
 
 
 GROUPS = {
     AttentionOverlay: (("q_proj", "k_proj", "v_proj"), ("o_proj",)),
     MLPOverlay: (("gate_proj", "up_proj", "down_proj"),),
 }
-"""Projections that one op serves on a GPU, or none of them (see `overlays.fused_linears`)."""
+"""Projections that one fused op computes together on a GPU (see `overlays.fused_linears`)."""
 
 
-def _shared_products(base: nn.Module) -> dict[str, tuple[str, str, str]]:
-    """Rows of the projections that the fused ops serve, and of those kept from it only by a neighbour."""
+def _fused_projections(base: nn.Module) -> dict[str, tuple[str, str, str]]:
+    """Path -> line of each projection that a fused op computes, or that only a sibling keeps from it."""
     rows: dict[str, tuple[str, str, str]] = {}
     if backend_for(base.get_output_embeddings().weight) != "triton":  # pyright: ignore[reportCallIssue]
         return rows
@@ -120,10 +122,10 @@ def _shared_products(base: nn.Module) -> dict[str, tuple[str, str, str]]:
                     pair, _ = read_lora(member, training=True)
                     why = "plain LoRA" if pair else "no adapter"
                     if name in apart:
-                        why += "; weights lie apart and are copied for each product (patch the model where it will run)"
+                        why += "; weights are not packed, so copied for each matmul (patch on the final device)"
                     rows[f"{path}.{name}"] = (label, "fused LoRA op", why)
                 elif reasons[name] is None:
-                    rows[f"{path}.{name}"] = (label, "its own module", f"{blocked[0]} beside it: {blocked[1]}")
+                    rows[f"{path}.{name}"] = (label, "its own module", f"its sibling {blocked[0]}: {blocked[1]}")
     return rows
 
 
@@ -133,13 +135,13 @@ def _describe(
     kind = type(module).__name__
     if isinstance(module, HeadOverlay):
         _, pair, reason = read_linear(base.lm_head, training=True)  # pyright: ignore[reportArgumentType]
-        runs = "fused chunked loss" if reason is None else "chunked loss through the head's module"
+        runs = "fused chunked loss" if reason is None else "chunked loss through the head's own forward"
         return kind, runs, reason or (why.get(name, "") + (", LoRA on the head fused" if pair else ""))
     if isinstance(module, BackboneOverlay):
         attention, reason = _attention(base)
         return kind, f"attention by {attention}", reason
     if isinstance(module, Overlay):
-        return kind, f"{type(module).runs} overlay", why.get(name, "copied from a patched module")
+        return kind, f"{type(module).runs} overlay", why.get(name, "a copy of a patched module")
     if name in skipped:
         return kind, "stock", skipped[name]
     is_linear = hasattr(module, "base_layer") or hasattr(module, "original_module") or isinstance(module, nn.Linear)

@@ -1,4 +1,5 @@
-"""How results are compared: relative error in the Frobenius norm, against a limit, with everything that failed named."""
+"""Compares tensors by relative error in the Frobenius norm, against a limit; the error names every failed
+comparison."""
 
 from dataclasses import dataclass, field
 

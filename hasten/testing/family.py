@@ -1,7 +1,7 @@
-"""check_family: does a family's data file describe the installed transformers classes, to the last digit?
+"""check_family: compares a family's overlays with the installed transformers classes, numerically.
 
-Everything is compared on one amplified tiny model and its patched copy: logits, loss, every gradient, LoRA gradients,
-prefill and decode, left-padded rows against single rows, and in bf16 each module whose casts a fact describes.
+On one amplified tiny model and its patched copy: logits, loss, every gradient, LoRA gradients, prefill and decode,
+left-padded batches against single sequences, and in bf16 the norms and attentions, whose casts the data file records.
 """
 
 import copy
@@ -46,7 +46,7 @@ def check_family(family: Family, model: Any = None, quantized: bool = False) -> 
 
 
 def compare_quantized(family: Family, stock: Any, seen: Comparison) -> None:
-    """Gradients of a LoRA over the same NF4 weights, with and without overlays."""
+    """Compares the gradients of a LoRA over the same NF4 weights, with and without overlays."""
     from hasten.testing.quantize import quantize_linears
 
     plain = quantize_linears(copy.deepcopy(stock))
@@ -55,8 +55,8 @@ def compare_quantized(family: Family, stock: Any, seen: Comparison) -> None:
     _compare_training("QLoRA ", _with_lora(patched), _with_lora(plain), seen)
 
 
-def _ids(rows: int = 2, tokens: int = TOKENS) -> torch.Tensor:
-    return torch.randint(6, VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(1))
+def _ids(batch: int = 2, tokens: int = TOKENS) -> torch.Tensor:
+    return torch.randint(6, VOCABULARY, (batch, tokens), generator=torch.Generator().manual_seed(1))
 
 
 def _compare_forward(ours: Any, stock: Any, seen: Comparison) -> None:
@@ -65,7 +65,7 @@ def _compare_forward(ours: Any, stock: Any, seen: Comparison) -> None:
 
 
 def _compare_decoding(ours: Any, stock: Any, seen: Comparison) -> None:
-    """A prefill of all but five tokens, then one token a time, against the full forward."""
+    """A prefill of all but five tokens, then one token at a time, against the full forward."""
     ids = _ids()
     full = stock(ids).logits
     past, steps = None, []
@@ -77,10 +77,10 @@ def _compare_decoding(ours: Any, stock: Any, seen: Comparison) -> None:
 
 
 def _compare_padding(ours: Any, stock: Any, seen: Comparison) -> None:
-    """Rows of three lengths, left-padded into one batch, against each row alone.
+    """Sequences of three lengths, left-padded into one batch, against each sequence alone.
 
-    RoPE types that look at the longest row of a batch make rows depend on each other in transformers itself; there the
-    reference is the same batch.
+    RoPE types that depend on the longest sequence of a batch make sequences depend on each other in transformers too;
+    there the reference is the same batch.
     """
     ids, lengths = _ids(3), (TOKENS, 23, 5)
     mask = torch.stack([(torch.arange(TOKENS) >= TOKENS - length).long() for length in lengths])
@@ -88,14 +88,14 @@ def _compare_padding(ours: Any, stock: Any, seen: Comparison) -> None:
     batched = ours(**batch).logits
     rope = getattr(stock.config, "rope_parameters", None) or {}
     together = stock(**batch).logits if rope.get("rope_type") in LENGTH_DEPENDENT else None
-    for row, length in enumerate(lengths):
+    for index, length in enumerate(lengths):
         start = TOKENS - length
-        reference = stock(ids[row : row + 1, start:]).logits[0] if together is None else together[row, start:]
-        seen.add(f"left-padded row of {length}", batched[row, start:], reference, LOGITS)
+        reference = stock(ids[index : index + 1, start:]).logits[0] if together is None else together[index, start:]
+        seen.add(f"left-padded sequence of {length}", batched[index, start:], reference, LOGITS)
 
 
 def _compare_casts(ours: Any, stock: Any, family: Family, seen: Comparison) -> None:
-    """Norms and attentions one by one in bf16, where the order of casts shows; on the CPU they agree bit for bit."""
+    """Norms and attentions one by one in bf16, which shows the order of casts; on the CPU they are bit-exact."""
     ours, stock = copy.deepcopy(ours).bfloat16(), copy.deepcopy(stock).bfloat16()
     generator = torch.Generator().manual_seed(2)
     width = stock.config.hidden_size
@@ -119,7 +119,7 @@ def _causal(tokens: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _with_lora(model: Any) -> Any:
-    """A PEFT LoRA on every linear, B away from zero so that A gets a gradient; the same one at every call."""
+    """A PEFT LoRA on every Linear, the same at every call; B is not zero, so that A gets a gradient."""
     from peft import LoraConfig, get_peft_model
 
     state = torch.random.get_rng_state()
@@ -133,7 +133,7 @@ def _with_lora(model: Any) -> Any:
 
 
 def _compare_training(prefix: str, ours: Any, stock: Any, seen: Comparison) -> None:
-    """Loss (half of the labels masked) and the gradient of every weight that trains."""
+    """Compares the loss (half of the labels masked) and the gradient of every trained weight."""
     ids = _ids()
     labels = ids.clone()
     labels[:, : TOKENS // 2] = -100

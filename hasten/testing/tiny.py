@@ -1,7 +1,7 @@
-"""Tiny models of every family, amplified so that a wrong factor or cast shows, and a byte tokenizer to go with them.
+"""Tiny models of every family, amplified so that a wrong factor or cast shows, and a byte tokenizer for them.
 
-On a plain tiny random model a forgotten factor can shift logits by as little as 1e-7. So matrices are multiplied and
-vectors get noise until every fact has a visible share in the output.
+On a plain tiny random model a missing factor can shift logits by as little as 1e-7. So matrices are scaled up and
+vectors get noise, until every field of the data file changes the output measurably.
 """
 
 from pathlib import Path
@@ -71,14 +71,15 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(model_type: str, **changes: Any) -> Any:
-    """A config of a few thousand parameters: 4 layers of width 64, every fact of the family away from its neutral value."""
+    """A config of 4 layers with hidden size 64, and every field of the family at a value that changes the output."""
     return AutoConfig.for_model(model_type, **{**COMMON, **FAMILY_CONFIGS.get(model_type, {}), **changes})
 
 
 def tiny_model(
     model_type: str, seed: int = 0, amplify: float = 8.0, dtype: torch.dtype = torch.float32, **changes: Any
 ) -> PreTrainedModel:
-    """A stock transformers model from `tiny_config`, weights drawn from `seed`, matrices times `amplify`, in eval mode."""
+    """A stock transformers model from `tiny_config`, weights drawn from `seed`, matrices times `amplify`, in eval
+    mode."""
     generator_state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     config = tiny_config(model_type, **changes)
@@ -101,7 +102,8 @@ def _exact_attention(config: Any, changes: dict[str, Any]) -> dict[str, str]:
 
 
 def tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer without merges: one id per byte after the special tokens; a BOS is added by post-processing."""
+    """A byte-level tokenizer without merges: one id per byte after the special tokens; a BOS is added by
+    post-processing."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *letters])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

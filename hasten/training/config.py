@@ -10,10 +10,11 @@ import torch
 import yaml
 
 from hasten.errors import MissingExtraError, OptionError
+from hasten.export import exporters
 from hasten.options import HUB_ARGUMENTS, MODEL_ARGUMENTS, AdapterOptions, DataOptions, LoadOptions, SaveOptions
-from hasten.options.data import TooLong, save_methods
-from hasten.options.weights import load_arguments
+from hasten.options.data import TooLong
 from hasten.suggest import did_you_mean
+from hasten.weights.formats import load_arguments
 
 INSTEAD = {
     "max_length": "use model.max_seq_length",
@@ -131,9 +132,9 @@ def _values(parts: Mapping[str, dict[str, Any]]) -> list[str]:
     if model.get("full_finetuning") and "adapter" in parts:
         problems.append("model.full_finetuning trains all weights, and there is an adapter section; remove one of them")
     method = parts.get("save", {}).get("method")
-    if method is not None and method not in (known := save_methods()):
-        choices = ", ".join(known)
-        problems.append(f"save.method={method!r}: must be one of {choices}{did_you_mean(method, known)}")
+    if method is not None and method not in exporters.names():
+        choices = ", ".join(exporters.names())
+        problems.append(f"save.method={method!r}: must be one of {choices}{did_you_mean(method, exporters.names())}")
     if method == "lora" and model.get("full_finetuning"):
         problems.append("save.method='lora' saves an adapter, and full fine-tuning has none; use merged_16bit")
     return problems

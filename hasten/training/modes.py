@@ -1,4 +1,4 @@
-"""Training mode, the counterpart of `hasten.inference.for_inference`."""
+"""`for_training`, the counterpart of `hasten.inference.for_inference`."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ from hasten.training import checkpointing
 
 
 def for_training(model: Any) -> Any:
-    """Puts a causal LM, or the PeftModel around it, into the state that training needs, and returns it.
+    """Prepares a causal LM, or the PeftModel around it, for training, and returns it.
 
-    Training mode; no key-value cache (a layer that is recomputed would write to it twice, and nothing reads it);
-    checkpointing as it was asked for when the model was loaded or got its adapter. Which weights train is unchanged.
+    Sets training mode, switches the KV cache off (a recomputed layer would write to it twice, and nothing reads it), and sets
+    activation checkpointing as asked for when the model was loaded or got its adapter. Which weights train is unchanged.
     """
     model.train()
     causal_lm_of(model).config.use_cache = False

@@ -1,6 +1,6 @@
-"""AdamW for full fine-tuning in bf16, whose small updates are not lost: six bytes a weight instead of fp32's twelve.
+"""AdamW for full fine-tuning in bf16 that loses no small updates: six bytes per weight, moments included, where fp32 takes twelve.
 
-transformers' own names for others (`optim="paged_adamw_8bit"`, ...) need nothing of this file.
+transformers' own optimizer names (`optim="paged_adamw_8bit"`, ...) work without this file.
 """
 
 import importlib.util
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STOCHASTIC = "adamw_bf16_stochastic"
-"""What a job file's `train.optim` says for `stochastic_adamw`."""
-NEEDS = {
+"""The value of a job file's `train.optim` that selects `stochastic_adamw`."""
+REQUIRED_PACKAGES = {
     "adamw_8bit": "bitsandbytes",
     "adamw_bnb_8bit": "bitsandbytes",
     "paged_adamw_32bit": "bitsandbytes",
@@ -26,18 +26,18 @@ NEEDS = {
     "adamw_torch_4bit": "torchao",
     "adamw_torch_8bit": "torchao",
 }
-"""The package behind transformers' names, which transformers itself would ask for when training starts."""
+"""transformers' optimizer name -> the package it needs, which transformers itself only looks for when training starts."""
 
 
 def optimizer_problems(name: Any) -> list[str]:
-    """What is wrong with an `optim` that SFTConfig is to get."""
+    """Returns the problems of an `optim` for SFTConfig: a name that only job files know, or a package that is not installed."""
     name = getattr(name, "value", name)
     if name == STOCHASTIC:
         return [
-            f"optim={STOCHASTIC!r} is for job files; a trainer takes it as "
+            f"optim={STOCHASTIC!r} is only for job files; pass it to a trainer as "
             "SFTTrainer(..., args=args, optimizer_cls_and_kwargs=hasten.stochastic_adamw(args))"
         ]
-    package = NEEDS.get(name)
+    package = REQUIRED_PACKAGES.get(name)
     if package is None or importlib.util.find_spec(package) is not None:
         return []
     extra = "hasten[train]" if package == "bitsandbytes" else package
@@ -45,13 +45,16 @@ def optimizer_problems(name: Any) -> list[str]:
 
 
 class StochasticAdamW(torch.optim.Optimizer):
-    """torch.optim.AdamW, computed in fp32, whose bf16 weights are rounded stochastically (`ops.adamw`).
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) computed in fp32, with stochastic rounding of bf16 weights (`ops.adamw`).
 
-    params: fp32 or bf16, contiguous; an fp32 one is stepped as by AdamW. lr, betas, eps, weight_decay: as AdamW's.
-    moments: the dtype that both moments are kept in: bf16, rounded stochastically too, or fp32.
-    seed: of the roundings; None draws one from torch's generator. The random bits depend on seed, step and place alone, so
-    a run that is taken up again, and every rank of a data-parallel run, rounds as the others do. Raises ValueError for
-    parameters or moments of another dtype.
+    An update smaller than half a bf16 step would be rounded away; stochastic rounding applies it in expectation.
+
+    params: fp32 or bf16 tensors, contiguous; fp32 ones are updated as by torch.optim.AdamW. lr, betas, eps, weight_decay: as
+    AdamW's. moments: dtype of both Adam moments, torch.bfloat16 (rounded stochastically too) or torch.float32.
+    seed: of the random bits; None draws one from torch's generator. The bits depend only on the seed, the step and the position of
+    a weight, so a resumed run, and every rank of a data-parallel run, rounds alike.
+
+    Raises ValueError for parameters or moments of another dtype, and for negative or out-of-range hyperparameters.
     """
 
     def __init__(
@@ -65,10 +68,10 @@ class StochasticAdamW(torch.optim.Optimizer):
         seed: int | None = None,
     ) -> None:
         if moments not in (torch.bfloat16, torch.float32):
-            raise ValueError(f"moments are kept in torch.bfloat16 or torch.float32; got {moments}")
+            raise ValueError(f"moments must be torch.bfloat16 or torch.float32; got {moments}")
         if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(
-                f"lr, eps and weight_decay must not be negative and betas lie in [0, 1); got lr={lr}, eps={eps}, "
+                f"lr, eps and weight_decay must not be negative and betas must be in [0, 1); got lr={lr}, eps={eps}, "
                 f"weight_decay={weight_decay}, betas={betas}"
             )
         seed = int(torch.randint(2**31, ())) if seed is None else seed
@@ -77,12 +80,12 @@ class StochasticAdamW(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's. Raises ValueError for parameters that are neither fp32 nor bf16."""
+        """As torch.optim.Optimizer.add_param_group. Raises ValueError for parameters that are neither fp32 nor bf16."""
         super().add_param_group(param_group)
         other = {p.dtype for p in self.param_groups[-1]["params"]} - {torch.bfloat16, torch.float32}
         if other:
             self.param_groups.pop()
-            raise ValueError(f"StochasticAdamW steps bf16 and fp32 weights; found {sorted(map(str, other))}")
+            raise ValueError(f"StochasticAdamW trains bf16 and fp32 weights; found {sorted(map(str, other))}")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -91,6 +94,7 @@ class StochasticAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Updates every parameter that has a gradient. closure: recomputes the loss; its value is returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -104,7 +108,7 @@ class StochasticAdamW(torch.optim.Optimizer):
         return loss
 
     def _step(self, parameter: torch.Tensor, grad: torch.Tensor, group: dict[str, Any], number: int) -> None:
-        """number: the parameter's, over all groups."""
+        """number: the index of the parameter over all groups, which selects its random bits."""
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
@@ -113,12 +117,13 @@ class StochasticAdamW(torch.optim.Optimizer):
         state["step"] += 1
         step = int(state["step"])
         beta1, beta2 = group["betas"]
-        rule = AdamWConfig(float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], step)
+        config = AdamWConfig(float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], step)
         key = key_of(group["seed"], step, number)
-        adamw_(parameter, grad, (state["exp_avg"], state["exp_avg_sq"]), rule, key)
+        adamw_(parameter, grad, (state["exp_avg"], state["exp_avg_sq"]), config, key)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, which casts what it loads to the weights' dtype; moments keep theirs here. Takes AdamW's, too."""
+        """Loads a state of StochasticAdamW or torch.optim.AdamW. torch casts it to the weights' dtype; here moments are restored in
+        `self.moments`."""
         super().load_state_dict(state_dict)
         parameters: Iterable[torch.Tensor] = itertools.chain(*(group["params"] for group in self.param_groups))
         numbers = itertools.chain(*(group["params"] for group in state_dict["param_groups"]))
@@ -131,9 +136,10 @@ class StochasticAdamW(torch.optim.Optimizer):
 def stochastic_adamw(
     args: "TrainingArguments", moments: torch.dtype = torch.bfloat16
 ) -> tuple[type[StochasticAdamW], dict[str, Any]]:
-    """What a trainer takes as `optimizer_cls_and_kwargs`: StochasticAdamW with `args`' learning rate, betas, epsilon and seed.
+    """Returns a trainer's `optimizer_cls_and_kwargs`: StochasticAdamW with the learning rate, betas, epsilon and seed of `args`.
 
-    args: the trainer's own (`weight_decay` reaches it through the trainer's parameter groups). moments: see StochasticAdamW.
+    args: the trainer's arguments (their `weight_decay` applies through the trainer's parameter groups). moments: dtype of both
+    moments, see StochasticAdamW.
     """
     return StochasticAdamW, {
         "lr": args.learning_rate,

@@ -1,4 +1,4 @@
-"""A worker that speaks train_step's protocol without a model, and results as a machine would have written them."""
+"""A worker that speaks the protocol of harness/steps.py without a model, and results as a machine would write them."""
 
 import json
 import sys
@@ -45,7 +45,7 @@ def example_result() -> dict[str, Any]:
         "low": [3.0, 2.5], "high": [3.5, 3.0], "mean": [3.25, 2.75], "inside": 1.0, "final_stock": 2.7512,
         "final_hasten": 2.7534, "sigmas": 0.25, "paired": 0.0123,
     }  # fmt: skip
-    kinds = {"products": {"ms": 300.5, "calls": 450}, "_norm_fwd": {"ms": 5.25, "calls": 64}}
+    kinds = {"matmuls": {"ms": 300.5, "calls": 450}, "_norm_fwd": {"ms": 5.25, "calls": 64}}
     return {
         "date": "2026-01-02",
         "versions": {"gpu": "NVIDIA H900", "torch": "9.8.7", "unsloth": "2026.1.1", "trl": "not installed"},

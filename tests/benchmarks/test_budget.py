@@ -7,28 +7,30 @@ from typing import Any
 import pytest
 from benchmark_kit import budget_row
 
-from benchmarks import budget, memory_tables, plots, results
-from benchmarks.jobs import GIB
+from benchmarks import budget, gpu, memory_tables, plots
+from benchmarks.harness import results
+from benchmarks.harness.jobs import GIB, JOBS
+from benchmarks.harness.steps import load
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the whole sweep says of a tiny model on a CPU."""
     folder = tmp_path_factory.mktemp("budget")
-    code = budget.main(["--out", str(folder / "out"), "--checkpoints", str(folder / "points"), "--job", "tiny-lora"])
-    assert code == 0
-    return json.loads((folder / "out/budget.json").read_text())
+    more = ["--checkpoints", str(folder / "points"), "--only", "budget", "--jobs", "tiny-lora"]
+    assert gpu.main(["--out", str(folder / "out"), *more]) == 0
+    return json.loads((folder / "out/results.json").read_text())
 
 
 def test_the_whole_sweep_on_a_cpu(written: dict[str, Any]) -> None:
     least, *planned = written["budget"]
-    assert least["mode"] == "offload" and "host memory" in least["plan"]
+    assert least["mode"] == "offload" and "CPU memory" in least["plan"]
     assert [row["times"] for row in planned] == [*budget.TIMES, None]
     for row in planned[:-1]:
         assert row["budget_gib"] == pytest.approx(row["times"] * least["predicted_gib"])
     for row in written["budget"]:
         assert row["ok"] and row["ms"] > 0 and row["predicted_gib"] > 0 and len(row["losses"]) == 4
-    assert planned[-1]["plan"] == "2 of 2 layers keep what is dear to make again"
+    assert planned[-1]["plan"] == "2 of 2 layers save all activations"
     assert len({row["losses"][0] for row in written["budget"]}) > 1, "every row takes new steps"
 
 
@@ -41,9 +43,7 @@ def test_rows_of_a_later_sweep_replace_those_of_an_earlier_one(written: dict[str
 def test_a_row_beyond_its_budget_or_without_a_loss_is_not_ok(
     written: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from benchmarks.train_step import load
-
-    _, steps = load("hasten", "tiny-lora", "offload", tmp_path)
+    _, steps = load("hasten", JOBS["tiny-lora"], "offload", tmp_path)
     monkeypatch.setattr(budget, "peaks", lambda: {"peak_gib": 3.0, "reserved_gib": 4.0})
     assert budget.one_row(steps, budget.Asked("auto", 1.0, 3 * GIB))["ok"]
     beyond = budget.one_row(steps, budget.Asked("auto", 1.0, 3 * GIB - 1))

@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import curves
-from benchmarks.text import comments, docstrings, train_tokenizer
+from benchmarks.curves import comments, docstrings, train_tokenizer
 
 STOCK = [[4.0 - 0.1 * step + 0.2 * seed for step in range(10)] for seed in range(3)]
 

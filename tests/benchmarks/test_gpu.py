@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 from benchmark_kit import fake_command
 
-from benchmarks import gpu
-from benchmarks.workers import Worker
+from benchmarks import gpu, train
+from benchmarks.harness.workers import Worker
 
 TRAIN = ["--only", "train", "--jobs", "8b-lora", "--modes", "keep", "--no-costs", "--room", "140", "--minutes", "1"]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, out: Path, told: dict[str, dict[str, Any]], *more: str) -> tuple[int, Any]:
-    monkeypatch.setattr(gpu.Training, "_write_checkpoint", lambda self, job: None)
-    monkeypatch.setattr(gpu.Training, "_start", lambda self, job, mode, v: Worker(v, fake_command(name=v, **told[v])))
+    monkeypatch.setattr(train.Training, "_write_checkpoint", lambda self, job: None)
+    monkeypatch.setattr(train.Training, "_start", lambda self, job, mode, v: Worker(v, fake_command(name=v, **told[v])))
     code = gpu.main(["--out", str(out), *TRAIN, "--variants", ",".join(told), *more])
     return code, json.loads((out / "results.json").read_text())
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from benchmark_kit import longest_row
 
-from benchmarks import longest, results
-from benchmarks.capped import Card
-from benchmarks.shapes import checkpoint, with_positions
-from benchmarks.train_step import Steps
+from benchmarks import longest
+from benchmarks.harness import results
+from benchmarks.harness.card import Card
+from benchmarks.harness.checkpoints import checkpoint, with_positions
+from benchmarks.harness.steps import Steps
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def test_points_and_a_series_on_a_cpu(tmp_path: Path, points: Path) -> None:
     told = [(row["cap_gib"], row["length"]) for row in rows]
     assert told == [(1.0, 64), (2.0, 4096), (None, 64), (None, 128), (None, 256)]
     assert all(row["ok"] and row["seconds"] > 0 and 5 < row["loss"] < 8 for row in rows)
-    assert all("host memory" in row["plan"] for row in rows[2:]) and "host memory" not in rows[0]["plan"]
+    assert all("CPU memory" in row["plan"] for row in rows[2:]) and "CPU memory" not in rows[0]["plan"]
     assert rows[1]["predicted_gib"] > rows[0]["predicted_gib"] > 0
     assert written["linearity"]["rows"] == 3
     later = written | {"longest": [row | {"loss": 1.0} for row in rows[:2]]}

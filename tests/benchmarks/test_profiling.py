@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.profiling import as_text, busy_us, kind_of, summarise
+from benchmarks.step_costs import as_text, busy_us, kind_of, summarise
 
 OURS = {"_norm_fwd", "_flash_fwd"}
 
@@ -10,8 +10,8 @@ OURS = {"_norm_fwd", "_flash_fwd"}
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("nvjet_hsh_256x128_64x4_1x2_h_bz_coopA_NNT", "products"),
-        ("void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16>", "products"),
+        ("nvjet_hsh_256x128_64x4_1x2_h_bz_coopA_NNT", "matmuls"),
+        ("void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16>", "matmuls"),
         ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<Flash_bwd>", "attention"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16", "attention"),
         ("Memcpy DtoD (Device -> Device)", "memory copies"),
@@ -36,7 +36,7 @@ def test_overlapping_work_is_busy_once_and_the_rest_of_the_step_is_idle() -> Non
     summary = summarise(spans, 0.005, OURS)
     assert summary["busy_ms"] == 2.5 and summary["idle_ms"] == pytest.approx(2.5)
     assert summary["kinds"] == {
-        "products": {"ms": 2.0, "calls": 2},
+        "matmuls": {"ms": 2.0, "calls": 2},
         "_norm_fwd": {"ms": pytest.approx(1.1), "calls": 2},
     }
     assert "idle 2.5" in as_text(summary)

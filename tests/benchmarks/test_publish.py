@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from benchmark_kit import example_result, train_row
 
-from benchmarks import publish, results
+from benchmarks import publish
+from benchmarks.harness import results
 
 ROW = "| Llama-3.1-8B shape, LoRA r=16, 4 x 2048 tokens, nothing recomputed | stale | stale | stale |"
 

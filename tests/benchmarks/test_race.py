@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from benchmark_kit import fake_command, train_row
 
-from benchmarks import gpu, jobs, race
-from benchmarks.workers import Worker, WorkerFailed
+from benchmarks.harness import jobs, race
+from benchmarks.harness.workers import Worker, WorkerFailed
 
 PLAN = race.Plan(warm=3, rounds=2, steps=3, untimed=1, load_limit=20, turn_limit=20)
 
@@ -90,7 +90,7 @@ def test_parity_is_asked_at_every_step() -> None:
     assert not set(race.FIGURES) & set(checked["hasten"]) and len(checked["hasten"]["losses"]) == 11
     assert checked["liger"]["parity"]["ok"] and "ms" in checked["liger"]
     assert "ms" in checked["transformers"] and "parity" not in checked["transformers"]
-    line = gpu.line_of({"job": "8b-lora", "mode": "keep", **checked["hasten"]})
+    line = race.line_of({"job": "8b-lora", "mode": "keep", **checked["hasten"]})
     assert "PARITY FAILED" in line and "3.00e-03" in line and " ms" not in line
 
 
@@ -130,7 +130,7 @@ def test_memory_guesses_are_above_what_was_measured() -> None:
 
 def test_a_real_worker_steps_and_says_what_it_was_asked(tmp_path: Path) -> None:
     """hasten and transformers, a tiny model on the CPU, through the processes that a GPU run uses."""
-    command = [sys.executable, "-m", "benchmarks.shapes", "tiny", str(tmp_path)]
+    command = [sys.executable, "-m", "benchmarks.harness.checkpoints", "tiny", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True)
     costs: dict[str, Any] = {}
 
@@ -149,4 +149,4 @@ def test_a_real_worker_steps_and_says_what_it_was_asked(tmp_path: Path) -> None:
     assert mine["ms"] > 0 and len(set(mine["losses"])) == 4
     assert costs["host_waits"]["count"] == 0 and [row["length"] for row in costs["lengths"]] == [64, 33]
     assert "Self CPU" in costs["text"]
-    assert mine["predicted_gib"] > 0 and "keep what is dear" in mine["plan"] and "plan" not in stock
+    assert mine["predicted_gib"] > 0 and "save all activations" in mine["plan"] and "plan" not in stock

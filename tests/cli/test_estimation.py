@@ -12,7 +12,7 @@ from hasten.errors import CheckpointError, OptionError
 from hasten.estimation import Estimate, estimate
 from hasten.testing.tiny import save_tiny, tiny_config, tiny_model
 from hasten.training.memory.actions import ActivationAction
-from hasten.training.memory.advice import Settings, advice, savings
+from hasten.training.memory.advice import StepConfig, advice, savings
 from hasten.training.memory.costs import ModelShape, peak, with_tile
 from hasten.units import format_bytes, parse_bytes
 
@@ -62,7 +62,7 @@ def test_each_part_answers_to_its_argument() -> None:
     assert offload.total < base.total < kept.total
     assert offload.peak.host == 8 * 512 * 512 * 2 and not base.peak.host
     tiled = estimate(config, seq_len=8192, checkpointing=False, tiled_mlp=256)
-    assert tiled.total < estimate(config, seq_len=8192, checkpointing=False).total and "256 rows" in tiled.plan
+    assert tiled.total < estimate(config, seq_len=8192, checkpointing=False).total and "256 tokens" in tiled.plan
     four, eight, dense = (estimate(config, quantization=q).peak.weights for q in ("4bit", "8bit", None))
     assert four < eight < dense
     untied = estimate(config).peak.weights - estimate(config, offload_embedding=True).peak.weights
@@ -73,7 +73,7 @@ def test_the_parts_are_the_total_and_the_text_has_them_and_the_plan() -> None:
     found: Estimate = estimate(tiny_config("llama"), checkpointing="unsloth", memory_budget="1GiB")
     assert found.total == sum(found.parts().values()) and found.fits
     assert all(f"{label}: {format_bytes(size)}" in str(found) for label, size in found.parts().items())
-    assert "4 of 4 layers keep what is dear" in found.plan and found.plan in str(found)
+    assert "4 of 4 layers save all activations" in found.plan and found.plan in str(found)
 
 
 def test_auto_spends_the_budget_and_no_more() -> None:
@@ -130,7 +130,7 @@ def shape_of(**changes: Any) -> ModelShape:
 
 
 def test_every_lever_gives_what_the_changed_run_takes_less() -> None:
-    now = Settings(8, 2048, (ActivationAction.SAVE_ALL,) * 8)
+    now = StepConfig(8, 2048, (ActivationAction.SAVE_ALL,) * 8)
     total = now.peak(shape_of())
     found = savings(shape_of(), now)
     gains = {one.text.split("=")[0]: one.gain for one in found if "True" not in one.text.split("=")[1]}
@@ -154,11 +154,11 @@ def test_every_lever_gives_what_the_changed_run_takes_less() -> None:
 
 
 def test_levers_that_are_pulled_or_cannot_be_are_not_offered() -> None:
-    lean = Settings(1, 256, (ActivationAction.OFFLOAD,) * 8, 1024, "paged")
+    lean = StepConfig(1, 256, (ActivationAction.OFFLOAD,) * 8, 1024, "paged")
     offered = " ".join(one.text for one in savings(shape_of(quantization="4bit", offload_embedding=True), lean))
     for pulled in ("4bit", "offload", "tiled", "optim", "batch"):
         assert pulled not in offered
-    full = savings(shape_of(full_finetuning=True), Settings(8, 2048, (ActivationAction.SAVE_ALL,) * 8))
+    full = savings(shape_of(full_finetuning=True), StepConfig(8, 2048, (ActivationAction.SAVE_ALL,) * 8))
     assert not any("4bit" in one.text or one.text.startswith("r=") for one in full)
     assert "smaller model" in advice([])
 
@@ -166,5 +166,5 @@ def test_levers_that_are_pulled_or_cannot_be_are_not_offered() -> None:
 def test_tiles_that_a_plan_may_choose_force_nothing() -> None:
     settings: Any = {"seq_len": 8192, "checkpointing": "auto", "memory_budget": "60GiB"}
     free, chosen, forced = (estimate(tiny_config("llama"), **settings, tiled_mlp=t) for t in (False, "auto", True))
-    assert chosen.plan == free.plan and "keep what is dear" in free.plan
-    assert "keep what is dear" not in forced.plan and "4096 rows" in forced.plan
+    assert chosen.plan == free.plan and "save all activations" in free.plan
+    assert "save all activations" not in forced.plan and "4096 tokens" in forced.plan

@@ -1,4 +1,4 @@
-"""hasten's own choice of attention in whole models: packed and padded rows, windows, caches, and what leaves it alone.
+"""hasten's own attention in whole models: packed and padded sequences, windows, caches, and what leaves it alone.
 
 On the CPU the choice is forced and its kernels run in Triton's interpreter, in tiles so small that every row has several;
 everything else of the models runs as ever there. On a GPU nothing is forced.
@@ -15,9 +15,9 @@ from transformers import StaticCache
 from hasten.errors import InputError
 from hasten.ops.attention.kernels import forward as kernel
 from hasten.ops.attention.kernels.tiles import Tile, Tiles
-from hasten.overlays import AttentionOverlay, BackboneOverlay
+from hasten.overlays import AttentionOverlay, BackboneOverlay, SpanAttention
 from hasten.patching import apply, plan, report, restore
-from hasten.patching.apply import overlay_class
+from hasten.patching.apply import put_overlay
 from hasten.testing import relative_error, tiny_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,12 +53,14 @@ def twins(name: str, **changes: Any) -> tuple[Any, Any]:
     return ours, stock
 
 
-def masks_seen(model: Any) -> list[Any]:
-    """What each attention gets as its mask, filled in as the model runs."""
+def contexts_seen(model: Any) -> list[Any]:
+    """The attention context that each attention gets (None = transformers' interface), filled in as the model runs."""
     seen: list[Any] = []
     for module in model.modules():
         if isinstance(module, AttentionOverlay):
-            module.register_forward_pre_hook(lambda m, a, kw: seen.append(kw["attention_mask"]), with_kwargs=True)
+            module.register_forward_pre_hook(
+                lambda m, a, kw: seen.append(kw.get("attention_context")), with_kwargs=True
+            )
     return seen
 
 
@@ -76,11 +78,10 @@ def alone(stock: Any) -> torch.Tensor:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_packed_documents_are_what_they_are_alone(name: str, chosen: None) -> None:
     ours, stock = twins(name)
-    seen = masks_seen(ours)
+    seen = contexts_seen(ours)
     logits = ours(IDS, position_ids=RESTARTS).logits
-    assert len(seen) == 2 and all(
-        m is seen[0] and m.dtype == torch.int32 and m.shape == (1, 1, TOKENS, 3) for m in seen
-    )
+    assert len(seen) == 2 and isinstance(seen[0], SpanAttention) and seen[1] is seen[0]
+    assert seen[0].spans_BT3.dtype == torch.int32 and seen[0].spans_BT3.shape == (1, TOKENS, 3)
     expected = alone(stock)
     assert relative_error(logits, expected) < 2e-5
     upstream = torch.randn(logits.shape, device=DEVICE)
@@ -120,7 +121,7 @@ def test_windows_agree_with_eager_to_the_token(name: str, chosen: None) -> None:
             for module in ours.modules():
                 if isinstance(module, AttentionOverlay) and module.overlay_config.window is not None:
                     overlay_config = replace(module.overlay_config, window=wrong)
-                    module.__class__ = overlay_class(module.stock_class, AttentionOverlay, overlay_config)
+                    put_overlay(module, AttentionOverlay, overlay_config)
             assert relative_error(ours(IDS).logits, expected) > 1e-3
 
 
@@ -145,7 +146,7 @@ def test_padded_batches_are_what_their_rows_are_alone(name: str, chosen: None) -
 @pytest.mark.parametrize("name", FAMILIES)
 def test_decoding_over_a_cache_is_the_full_forward(name: str, chosen: None) -> None:
     ours, stock = twins(name)
-    seen = masks_seen(ours)
+    seen = contexts_seen(ours)
     past, steps = None, []
     with torch.no_grad():
         for part in (IDS[:, :20], *IDS[:, 20:].split(1, dim=1)):
@@ -153,8 +154,8 @@ def test_decoding_over_a_cache_is_the_full_forward(name: str, chosen: None) -> N
             past = outputs.past_key_values
             steps.append(outputs.logits)
         assert relative_error(torch.cat(steps, dim=1), stock(IDS).logits) < 2e-5
-    assert all(m.dtype == torch.int32 for m in seen[:2])  # the prefill is by hasten's choice
-    assert all(m is None or m.dtype != torch.int32 for m in seen[2:])
+    assert all(isinstance(context, SpanAttention) for context in seen[:2])  # the prefill
+    assert len(seen) > 2 and all(context is None for context in seen[2:])
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -170,7 +171,7 @@ def test_generation_from_left_padded_prompts(cache: str, chosen: None) -> None:
 
 def test_a_static_cache_and_a_mask_of_the_callers_own_go_transformers_way(chosen: None) -> None:
     ours, stock = twins("llama")
-    seen = masks_seen(ours)
+    seen = contexts_seen(ours)
     own = torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool, device=DEVICE).tril().triu(-3)
     with torch.no_grad():
         cache = StaticCache(ours.config, max_cache_len=40)
@@ -178,7 +179,7 @@ def test_a_static_cache_and_a_mask_of_the_callers_own_go_transformers_way(chosen
         assert relative_error(logits, stock(IDS).logits) < 2e-5
         additive = torch.zeros(own.shape, device=DEVICE).masked_fill(~own, torch.finfo(torch.float32).min)
         assert relative_error(ours(IDS, attention_mask=own).logits, stock(IDS, attention_mask=additive).logits) < 2e-5
-    assert all(m is None or m.dtype != torch.int32 for m in seen)
+    assert seen and all(context is None for context in seen)
 
 
 def test_training_with_recompute_and_labels(chosen: None) -> None:
@@ -207,10 +208,10 @@ def test_a_backend_that_the_user_named_runs(name: str, chosen: None) -> None:
     ours = tiny_model("llama", num_hidden_layers=2, attn_implementation=name).to(DEVICE)
     stock = copy.deepcopy(ours)
     apply(ours, plan(ours, attn_implementation=name))
-    seen = masks_seen(ours)
+    seen = contexts_seen(ours)
     with torch.no_grad():
         assert relative_error(ours(IDS).logits, stock(IDS).logits) < 2e-5
-    assert all(m is None or m.dtype != torch.int32 for m in seen)
+    assert seen and all(context is None for context in seen)
     assert f"{name} attention" in report(ours).title
     assert any(row.why.endswith(f"attn_implementation={name!r} was asked for") for row in report(ours).rows)
 
@@ -242,13 +243,13 @@ def test_transformers_backends_isolate_documents_or_raise(name: str) -> None:
 
 def test_dropout_and_weights_that_are_asked_for_go_transformers_way(chosen: None) -> None:
     ours, _ = twins("gemma2", attention_dropout=0.5)
-    seen = masks_seen(ours)
+    seen = contexts_seen(ours)
     ours.train()(IDS)
-    assert all(m.dtype != torch.int32 for m in seen)
+    assert seen and all(context is None for context in seen)
     weights = ours.eval()(IDS, output_attentions=True).attentions
     assert len(weights) == 2 and weights[0].shape == (1, 4, TOKENS, TOKENS)
     ours(IDS)
-    assert seen[-1].dtype == torch.int32
+    assert isinstance(seen[-1], SpanAttention)
 
 
 def test_nothing_is_left_behind(chosen: None, tmp_path: Any) -> None:
@@ -266,7 +267,7 @@ def test_the_report_names_the_choice(chosen: None) -> None:
         (
             "llama",
             "torch sdpa and Triton attention",
-            "sdpa for plain causal rows of a multiple of 64 tokens, Triton for packed and padded rows, other lengths",
+            "sdpa for plain causal sequences of a multiple of 64 tokens, Triton for packed and padded sequences, other lengths",
         ),
         ("cohere2", "torch sdpa and Triton attention", "Triton for windows of 8 in 1 of 2 layers, packed"),
         ("gemma2", "Triton attention", "softcap on scores"),
@@ -280,9 +281,9 @@ def test_the_report_names_the_choice(chosen: None) -> None:
 @pytest.mark.skipif(DEVICE == "cuda", reason="what runs without a GPU")
 def test_without_a_gpu_nothing_changes() -> None:
     ours, _ = twins("llama")
-    seen = masks_seen(ours)
+    seen = contexts_seen(ours)
     ours(IDS)
-    assert all(m is None or m.dtype != torch.int32 for m in seen)
+    assert seen and all(context is None for context in seen)
     rows = [row for row in report(ours).rows if row.runs == "attention by sdpa"]
     assert len(rows) == 1 and "on a GPU" in rows[0].why
 

@@ -116,16 +116,16 @@ def test_the_report_names_what_the_kernels_serve_and_what_not(kernels: None) -> 
     assert rows["k_proj"].runs == "fused LoRA op" and rows["k_proj"].why == "no adapter"
     fused.base_model.model.model.layers[0].self_attn.v_proj.lora_dropout["default"] = torch.nn.Dropout(0.1)
     said = {(row.module.split()[0], row.why) for row in report(fused).rows}
-    assert ("v_proj", "lora_dropout > 0") in said and ("q_proj", "v_proj beside it: lora_dropout > 0") in said
+    assert ("v_proj", "lora_dropout > 0") in said and ("q_proj", "its sibling v_proj: lora_dropout > 0") in said
 
 
 def test_the_report_names_weights_that_each_product_must_copy(kernels: None) -> None:
     model = tiny_model("llama", num_hidden_layers=2).to(DEVICE)
     apply(model)
-    assert not any("lie apart" in row.why for row in report(model).rows)
+    assert not any("not packed" in row.why for row in report(model).rows)
     for layer in model.model.layers:
         layer.self_attn.k_proj.weight.data = layer.self_attn.k_proj.weight.data.clone()
-    apart = {row.module.split()[0] for row in report(model).rows if "lie apart" in row.why}
+    apart = {row.module.split()[0] for row in report(model).rows if "not packed" in row.why}
     assert apart == {"q_proj", "k_proj", "v_proj"}
 
 

@@ -110,11 +110,11 @@ def test_rows_of_padding_only_are_refused() -> None:
     ours, _ = twins("llama")
     ids, mask = padded(prompts(4), "right")
     mask[2] = 0
-    with pytest.raises(InputError, match=r"rows \[2\]"):
+    with pytest.raises(InputError, match=r"sequences \[2\]"):
         ours.generate(ids, attention_mask=mask, max_new_tokens=2)
-    with pytest.raises(InputError, match=r"rows \[0\]"):
+    with pytest.raises(InputError, match=r"sequences \[0\]"):
         ours.generate(torch.full((1, 3), PAD), max_new_tokens=2)
-    with pytest.raises(InputError, match=r"rows \[0, 1\]"):
+    with pytest.raises(InputError, match=r"sequences \[0, 1\]"):
         ours.generate(torch.empty(2, 0, dtype=torch.long), max_new_tokens=2)
 
 

@@ -1,9 +1,7 @@
-"""Compiles kernels for a GPU that is not there: `python compile_kernels.py CAPABILITY [all]`. Nothing is launched.
+"""Cross-compiles kernels for a GPU that this machine lacks: `python compile_kernels.py CAPABILITY [all]`. Nothing is launched.
 
-Without "all", those that take the most shared memory.
-
-Each launch becomes a warm-up of Triton's own, down to machine code (ptxas comes with Triton) for the arguments at hand. Prints a line
-for each variant: the kernel's name, and the bytes of shared memory that a block of threads takes.
+Without "all", only those that take the most shared memory. Each launch becomes a warm-up compilation for its arguments, down to
+machine code (ptxas comes with Triton). Prints a line per variant: the kernel's name and its bytes of shared memory per block.
 """
 
 import sys
@@ -21,12 +19,12 @@ from hasten.ops.lora import lora_linears
 from hasten.ops.lora.kernels import lora_delta as delta_kernel
 
 ROOM = {75: 64, 80: 163, 89: 99, 90: 227, 120: 99}
-"""Compute capability -> KiB of shared memory that a block of threads may take (CUDA's programming guide)."""
+"""Compute capability -> KiB of shared memory per thread block (CUDA programming guide)."""
 CHANNELS = (64, 128, 256)
 
 
 class AbsentGPU:
-    """What Triton asks of a driver before it launches."""
+    """The part of Triton's driver interface that a compilation calls."""
 
     def __init__(self, capability: int) -> None:
         self.target = GPUTarget("cuda", capability, 32)
@@ -51,7 +49,7 @@ def compile_only(kernel: Any, grid: Any) -> Any:
 
 
 def large() -> None:
-    """HeadsConfig and ranks of real models: what takes the most shared memory."""
+    """Launches with the head sizes and ranks of real models, which take the most shared memory."""
     draw, adapted = kernel_calls._draw, kernel_calls._adapted
     for channels in CHANNELS:
         q, k, v = draw(1, 64, 4, channels), draw(1, 64, 2, channels), draw(1, 64, 2, channels)

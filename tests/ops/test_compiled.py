@@ -1,7 +1,7 @@
 """Kernels compile for GPUs and fit into their shared memory; no GPU is needed for that.
 
-Triton's interpreter, in which the other tests run on a CPU, takes kernels that the compiler refuses. Every kernel is compiled for
-Hopper; for GeForce cards those that take the most shared memory. Others (T4, A100, Blackwell) take minutes: compile_kernels.py by hand.
+Triton's interpreter, in which the other tests run on a CPU, accepts kernels that the compiler rejects. Every kernel is compiled
+for Hopper, the largest also for GeForce. Others (T4, A100, Blackwell) take minutes: run compile_kernels.py by hand.
 """
 
 import os

@@ -1,5 +1,5 @@
-"""What ops meet at the edges: no rows at all, gradients that autograd lays out its own way, a second device, and tensors of
-more than 2^31 elements, of which the beginning, the middle and the end are looked at."""
+"""Edge cases of every op: no tokens, upstream gradients of any layout, a second device, and tensors of more than 2^31 elements,
+checked at their beginning, middle and end."""
 
 from collections.abc import Callable
 from typing import Any
@@ -97,7 +97,7 @@ OPS = list(calls(1, "cpu", "reference"))
 
 @both
 @pytest.mark.parametrize("op", OPS)
-def test_no_rows(op: str, backend: Any) -> None:
+def test_no_tokens(op: str, backend: Any) -> None:
     found = results(*calls(0, DEVICE, backend)[op], layout=lambda g: g)
     expected = results(*calls(0, DEVICE, "reference")[op], layout=lambda g: g)
     for mine, theirs in zip(found, expected, strict=True):
@@ -108,7 +108,7 @@ def test_no_rows(op: str, backend: Any) -> None:
 @both
 @pytest.mark.parametrize("op", OPS)
 def test_gradients_may_come_in_any_layout(op: str, backend: Any) -> None:
-    """Transposed in memory, and expanded from one number, as `sum` hands them down."""
+    """Transposed in memory, and expanded from one number, as the backward of `sum` gives them."""
     function, values = calls(6, DEVICE, backend)[op]
     plain = results(function, values, lambda g: g)
     for mine, expected in zip(
@@ -124,7 +124,7 @@ def test_gradients_may_come_in_any_layout(op: str, backend: Any) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("op", [*OPS, "nf4"])
 def test_the_device_of_the_tensors_is_used(op: str) -> None:
-    """Everything lies on the second GPU while the first is the current one."""
+    """All tensors are on the second GPU while the first one is current."""
     torch.cuda.set_device(0)
     if op == "nf4":
         weight = nf4_weight((6, 64), "cuda:1")
@@ -159,7 +159,7 @@ def near(ours: torch.Tensor, reference: torch.Tensor) -> None:
 def assert_slices_are_right(
     triton: Callable[..., torch.Tensor], reference: Callable[..., torch.Tensor], inputs: list[torch.Tensor]
 ) -> None:
-    """Output and gradients of an op whose rows do not see each other."""
+    """Output and gradients of a row-wise op."""
     leaves = [x.requires_grad_() for x in inputs]
     out = triton(*leaves)
     assert out.numel() > LIMIT
@@ -182,7 +182,7 @@ def test_huge_norm(room: None) -> None:
 
 @pytest.mark.gpu
 def test_huge_norm_weight_gradient(room: None) -> None:
-    """A gradient that every row has a share in: rows beyond 2^31 elements hold the only nonzero upstream gradients."""
+    """A gradient summed over all rows: only rows beyond 2^31 elements have a nonzero upstream gradient."""
     x, weight = draw(530_000, 4096, dtype=torch.bfloat16), draw(4096).requires_grad_()
     upstream = torch.zeros_like(x)
     upstream[-3:] = 1.0
@@ -201,7 +201,7 @@ def test_huge_glu(room: None) -> None:
 
 @pytest.mark.gpu
 def test_huge_qk_rope(room: None) -> None:
-    """The tables are an input of their own here, so that they are cut with the tokens; they get no gradient."""
+    """cos and sin are inputs here, so that they are sliced with the tokens; they get no gradient."""
     tokens = 530_000
     q, table = draw(1, tokens, 32, 128, dtype=torch.bfloat16), draw(1, tokens, 64, dtype=torch.bfloat16).repeat(1, 1, 2)
 
@@ -222,7 +222,7 @@ def test_huge_qk_rope(room: None) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("apart", [0, 64])
 def test_huge_nf4(room: None, apart: int) -> None:
-    """Rows of 16384 begin with a new scale of scales, so that rows can be taken out."""
+    """Rows of 16384 begin with a new scale of scales, so single rows can be sliced out."""
     rows, width = 131_080, 16384
     assert rows * width > LIMIT
     weight = nf4_weight((rows, width))
@@ -252,8 +252,8 @@ def test_huge_chunk_of_logits(room: None) -> None:
 
 
 @pytest.mark.gpu
-def test_huge_share_of_lora(room: None) -> None:
-    """More rows than a second axis of programs could have blocks for, and more than 2^31 elements."""
+def test_huge_lora_delta(room: None) -> None:
+    """More rows than a second grid axis could have programs for, and more than 2^31 elements."""
     rows, width, rank = 1_100_000, 2048, 16
     assert rows * width > LIMIT and rows / 16 > 65_535
     base, xa, b = (draw(*shape, dtype=torch.bfloat16) for shape in ((rows, width), (rows, rank), (rank, width)))

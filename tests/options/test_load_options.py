@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from hasten.errors import OptionError
-from hasten.options import EngineOptions, LoadOptions, bad_values, weights
+from hasten.options import EngineOptions, LoadOptions, bad_values
 from hasten.options.fields import LoadFields
 from hasten.options.load import LOAD_RULES
-from hasten.options.weights import load_arguments
+from hasten.weights import formats
+from hasten.weights.formats import load_arguments
+from hasten.weights.formats.dense import Dense
 
 SEED_ORDER = [
     "model_name",
@@ -66,19 +68,21 @@ def test_positional_arguments_land_where_the_seeds_have_them() -> None:
     [
         ({}, "nf4"),
         ({"load_in_4bit": True}, "nf4"),
-        ({"load_in_4bit": False}, "none"),
+        ({"load_in_4bit": False}, None),
         ({"load_in_8bit": True}, "int8"),
         ({"load_in_4bit": False, "load_in_8bit": True}, "int8"),
-        ({"load_in_16bit": True}, "none"),
-        ({"full_finetuning": True}, "none"),
-        ({"full_finetuning": True, "load_in_16bit": True, "load_in_4bit": False}, "none"),
-        ({"quantization_config": {"load_in_4bit": True}}, "own"),
+        ({"load_in_16bit": True}, "dense"),
+        ({"full_finetuning": True}, None),
+        ({"full_finetuning": True, "load_in_16bit": True, "load_in_4bit": False}, "dense"),
+        ({"quantization_config": {"load_in_4bit": True}}, None),
     ],
 )
 def test_the_way_of_holding_weights(given: dict, expected: str) -> None:
     options = LoadOptions.from_call(**given)
     options.validate()
-    assert options.quantization == expected
+    assert (None if options.own_quantization else options.weight_format) == expected and options.own_quantization == (
+        "quantization_config" in given
+    )
 
 
 @pytest.mark.parametrize(
@@ -159,9 +163,9 @@ def test_all_problems_of_a_call_are_listed_once() -> None:
 
 
 def test_a_format_is_named_by_the_argument_that_asks_for_it() -> None:
-    formats = load_arguments()
-    assert LoadOptions().weight_format == formats["load_in_4bit"]
-    for argument, name in formats.items():
+    names = load_arguments()
+    assert LoadOptions().weight_format == names["load_in_4bit"]
+    for argument, name in names.items():
         assert LoadOptions.from_call(**{argument: True}).weight_format == name
     assert LoadOptions(full_finetuning=True).weight_format is None
     assert LoadOptions(load_in_4bit=False).weight_format is None
@@ -170,9 +174,10 @@ def test_a_format_is_named_by_the_argument_that_asks_for_it() -> None:
 
 
 def test_a_format_may_bring_an_argument_that_is_no_field(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        weights, "load_arguments", lambda quantized=False: {"load_in_4bit": "nf4", "load_in_toy": "toy"}
-    )
+    class Toy(Dense):
+        name, load_argument, exact, trainable = "toy", "load_in_toy", False, False
+
+    monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, Toy()))
     assert LoadOptions.from_call(load_in_toy=True).weight_format == "toy"
     assert LoadOptions.from_call(load_in_toy=True, full_finetuning=True).problems()
 

@@ -6,7 +6,7 @@ from hasten.training.memory import offload
 
 
 @pytest.fixture
-def everything_travels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors of any size wait in host memory, in chunks that tiny models fill."""
-    monkeypatch.setattr(offload, "SMALLEST", 1)
+def offload_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of any size are offloaded, in chunks that tiny models fill."""
+    monkeypatch.setattr(offload, "MIN_BYTES", 1)
     monkeypatch.setattr(offload, "CHUNK", 4096)

@@ -24,9 +24,9 @@ MICROBATCHES = 2
 """Gradients meet in the last one alone; both have another length on each rank."""
 
 
-def let_everything_travel() -> None:
+def offload_everything() -> None:
     """Tiny tensors too."""
-    offload.SMALLEST, offload.CHUNK = 1, 4096
+    offload.MIN_BYTES, offload.CHUNK = 1, 4096
 
 
 def rows_of(rank: int, micro: int) -> torch.Tensor:
@@ -63,7 +63,7 @@ def accumulated(mode: str, rank: int, device: torch.device) -> dict[str, torch.T
 
 def main(rank: int, folder: Path, kind: str = "cpu") -> None:
     torch.set_num_threads(1)
-    let_everything_travel()
+    offload_everything()
     meeting = f"file://{folder}/meeting"
     device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":

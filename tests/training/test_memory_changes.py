@@ -12,14 +12,14 @@ from training_kit import gradients_apart, gradients_of, lora
 
 from hasten.state import causal_lm_of
 from hasten.training import checkpointing
-from hasten.training.memory import offload, policy
+from hasten.training.memory import offload, planner
 from hasten.training.memory.actions import ActivationAction
 from hasten.training.memory.costs import ModelShape, peak
 from hasten.training.memory.offload import HostMemory, OffloadedLayer
-from hasten.training.memory.plan_key import coarse, processes_here
+from hasten.training.memory.plan_key import local_processes, round_up_length
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.usefixtures("everything_travels")
+pytestmark = pytest.mark.usefixtures("offload_everything")
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="a CPU has no streams")
 
 
@@ -29,56 +29,60 @@ def planned(**changes: Any) -> Any:
     return model
 
 
-def test_coarse_lengths_are_few_and_near() -> None:
+def test_rounded_lengths_are_few_and_near() -> None:
     for length in range(1, 20_000):
-        assert length <= coarse(length) <= length * (1 + 1 / 16)
-        assert length <= 1024 or coarse(length) % 64 == 0
-    assert len({coarse(length) for length in range(2049, 4097)}) == 16
-    assert coarse(4096) == 4096 and coarse(160_000) == 163_840
+        assert length <= round_up_length(length) <= length * (1 + 1 / 16)
+        assert length <= 1024 or round_up_length(length) % 64 == 0
+    assert len({round_up_length(length) for length in range(2049, 4097)}) == 16
+    assert round_up_length(4096) == 4096 and round_up_length(160_000) == 163_840
 
 
 def test_many_shapes_need_few_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     model = planned()
     made: list[tuple[int, int]] = []
     plan = policy_of(model).plan(1, 8)
-    object.__setattr__(policy_of(model), "_new_plan", lambda rows, length: made.append((rows, length)) or plan)
+    object.__setattr__(
+        policy_of(model).planner, "_new_plan", lambda rows, length, pinned: made.append((rows, length)) or plan
+    )
     for length in range(4097, 8193):
         assert policy_of(model).plan(2, length) is plan
-    assert made[: policy.MAX_EXACT_PLANS - 1] == [(2, length) for length in range(4097, 4096 + policy.MAX_EXACT_PLANS)]
-    assert len(made) <= policy.MAX_EXACT_PLANS + 16
-    monkeypatch.setattr(policy, "PLAN_CACHE_SIZE", 40)
+    assert made[: planner.MAX_EXACT_PLANS - 1] == [
+        (2, length) for length in range(4097, 4096 + planner.MAX_EXACT_PLANS)
+    ]
+    assert len(made) <= planner.MAX_EXACT_PLANS + 16
+    monkeypatch.setattr(planner, "PLAN_CACHE_SIZE", 40)
     for rows in range(3, 100):
         policy_of(model).plan(rows, 64)
-    assert len(policy_of(model).plans) == 40
+    assert len(policy_of(model).planner.plans) == 40
 
 
 def test_a_plan_is_made_anew_for_another_adapter_or_dtype() -> None:
     model = planned()
     step(model, batch())
     model.zero_grad()
-    known = len(policy_of(model).plans)
+    known = len(policy_of(model).planner.plans)
     step(model, batch())
     model.zero_grad()
-    assert len(policy_of(model).plans) == known
+    assert len(policy_of(model).planner.plans) == known
     model.add_adapter("wider", lora(r=16))
     model.set_adapter("wider")
     model.to(DEVICE)
     step(model, batch())
     model.zero_grad()
-    assert len(policy_of(model).plans) == known + 1
+    assert len(policy_of(model).planner.plans) == known + 1
     with torch.autocast(DEVICE, torch.bfloat16):
         model(input_ids=batch(), labels=batch())
-    assert len(policy_of(model).plans) == known + 2
+    assert len(policy_of(model).planner.plans) == known + 2
 
 
 def test_gradients_of_a_step_before_take_part_in_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All weights train; the budget is enough for a first batch that keeps everything and not for a second one."""
+    """All weights train; the budget is enough for a first batch that saves all activations and not for a second one."""
     model = prepared("llama", None, num_hidden_layers=4, vocab_size=2000).requires_grad_(True)
     shape = ModelShape.of_model(model)
     first, second = (peak(shape, 1, 128, ActivationAction.SAVE_ALL, accumulates=there).total for there in (False, True))
     checkpointing.enable(model, "auto", (first + second) // 2)
-    monkeypatch.setattr(policy, "MARGIN", 0)
-    policy_of(model).others = 0
+    monkeypatch.setattr(planner, "MARGIN", 0)
+    policy_of(model).planner.other_bytes = 0
     assert set(policy_of(model).plan(1, 128).actions) == {ActivationAction.SAVE_ALL}
     step(model, batch())
     accumulating = policy_of(model).plan(1, 128)
@@ -87,11 +91,11 @@ def test_gradients_of_a_step_before_take_part_in_the_plan(monkeypatch: pytest.Mo
     assert set(policy_of(model).plan(1, 128).actions) == {ActivationAction.SAVE_ALL}
 
 
-def test_layers_on_several_devices_are_treated_as_leanly_as_can_be() -> None:
+def test_layers_on_several_devices_are_recomputed_and_offloaded() -> None:
     model = prepared("llama", lora())
     causal_lm_of(model).model.layers[1].to("meta")
     (note,) = checkpointing.enable(model, "auto")
-    assert "layers lie on 2" in note
+    assert "layers are on 2" in note
     assert set(policy_of(model).plan(2, 24).actions) == {ActivationAction.OFFLOAD}
 
 
@@ -110,7 +114,7 @@ class Other(torch.nn.Module):
     ("mode", "action"),
     [(True, ActivationAction.RECOMPUTE), ("offload", ActivationAction.OFFLOAD), ("auto", ActivationAction.OFFLOAD)],
 )
-def test_a_model_whose_memory_nobody_can_tell_trains(mode: Any, action: ActivationAction, caplog: Any) -> None:
+def test_a_model_of_unknown_shape_trains(mode: Any, action: ActivationAction, caplog: Any) -> None:
     found = []
     for asked in (False, mode):
         model = prepared("llama", None)
@@ -177,8 +181,8 @@ def _refuse(*_: Any, **__: Any) -> None:
     raise RuntimeError("refused")
 
 
-def test_weights_stay_where_they_are() -> None:
-    """Rows whose number is the model's width give a weight the look of what a layer keeps."""
+def test_weights_are_not_offloaded() -> None:
+    """With as many tokens as the model is wide, a weight has the shape of a saved activation."""
     model = planned()
     fix_plan(model, [ActivationAction.RECOMPUTE_MLP_OFFLOAD_REST])
     width = causal_lm_of(model).config.hidden_size
@@ -199,19 +203,19 @@ def test_weights_stay_where_they_are() -> None:
     assert packed and not weights & set(packed)
 
 
-def test_views_of_one_storage_travel_together_and_come_back_as_they_were() -> None:
+def test_views_of_one_storage_are_copied_once_and_come_back_as_they_were() -> None:
     """q, k and v of one product."""
     made = torch.randn(24, 80, device=DEVICE)
     views = made[:, :40], made[:, 60:], made
     by_heads = made[:, 40:60].view(24, 2, 10).transpose(0, 1)
     memory = HostMemory(made.device)
-    parcel = OffloadedLayer(memory, (24, 1), frozenset())
-    slips = [parcel._pack(view) for view in views]
-    assert parcel._pack(by_heads) is by_heads, "its first dimension is no row a token"
-    assert memory.taken - len(memory.free) * offload.CHUNK == 2 * offload.CHUNK, "7680 bytes, once"
-    parcel.release()
-    for slip, view in zip(slips, views, strict=True):
-        back = parcel._unpack(slip)
+    layer = OffloadedLayer(memory, (24, 1), frozenset())
+    handles = [layer._pack(view) for view in views]
+    assert layer._pack(by_heads) is by_heads, "its first dimension is not the tokens"
+    assert memory.allocated - len(memory.free) * offload.CHUNK == 2 * offload.CHUNK, "7680 bytes, once"
+    layer.release()
+    for handle, view in zip(handles, views, strict=True):
+        back = layer._unpack(handle)
         assert torch.equal(back, view) and back.stride() == view.stride() and back.data_ptr() != view.data_ptr()
 
 
@@ -230,23 +234,23 @@ def test_tiles_are_those_of_the_plan_whenever_a_layer_runs() -> None:
         assert seen[index] == [tile] * (2 if action in again else 1), action
 
 
-def test_host_memory_that_cannot_be_had_loses_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_allocation_of_cpu_memory_loses_no_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = HostMemory(torch.device("cpu"))
     memory.free += memory.take(2 * offload.CHUNK)
     monkeypatch.setattr(torch, "empty", _refuse)
     with pytest.raises(RuntimeError, match="refused"):
         memory.take(3 * offload.CHUNK)
-    assert len(memory.free) * offload.CHUNK == memory.taken == 2 * offload.CHUNK
+    assert len(memory.free) * offload.CHUNK == memory.allocated == 2 * offload.CHUNK
 
 
 def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert processes_here() == 1
+    assert local_processes() == 1
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 16)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert processes_here() == 16
+    assert local_processes() == 16
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert processes_here() == 8
+    assert local_processes() == 8
 
 
 # Streams
@@ -255,7 +259,7 @@ CYCLES = 200_000_000
 """Some tenth of a second."""
 
 
-def parcel_of(tensor: torch.Tensor) -> tuple[HostMemory, OffloadedLayer]:
+def offloaded(tensor: torch.Tensor) -> tuple[HostMemory, OffloadedLayer]:
     memory = HostMemory(tensor.device)
     return memory, OffloadedLayer(memory, (tensor.shape[0], 1), frozenset())
 
@@ -264,38 +268,38 @@ def parcel_of(tensor: torch.Tensor) -> tuple[HostMemory, OffloadedLayer]:
 def test_the_last_layer_s_memory_waits_for_its_copy_out() -> None:
     """Its tensors come back before they have left, are used and freed; a second backward needs what was sent."""
     tensor = torch.full((256, 64), 3.0, device=DEVICE)
-    memory, parcel = parcel_of(tensor)
-    assert memory.out is not None
-    with torch.cuda.stream(memory.out):
+    memory, layer = offloaded(tensor)
+    assert memory.to_host is not None
+    with torch.cuda.stream(memory.to_host):
         torch.cuda._sleep(CYCLES)
-    slip = parcel._pack(tensor)
+    handle = layer._pack(tensor)
     del tensor
-    parcel._unpack(slip)
+    layer._unpack(handle)
     other = torch.full((256, 64), 7.0, device=DEVICE)
     torch.cuda.synchronize()
-    assert bool((parcel._unpack(slip) == 3).all()) and bool((other == 7).all())
+    assert bool((layer._unpack(handle) == 3).all()) and bool((other == 7).all())
 
 
 @on_gpu
 @pytest.mark.parametrize("returns", [False, True])
-def test_a_parcel_that_dies_in_another_stream_does_not_free_what_a_copy_uses(returns: bool) -> None:
+def test_a_layer_that_dies_in_another_stream_does_not_free_what_a_copy_uses(returns: bool) -> None:
     tensor = torch.full((256, 64), 3.0, device=DEVICE)
-    memory, parcel = parcel_of(tensor)
-    assert memory.out is not None and memory.back is not None
-    side = memory.back if returns else memory.out
+    memory, layer = offloaded(tensor)
+    assert memory.to_host is not None and memory.to_device is not None
+    side = memory.to_device if returns else memory.to_host
     if not returns:
         with torch.cuda.stream(side):
             torch.cuda._sleep(CYCLES)
-    slip = parcel._pack(tensor)
-    chunks = next(iter(parcel.contents.values())).chunks
+    handle = layer._pack(tensor)
+    chunks = next(iter(layer.storages.values())).chunks
     del tensor
     if returns:
-        parcel.release()
+        layer.release()
         with torch.cuda.stream(side):
             torch.cuda._sleep(CYCLES)
-        parcel.fetch()
+        layer.fetch()
     with torch.cuda.stream(side):  # where a garbage collection may find itself
-        del slip, parcel
+        del handle, layer
     other = torch.full((256, 64), 7.0, device=DEVICE)
     torch.cuda.synchronize()
     assert bool((other == 7).all())

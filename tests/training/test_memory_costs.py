@@ -8,8 +8,8 @@ import torch
 from memory_kit import kept_bytes, measured_step, wide_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.harness.checkpoints import config_of
 from benchmarks.predicted import PAGE, compared, page, table
-from benchmarks.shapes import config_of
 from hasten.errors import CheckpointError
 from hasten.state import causal_lm_of
 from hasten.testing import tiny_config, tiny_model
@@ -29,7 +29,7 @@ def test_every_measured_peak_is_predicted() -> None:
 
 def test_the_page_shows_what_is_predicted_now() -> None:
     text = PAGE.read_text()
-    assert page(text) == text, "run: python -m benchmarks.predicted"
+    assert page(text) == text, "run: python -m benchmarks.publish"
 
 
 @pytest.mark.skipif(
@@ -65,7 +65,7 @@ def test_a_step_of_the_fused_path_holds_what_is_predicted(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "cohere"])
-def test_plain_torch_keeps_no_more_than_is_predicted(family: str, dtype: torch.dtype) -> None:
+def test_plain_torch_saves_no_more_than_is_predicted(family: str, dtype: torch.dtype) -> None:
     length = 96
     for rank in (4, None):
         one, three = (kept_bytes(wide_model(family, rank, dtype, num_hidden_layers=n), length) for n in (1, 3))
@@ -102,8 +102,8 @@ def test_a_config_tells_what_the_live_model_tells(quantization: Any, kernels: No
         assert ours == pytest.approx(theirs, rel=2e-3)
 
 
-def test_work_made_again_is_what_torch_counts() -> None:
-    """Of a layer all products but the last one, and attention (which torch counts whole, and we up to the diagonal)."""
+def test_recomputed_flops_are_what_torch_counts() -> None:
+    """Of a layer all matmuls but the last one, and attention (which torch counts whole, and we up to the diagonal)."""
     length = 64
     model: Any = tiny_model("llama", attn_implementation="eager", num_hidden_layers=1, num_key_value_heads=4)
     layer = model.model.layers[0]
@@ -125,7 +125,7 @@ def test_work_made_again_is_what_torch_counts() -> None:
     )
 
 
-def test_treatments_trade_device_memory_as_they_say() -> None:
+def test_actions_trade_device_memory_for_cpu_memory_and_work() -> None:
     shape = ModelShape.of_config(config_of("llama-8b"), 16, "4bit")
     layer, tokens = shape.layers[0], 8192
     sizes = {one: saved_bytes(layer, one, tokens, tokens, 2) for one in ActivationAction}
@@ -144,7 +144,7 @@ def test_treatments_trade_device_memory_as_they_say() -> None:
     assert 94208 <= sizes[ActivationAction.SAVE_ALL].device / tokens < 1.01 * 94208
 
 
-def test_with_host_and_tiles_the_peak_grows_with_the_stream_alone() -> None:
+def test_with_offloading_and_tiles_the_peak_grows_with_the_hidden_states_alone() -> None:
     shape = ModelShape.of_config(config_of("llama-8b"), 16, "4bit")
     at = [peak(shape, 1, length, ActivationAction.OFFLOAD, 1024).total for length in (65536, 131072, 196608)]
     assert abs((at[2] - at[1]) / (at[1] - at[0]) - 1) < 0.01

@@ -19,7 +19,7 @@ from hasten.training.memory.actions import ActivationAction
 from hasten.training.optimizers import StochasticAdamW
 
 HERE = Path(__file__).parent
-pytestmark = pytest.mark.usefixtures("everything_travels")
+pytestmark = pytest.mark.usefixtures("offload_everything")
 
 
 def model_with(mode: str, **adapter: Any) -> Any:
@@ -34,7 +34,7 @@ def trained(model: Any) -> dict[str, torch.Tensor]:
 
 def assert_same(found: dict[str, Any]) -> None:
     """found: of each mode (curve, weights)."""
-    losses, weights = found["saved_bytes"]
+    losses, weights = found["kept"]
     for mode, (other_losses, other_weights) in found.items():
         assert torch.equal(other_losses, losses), mode
         assert other_weights.keys() == weights.keys()
@@ -53,8 +53,8 @@ def jobs(
         assert any(not torch.equal(before[name], after) for name, after in found[mode][1].items())
         policy = policy_of(model)
         actions = set(policy.latest.actions) if policy.latest is not None else {ActivationAction.SAVE_ALL}
-        assert (actions == {ActivationAction.SAVE_ALL}) == (mode in ("saved_bytes", "planned, room")), mode
-        assert bool(policy.host) == (mode == "offloaded")
+        assert (actions == {ActivationAction.SAVE_ALL}) == (mode in ("kept", "planned, room")), mode
+        assert bool(policy.runner.host) == (mode == "offloaded")
     return found
 
 
@@ -84,11 +84,11 @@ def test_two_processes_are_one_over_the_same_rows(
     mode: str, of_two_processes: dict[str, dict[str, torch.Tensor]]
 ) -> None:
     """Each accumulates two batches, of which the first one is not synchronised."""
-    model = model_in("saved_bytes")
+    model = model_in("kept")
     for ids in all_rows():
         model(input_ids=ids, labels=ids, num_items_in_batch=labels()).loss.backward()
     assert gradients_apart(of_two_processes[mode], gradients_of(model)) < 1e-6
-    assert gradients_apart(of_two_processes[mode], of_two_processes["saved_bytes"]) == 0
+    assert gradients_apart(of_two_processes[mode], of_two_processes["kept"]) == 0
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
@@ -119,7 +119,7 @@ def test_a_run_that_is_taken_up_again(tmp_path: Path) -> None:
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     again = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert again == losses.tolist() and trainer.state.global_step == 6
-    assert_same({"saved_bytes": (losses, trained(whole)), "resumed": (losses, trained(resumed))})
+    assert_same({"kept": (losses, trained(whole)), "resumed": (losses, trained(resumed))})
 
 
 def test_evaluation_in_between_changes_nothing_and_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -131,13 +131,13 @@ def test_evaluation_in_between_changes_nothing_and_leaves_nothing_behind(tmp_pat
         trainer = sft(model, data, tmp_path, held, **settings)
         losses = curve(trainer)
         assert sum("eval_loss" in entry for entry in trainer.state.log_history) == (2 if strategy == "steps" else 0)
-        found["saved_bytes" if strategy == "no" else "evaluated"] = losses, trained(model)
+        found["kept" if strategy == "no" else "evaluated"] = losses, trained(model)
         gc.collect()
-        policy = policy_of(model)
-        policy.leaving.clear()  # the last layer's, which its successor would have taken the place of
-        (memory,) = policy.host.values()
-        assert len(memory.free) * offload.CHUNK == memory.taken
-        taken.append(memory.taken)
+        runner = policy_of(model).runner
+        runner.outgoing.clear()  # the last layer's, which its successor would have taken the place of
+        (memory,) = runner.host.values()
+        assert len(memory.free) * offload.CHUNK == memory.allocated
+        taken.append(memory.allocated)
     assert_same(found)
     assert taken[0] == taken[1]
 

@@ -10,9 +10,10 @@ from memory_kit import policy_of
 from training_kit import FAMILIES, curve, gradients_apart, gradients_of, lora, rows, sft, small
 
 from hasten.errors import OptionError
+from hasten.overlays.layer import LayerCheckpoint
 from hasten.state import causal_lm_of
 from hasten.training import checkpointing, tiling
-from hasten.training.memory import offload, oom
+from hasten.training.memory import offload
 from hasten.training.memory.actions import ActivationAction
 from hasten.training.memory.costs import Peak
 from hasten.training.memory.plan import LayerPlan
@@ -22,14 +23,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TILE = 16
 KINDS = {"LoRA": (lora(), False), "QLoRA": (lora(), True), "full": (None, False)}
 NOWHERE = Peak("never", 0, 0, 0, 0, 0)
-pytestmark = pytest.mark.usefixtures("everything_travels")
+pytestmark = pytest.mark.usefixtures("offload_everything")
 
 
 def fix_plan(model: Any, actions: list[ActivationAction], tile: int | None = None) -> None:
     """Gives the layers these actions, whatever would fit."""
-    policy = policy_of(model)
-    plan = LayerPlan(tuple(actions[i % len(actions)] for i in range(len(policy.layers))), tile, NOWHERE)
-    object.__setattr__(policy, "_new_plan", lambda batch, length: plan)
+    planner = policy_of(model).planner
+    plan = LayerPlan(tuple(actions[i % len(actions)] for i in range(len(planner.layers))), tile, NOWHERE)
+    object.__setattr__(planner, "_new_plan", lambda batch, length, pinned: plan)
 
 
 def prepared(family: str, adapter: Any, nf4: bool = False, **changes: Any) -> Any:
@@ -64,7 +65,7 @@ def test_every_mode_gives_the_same_loss_and_gradients(kind: str, family: str) ->
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_treatment_gives_the_same_too(family: str, autocast: bool) -> None:
+def test_every_action_gives_the_same_too(family: str, autocast: bool) -> None:
     reference = step(prepared(family, lora(), num_hidden_layers=4), batch(), autocast)
     for actions in [[one] for one in ActivationAction] + [
         [ActivationAction.OFFLOAD, ActivationAction.RECOMPUTE_MLP_OFFLOAD_REST],
@@ -134,17 +135,17 @@ def test_memory_goes_round_and_does_not_grow() -> None:
         model.zero_grad()
         if count % 100 == 99:
             gc.collect()
-            (memory,) = policy_of(model).host.values()
-            assert len(memory.free) * offload.CHUNK == memory.taken - held_now(policy_of(model))
-            taken.append(memory.taken)
+            (memory,) = policy_of(model).runner.host.values()
+            assert len(memory.free) * offload.CHUNK == memory.allocated - held_now(policy_of(model))
+            taken.append(memory.allocated)
             allocated.append(torch.cuda.memory_allocated() if DEVICE == "cuda" else 0)
     assert len(set(taken)) == 1 and len(set(allocated)) == 1
 
 
 def held_now(policy: MemoryPolicy) -> int:
-    """Bytes of the last parcel, which the policy itself holds until the next layer runs."""
-    contents = [content for parcel in policy.leaving.values() for content in parcel.contents.values()]
-    return sum(len(content.chunks) for content in contents) * offload.CHUNK
+    """Bytes of the last offloaded layer, which the runner holds until the next layer runs."""
+    storages = [stored for layer in policy.runner.outgoing.values() for stored in layer.storages.values()]
+    return sum(len(stored.chunks) for stored in storages) * offload.CHUNK
 
 
 def test_a_graph_that_is_thrown_away_gives_its_memory_back() -> None:
@@ -153,8 +154,8 @@ def test_a_graph_that_is_thrown_away_gives_its_memory_back() -> None:
     loss = model(input_ids=batch(), labels=batch()).loss
     del loss
     gc.collect()
-    (memory,) = policy_of(model).host.values()
-    assert len(memory.free) * offload.CHUNK == memory.taken - held_now(policy_of(model))
+    (memory,) = policy_of(model).runner.host.values()
+    assert len(memory.free) * offload.CHUNK == memory.allocated - held_now(policy_of(model))
 
 
 def test_two_models_do_not_meet() -> None:
@@ -172,8 +173,8 @@ def test_a_copy_of_a_model_has_a_policy_of_its_own() -> None:
     checkpointing.enable(model, "offload")
     loss, _ = step(model, batch())
     twin = copy.deepcopy(model)
-    assert policy_of(twin) is not policy_of(model) and policy_of(twin).model is causal_lm_of(twin)
-    assert not policy_of(twin).host and policy_of(twin).layers[0] is causal_lm_of(twin).model.layers[0]
+    assert policy_of(twin) is not policy_of(model) and policy_of(twin).planner.model is causal_lm_of(twin)
+    assert not policy_of(twin).runner.host and policy_of(twin).layers[0] is causal_lm_of(twin).model.layers[0]
     assert torch.equal(step(twin, batch())[0], loss)
 
 
@@ -200,7 +201,7 @@ def test_a_tile_that_was_asked_for_leaves_no_layer_that_keeps_all() -> None:
 def test_a_plan_is_made_anew_when_shapes_grow() -> None:
     model = prepared("llama", lora())
     checkpointing.enable(model, "auto")
-    room = policy_of(model).plan(1, 8).peak.total + (policy_of(model).others or 0)
+    room = policy_of(model).plan(1, 8).peak.total + (policy_of(model).planner.other_bytes or 0)
     checkpointing.enable(model, "auto", int(room * 1.1))
     assert set(policy_of(model).plan(1, 8).actions) == {ActivationAction.SAVE_ALL}
     assert set(policy_of(model).plan(64, 200).actions) != {ActivationAction.SAVE_ALL}
@@ -212,7 +213,7 @@ def test_evaluation_and_no_grad_run_plainly() -> None:
     with torch.no_grad():
         model(input_ids=batch())
     model.eval()(input_ids=batch())
-    assert not policy_of(model).host
+    assert not policy_of(model).runner.host
 
 
 @pytest.mark.parametrize("mode", [True, "offload", "auto"])
@@ -222,8 +223,10 @@ def test_switching_off_leaves_only_advice(mode: Any) -> None:
     checkpointing.enable(model, False)
     base = causal_lm_of(model)
     step(model, batch())
-    assert policy_of(model).latest is None and not policy_of(model).host
-    assert not any("seat" in name for module in base.modules() for name in module.__dict__)
+    assert policy_of(model).latest is None and not policy_of(model).runner.host
+    assert not any(
+        isinstance(value, LayerCheckpoint) for module in base.modules() for value in module.__dict__.values()
+    )
 
 
 def test_a_trainer_that_switches_checkpointing_on_gets_the_policy(tmp_path: Any) -> None:
@@ -233,7 +236,7 @@ def test_a_trainer_that_switches_checkpointing_on_gets_the_policy(tmp_path: Any)
         model = small("llama", True, lora())
         checkpointing.enable(model, mode)
         found[mode] = curve(sft(model, data, tmp_path, max_steps=4, gradient_checkpointing=True))
-        assert not mode or policy_of(model).host
+        assert not mode or policy_of(model).runner.host
     assert torch.equal(found[False], found["offload"])
 
 
@@ -248,78 +251,3 @@ def test_a_budget_needs_auto() -> None:
     assert not LoadOptions("x", memory_budget="8.2GiB").problems()
     with pytest.raises(OptionError, match="use_gradient_checkpointing"):
         checkpointing.enable(prepared("llama", lora()), "Offload")
-
-
-@pytest.mark.parametrize("mode", [False, True, "auto"])
-def test_out_of_memory_in_a_forward_names_the_levers(mode: Any) -> None:
-    model = prepared("llama", lora())
-    checkpointing.enable(model, mode)
-    layer = causal_lm_of(model).model.layers[1]
-    layer.self_attn.register_forward_pre_hook(short_of_memory)
-    with pytest.raises(torch.OutOfMemoryError, match="short") as raised:
-        model(input_ids=batch(4, 200), labels=batch(4, 200))
-    (note,) = raised.value.__notes__
-    assert "4 rows of 200 tokens" in note and "per_device_train_batch_size=2" in note and "MiB less" in note
-
-
-def short_of_memory(*_: Any) -> None:
-    raise torch.OutOfMemoryError("short")
-
-
-def test_out_of_memory_before_the_first_plan_asks_for_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = prepared("llama", lora())
-    checkpointing.enable(model, "auto")
-    monkeypatch.setattr(policy_of(model), "_new_plan", short_of_memory)
-    causal_lm_of(model).model.embed_tokens.register_forward_pre_hook(short_of_memory)
-    with pytest.raises(torch.OutOfMemoryError, match="short") as raised:
-        model(input_ids=batch(4, 200), labels=batch(4, 200))
-    assert raised.value.__context__ is None and "4 rows of 200 tokens" in raised.value.__notes__[0]
-
-
-def test_a_backward_that_runs_out_of_memory_tells_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    """As torch reports a failed allocation: its own observer on a GPU; elsewhere this test makes the report."""
-
-    def fail(*_: Any) -> None:
-        if DEVICE == "cuda":
-            torch.empty(2**46, dtype=torch.uint8, device=DEVICE)
-        else:
-            oom._say(0, 2**46, 0, 0)
-            short_of_memory()
-
-    model, other = prepared("llama", lora()), prepared("llama", lora())
-    for one in (other, model):
-        checkpointing.enable(one, False)
-    other(input_ids=batch(), labels=batch())
-    loss = model(input_ids=batch(4, 200), labels=batch(4, 200)).loss
-    with pytest.raises(torch.OutOfMemoryError):
-        fail()
-    assert "4 rows" not in caplog.text  # that was no backward
-    next(p for p in model.parameters() if p.requires_grad).register_hook(fail)
-    with pytest.raises(torch.OutOfMemoryError):
-        loss.backward()
-    assert caplog.text.count("4 rows of 200 tokens") == 1 and "65536.00 GiB more" in caplog.text
-    assert "per_device_train_batch_size=2" in caplog.text
-
-
-def test_an_error_that_carries_the_advice_is_not_in_the_log_too(caplog: pytest.LogCaptureFixture) -> None:
-    def fail(*_: Any) -> None:
-        oom._say(0, 2**46, 0, 0)
-        short_of_memory()
-
-    model = prepared("llama", lora())
-    checkpointing.enable(model, True)
-    loss = model(input_ids=batch(), labels=batch()).loss
-    causal_lm_of(model).model.layers[1].self_attn.register_forward_pre_hook(fail)
-    with pytest.raises(torch.OutOfMemoryError) as raised:
-        loss.backward()
-    assert raised.value.__notes__ and "rows of" not in caplog.text
-
-
-def test_and_where_a_layer_is_made_again() -> None:
-    model = prepared("llama", lora())
-    checkpointing.enable(model, True)
-    loss = model(input_ids=batch(4, 200), labels=batch(4, 200)).loss
-    causal_lm_of(model).model.layers[1].self_attn.register_forward_pre_hook(short_of_memory)
-    with pytest.raises(torch.OutOfMemoryError) as raised:
-        loss.backward()
-    assert "4 rows of 200 tokens" in raised.value.__notes__[0]

@@ -75,13 +75,13 @@ def test_notes_say_what_happens() -> None:
     model = small("llama", True)
     assert "off" in checkpointing.enable(model, False)[0]
     assert "recomputed" in checkpointing.enable(model, True)[0]
-    assert "host memory" in checkpointing.enable(model, "offload")[0]
+    assert "CPU memory" in checkpointing.enable(model, "offload")[0]
     for mode in ("unsloth", "auto"):
         assert mode in checkpointing.enable(model, mode)[0] and "free" in checkpointing.enable(model, mode)[0]
     assert "2.0 GiB" in checkpointing.enable(model, "auto", 2 * 2**30)[0]
     assert "planned at the first step" in str(hasten.report(model))
     step(model, False)
-    assert "2 of 2 layers keep what is dear" in str(hasten.report(model))
+    assert "2 of 2 layers save all activations" in str(hasten.report(model))
 
 
 @pytest.mark.parametrize("mode", ["Offload", "Unsloth", 1, None, 0])

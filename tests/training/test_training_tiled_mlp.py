@@ -118,13 +118,13 @@ def test_inference_goes_by_tiles_too_and_keeps_nothing(heights: list[int], monke
     assert decoded.shape == (1, 15)
 
 
-def test_a_hooked_projection_sees_whole_rows() -> None:
+def test_a_hooked_projection_sees_all_tokens_at_once() -> None:
     model = small("llama", True, lora())
     tiling.set_tile(model, TILE)
     seen: list[torch.Size] = []
     projection = causal_lm_of(model).model.layers[0].mlp.up_proj
     hook = projection.register_forward_hook(lambda module, args, out: seen.append(args[0].shape))
-    with pytest.warns(UserWarning, match="whole rows"):
+    with pytest.warns(UserWarning, match="all tokens at once"):
         model(input_ids=IDS)
     assert seen == [(2, 11, 64)]
     hook.remove()
@@ -144,9 +144,9 @@ def test_a_trainer_trains_the_same(tmp_path: Path) -> None:
     ("asked", "rows", "said"),
     [
         (False, None, None),
-        (True, tiling.DEFAULT_ROWS, f"{tiling.DEFAULT_ROWS} rows at a time"),
-        (16, 16, "2 MLPs run 16 rows at a time"),
-        ("auto", tiling.DEFAULT_ROWS, "where the memory policy does not choose"),
+        (True, tiling.DEFAULT_TILE, f"tiles of {tiling.DEFAULT_TILE} tokens"),
+        (16, 16, "2 MLPs run in tiles of 16 tokens"),
+        ("auto", tiling.DEFAULT_TILE, "where the memory policy does not choose"),
     ],
 )
 def test_the_argument_sets_tiles_and_the_report_says_so(tmp_path: Path, asked: Any, rows: Any, said: Any) -> None:
@@ -177,7 +177,9 @@ def test_a_value_that_means_nothing_raises_before_anything_is_read() -> None:
 
 def test_a_model_without_overlays_is_said_not_to_be_tiled() -> None:
     model = restore(small("llama", True))
-    assert tiling.enable(model, True) == ["tiled MLP: nothing is tiled, no MLP of this model runs under an overlay"]
+    assert tiling.enable(model, True) == [
+        "tiled MLP: not applied, because no MLP of this model runs as a hasten overlay"
+    ]
 
 
 def test_tiles_of_one_layer_and_off_again() -> None:

@@ -23,7 +23,7 @@ from hasten.training.memory.actions import ActivationAction
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
-    pytest.mark.usefixtures("everything_travels"),
+    pytest.mark.usefixtures("offload_everything"),
 ]
 HERE = Path(__file__).parent
 IDS = torch.randint(6, 288, (2, 40), generator=torch.Generator().manual_seed(0))

@@ -1,9 +1,12 @@
-"""One step of AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) whose 16-bit results are rounded stochastically.
+"""One step of AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with stochastic rounding to bf16.
 
-What is stored in bf16 is computed in fp32 and rounded up or down with the chances that make the stored number right on
-average (Zamirai et al. 2020, arXiv:2010.06192): a weight of 1.0 in bf16 has no neighbour nearer than 0.4%, so most updates
-of a fine-tuning are lost when they are rounded to the nearest; so is the second moment's decay of 0.1% a step.
-The random bits are a hash of a key and of an element's place, so every backend and device draws the same ones.
+m = m + (1 - beta1) * (g - m)          v = v + (1 - beta2) * (g * g - v)          in fp32
+w = (1 - lr * weight_decay) * w - lr / (1 - beta1 ** t) * m / (sqrt(v) / sqrt(1 - beta2 ** t) + eps)
+
+Tensors stored in bf16 are computed in fp32 and rounded up or down at random, so that the stored value is right on average
+(Zamirai et al. 2020, arXiv:2010.06192). The neighbours of 1.0 in bf16 are 0.4% away: round-to-nearest would lose most
+updates of a fine-tuning, and the second moment's decay of 0.1% per step. The random bits are a hash of a key and an
+element's index, so they are the same on every backend and device.
 """
 
 from dataclasses import dataclass
@@ -15,15 +18,15 @@ from hasten.ops.backend import Backend, backend_for
 
 __all__ = ["AdamWConfig", "adamw_", "key_of"]
 
-LARGEST = 2**30
-"""Elements that share one key."""
-OF_MOMENTS = 0x5BD1E995
-"""What makes the moments' key of the weight's: they are rounded independently of it."""
+MAX_ELEMENTS = 2**30
+"""Elements per key and per kernel launch, whose indices are 32-bit."""
+MOMENTS_KEY = 0x5BD1E995
+"""XORed onto the weight's key, so that the moments are rounded independently of the weight."""
 
 
 @dataclass(frozen=True)
 class AdamWConfig:
-    """Hyper-parameters as torch.optim.AdamW's, and the step that is taken, counted from 1."""
+    """Hyper-parameters, as torch.optim.AdamW's. step: the number of this step, from 1."""
 
     lr: float
     beta1: float
@@ -33,7 +36,7 @@ class AdamWConfig:
     step: int
 
     def factors(self) -> tuple[float, float, float, float, float, float]:
-        """(what decay leaves of a weight, the gradient's share in each moment, root of the second's bias correction, eps, rate)."""
+        """(1 - lr * weight_decay, 1 - beta1, 1 - beta2, sqrt(1 - beta2 ** step), eps, lr / (1 - beta1 ** step))."""
         root = (1.0 - self.beta2**self.step) ** 0.5
         rate = self.lr / (1.0 - self.beta1**self.step)
         return 1.0 - self.lr * self.weight_decay, 1.0 - self.beta1, 1.0 - self.beta2, root, self.eps, rate
@@ -47,31 +50,34 @@ def adamw_(
     key: int,
     backend: Backend | None = None,
 ) -> None:
-    """Takes the step of `config` on `weight` and its two `moments`, in place; `grad` is only read.
+    """Updates `weight` and its two Adam `moments` in place by one step; `grad` is only read.
 
-    All of one shape, contiguous but for `grad`, each bf16 (rounded stochastically) or fp32 (stored as computed).
-    key: of this step and tensor (`key_of`); the same key rounds the same way. Raises ValueError for other dtypes or shapes.
+    All of one shape, each bf16 (rounded stochastically) or fp32 (stored as computed); contiguous, except `grad`.
+    moments: exp_avg and exp_avg_sq. key: 32 bits for this step and tensor (`key_of`); equal keys round equally.
+    Raises ValueError for other dtypes, shapes or strides.
     """
     tensors = (weight, grad, *moments)
     if any(x.dtype not in (torch.bfloat16, torch.float32) or x.shape != weight.shape for x in tensors):
         found = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in tensors)
-        raise ValueError(f"weight, gradient and moments must be bf16 or fp32 and of one shape; got {found}")
+        raise ValueError(f"weight, gradient and Adam moments must be bf16 or fp32 and of one shape; got {found}")
     if not all(x.is_contiguous() for x in (weight, *moments)):
-        raise ValueError("weight and moments must be contiguous, since they are written in place")
+        raise ValueError(
+            "weight and Adam moments must be contiguous, as they are updated in place: pass x.contiguous()"
+        )
     if backend_for(weight, backend) == "triton":
         from hasten.ops.adamw import kernel
 
         step = kernel.adamw_
     else:
         step = reference.adamw_
-    parts = [x.view(-1).split(LARGEST) for x in (weight, grad.contiguous(), *moments)]
+    parts = [x.view(-1).split(MAX_ELEMENTS) for x in (weight, grad.contiguous(), *moments)]
     for number, (w, g, m, v) in enumerate(zip(*parts, strict=True)):
         own = key if number == 0 else key_of(key, number)
-        step(w, g, (m, v), config.factors(), (own, own ^ OF_MOMENTS))
+        step(w, g, (m, v), config.factors(), (own, own ^ MOMENTS_KEY))
 
 
 def key_of(*numbers: int) -> int:
-    """32 bits out of some numbers, each of which matters."""
+    """Hashes integers of any size and sign (a seed, a step, a tensor's index) to 32 bits."""
     key = 0
     for number in numbers:
         while True:
@@ -83,7 +89,7 @@ def key_of(*numbers: int) -> int:
 
 
 def _hash(x: int) -> int:
-    """Wellons' lowbias32, which `reference.random_bits` and the kernel apply to tensors."""
+    """Wellons' lowbias32; `reference.random_bits` and the kernel apply the same to tensors."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
     return x ^ (x >> 16)

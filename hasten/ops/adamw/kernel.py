@@ -1,4 +1,7 @@
-"""AdamW with stochastic rounding in one pass: each number is read once and written once. bf16 goes through as its 16 bits."""
+"""Fuses an AdamW step with stochastic rounding into one pass: every element is read once and written once.
+
+bf16 tensors are passed as int16 bit patterns, since the rounding works on bits.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,12 @@ import triton.language as tl
 from hasten.ops.backend import on_device
 
 BLOCK = 1024
+"""Elements per program."""
 
 
 @triton.jit
-def _wide(ptr, at, mask, HALF: tl.constexpr):
-    """fp32 of stored fp32, or of the bits of stored bf16."""
+def _load_fp32(ptr, at, mask, HALF: tl.constexpr):
+    """Loads fp32, or widens the bits of bf16 (HALF) to fp32."""
     x = tl.load(ptr + at, mask=mask, other=0)
     if HALF:
         x = (x.to(tl.int32) << 16).to(tl.float32, bitcast=True)
@@ -21,8 +25,8 @@ def _wide(ptr, at, mask, HALF: tl.constexpr):
 
 
 @triton.jit
-def _keep(ptr, at, mask, x, drawn, HALF: tl.constexpr):
-    """Stores fp32, or bf16 rounded by the lowest 16 bits of `drawn`; what is not a number has bits that would run over."""
+def _store(ptr, at, mask, x, drawn, HALF: tl.constexpr):
+    """Stores fp32, or bf16 (HALF) stochastically rounded by the lowest 16 bits of `drawn`. NaN is not rounded: its bits would overflow."""
     if HALF:
         bits = x.to(tl.uint32, bitcast=True)
         bits = tl.where(x == x, bits + (drawn & 0xFFFF), bits)
@@ -33,7 +37,7 @@ def _keep(ptr, at, mask, x, drawn, HALF: tl.constexpr):
 
 @triton.jit
 def _hash(x):
-    """Wellons' lowbias32 of uint32."""
+    """Wellons' lowbias32, of uint32."""
     x = (x ^ (x >> 16)) * tl.full([], 0x7FEB352D, tl.uint32)
     x = (x ^ (x >> 15)) * tl.full([], 0x846CA68B, tl.uint32)
     return x ^ (x >> 16)
@@ -62,17 +66,17 @@ def _adamw(
 ):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < N
-    g = _wide(g_ptr, at, mask, HALF_G)
-    m = _wide(m_ptr, at, mask, HALF_M)
-    v = _wide(v_ptr, at, mask, HALF_V)
+    g = _load_fp32(g_ptr, at, mask, HALF_G)
+    m = _load_fp32(m_ptr, at, mask, HALF_M)
+    v = _load_fp32(v_ptr, at, mask, HALF_V)
     m = m + first * (g - m)
     v = v + second * (g * g - v)
-    w = keep * _wide(w_ptr, at, mask, HALF_W) - rate * (m / (tl.sqrt(v) / root + eps))
+    w = keep * _load_fp32(w_ptr, at, mask, HALF_W) - rate * (m / (tl.sqrt(v) / root + eps))
     place = at.to(tl.uint32)
     more = _hash(place ^ other_key.to(tl.uint32, bitcast=True))
-    _keep(w_ptr, at, mask, w, _hash(place ^ key.to(tl.uint32, bitcast=True)), HALF_W)
-    _keep(m_ptr, at, mask, m, more, HALF_M)
-    _keep(v_ptr, at, mask, v, more >> 16, HALF_V)
+    _store(w_ptr, at, mask, w, _hash(place ^ key.to(tl.uint32, bitcast=True)), HALF_W)
+    _store(m_ptr, at, mask, m, more, HALF_M)
+    _store(v_ptr, at, mask, v, more >> 16, HALF_V)
 
 
 def adamw_(

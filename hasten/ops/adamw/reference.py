@@ -1,9 +1,9 @@
-"""AdamW with stochastic rounding in plain torch, a piece at a time, so that its fp32 working copies stay small."""
+"""AdamW with stochastic rounding in plain torch, chunk by chunk, which bounds the size of its fp32 copies."""
 
 import torch
 
-PIECE = 2**20
-"""Elements that are worked on at once."""
+CHUNK = 2**20
+"""Elements per chunk."""
 
 
 def adamw_(
@@ -15,8 +15,8 @@ def adamw_(
 ) -> None:
     """See `ops.adamw.adamw_`; all tensors are flat."""
     keep, first, second, root, eps, rate = factors
-    for start in range(0, weight_N.numel(), PIECE):
-        stored = [x[start : start + PIECE] for x in (weight_N, grad_N, *moments)]
+    for start in range(0, weight_N.numel(), CHUNK):
+        stored = [x[start : start + CHUNK] for x in (weight_N, grad_N, *moments)]
         w, g, m, v = (x.float() for x in stored)
         m = m + first * (g - m)
         v = v + second * (g * g - v)
@@ -27,7 +27,7 @@ def adamw_(
 
 
 def random_bits(start: int, count: int, key: int, device: torch.device) -> torch.Tensor:
-    """(count,) int32: hashes (Wellons' lowbias32) of the places start, start + 1, ... under `key`."""
+    """(count,) int32: hashes (Wellons' lowbias32) of the indices start, start + 1, ... under `key`."""
     x = torch.arange(start, start + count, dtype=torch.int32, device=device) ^ _signed(key)
     x = (x ^ (x >> 16 & 0xFFFF)) * 0x7FEB352D
     x = (x ^ (x >> 15 & 0x1FFFF)) * _signed(0x846CA68B)
@@ -35,9 +35,9 @@ def random_bits(start: int, count: int, key: int, device: torch.device) -> torch
 
 
 def rounded(x_N: torch.Tensor, bits_N: torch.Tensor) -> torch.Tensor:
-    """fp32 to bf16: away from zero with the chance that the 16 bits which are cut off say. bits: the lowest 16 are used.
+    """Rounds fp32 to bf16 stochastically: away from zero with probability (16 low bits) / 2**16, else towards zero.
 
-    Infinity stays, and what is not a number, whose bits would run over, is left as it is.
+    bits: random; the lowest 16 are used. Infinity and NaN stay (the bits of a NaN would overflow).
     """
     kept = x_N.view(torch.int32)
     up = kept + (bits_N & 0xFFFF)
@@ -45,5 +45,5 @@ def rounded(x_N: torch.Tensor, bits_N: torch.Tensor) -> torch.Tensor:
 
 
 def _signed(x: int) -> int:
-    """The int32 of 32 bits."""
+    """The int32 with the bits of x."""
     return x - 2**32 if x >= 2**31 else x

@@ -1,7 +1,9 @@
-"""Softmax attention with grouped queries, exact, with every fact that families add to it.
+"""Exact softmax attention with grouped queries, softcap, sliding window, packed documents and padding.
 
 attend(q, k, v, mask) == softmax(cap(q @ k.T * scale) + mask) @ v        cap(s) = softcap * tanh(s / softcap)
-attention(q, k, v)    == the same, causal, with a window and the spans of documents in place of a dense mask
+attention(q, k, v)    == the same with a causal mask, a sliding window and document spans; no dense mask is built
+
+B batch, T queries (tokens), S keys, H query heads, K key/value heads, D channels of a head; H is a multiple of K.
 """
 
 from typing import Literal
@@ -27,7 +29,7 @@ __all__ = [
 AttentionBackend = Literal["reference", "triton", "sdpa"]
 
 LARGEST_HEAD = 256
-"""Channels of a head that the Triton kernels hold in a tile."""
+"""Most channels of a head that fit into a tile of the Triton kernels."""
 
 
 def attend(
@@ -39,24 +41,28 @@ def attend(
     softcap: float | None = None,
     dropout: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention with materialised scores.
+    """Attention that materialises its scores (B, H, T, S), for callers that need the attention weights.
 
-    q: (B, H, T, D). k, v: (B, H / groups, S, D). mask: additive, broadcast to (B, H, T, S), or bool (True = visible), or
-    None = all visible. dropout: probability on the weights, 0 = none. The softmax is in fp32.
+    q: (B, H, T, D). k, v: (B, K, S, D). mask: additive, broadcast to (B, H, T, S), or bool (True = visible), or
+    None = all visible. dropout: its probability, applied to the weights. The softmax is in fp32.
     Returns (B, T, H, D) contiguous, and the weights (B, H, T, S) in q's dtype. Gradients: q, k, v.
     """
     return reference.attend(q_BHTD, k_BHTD, v_BHTD, mask, scale, softcap, dropout)
 
 
 CUDNN_LENGTH_MULTIPLE = 64
-"""torch's attention in 16 bits is cuDNN's, which spends some 60 ms on a plan for each new length: only multiples go there."""
+"""Tokens. In 16 bits torch's attention is cuDNN's, which takes about 60 ms to plan each new sequence length; so it gets only
+lengths that are a multiple of this."""
 
 
 def attention_backend(
     tokens: int, window: int | None, softcap: float | None, spans: bool, dtype: torch.dtype = torch.bfloat16
 ) -> AttentionBackend:
-    """The fastest exact backend on a GPU: torch's fused attention for plain causal rows, ours for what it cannot mask and for
-    lengths that come and go."""
+    """Selects the fastest exact backend on a GPU.
+
+    "sdpa" (torch's fused attention) for plain causal attention; "triton" for a window, softcap or spans, which sdpa takes
+    only as a dense mask, and for 16-bit lengths that cuDNN would have to plan anew (`CUDNN_LENGTH_MULTIPLE`).
+    """
     planned = dtype == torch.float32 or tokens % CUDNN_LENGTH_MULTIPLE == 0
     return "sdpa" if _is_plain(tokens, window, softcap, spans) and planned else "triton"
 
@@ -75,25 +81,26 @@ def attention(  # noqa: PLR0913
     spans_BT3: torch.Tensor | None = None,
     backend: AttentionBackend | None = None,
 ) -> torch.Tensor:
-    """Causal attention of whole rows (as many queries as keys). Nothing of size T x T is made but by the reference.
+    """Causal self-attention over whole sequences (as many queries as keys). Only the reference allocates T x T.
 
-    q: (B, T, H, D). k, v: (B, T, H / groups, D), of q's dtype, read where they lie (only their channels must be
-    contiguous, else they are copied). window: keys that a token sees, itself included; None = all. spans: int32, see `spans`;
-    made by `row_spans`. The softmax is in fp32 with scores scaled by `scale`, then softcapped. A query that sees no key
-    (padding) gets zeros. backend: None = by device and need (`attention_backend`). "sdpa" raises ValueError for what it
-    cannot do. Returns (B, T, H, D) in q's dtype. Gradients: q, k, v. Deterministic: nothing is added atomically.
+    q: (B, T, H, D). k, v: (B, T, K, D), in q's dtype. Any strides; channels that are not contiguous are copied.
+    window: number of keys that a token attends to, itself included; None = all. spans: (B, T, 3) int32 of `row_spans`, for
+    packed documents and padding; None = neither. Scores are scaled, then softcapped; the softmax is in fp32. A query without
+    a visible key (padding) gets zeros. backend: None = by device and need (`attention_backend`).
+    Returns (B, T, H, D) in q's dtype. Gradients: q, k, v; deterministic, without atomic adds.
+    Raises ValueError for shapes that do not match, a window below 1, and options that the named backend cannot compute.
     """
     tokens, heads = q_BTHD.shape[1:3]
     if k_BTKD.shape != v_BTKD.shape or k_BTKD.shape[1] != tokens or heads % k_BTKD.shape[2]:
         found = ", ".join(str(tuple(x.shape)) for x in (q_BTHD, k_BTKD, v_BTKD))
-        raise ValueError(f"attention needs q (B, T, H, D) and k, v (B, T, H / groups, D) of the same rows; got {found}")
+        raise ValueError(f"attention needs q (B, T, H, D) and k, v (B, T, K, D) with H a multiple of K; got {found}")
     if window is not None and window < 1:
-        raise ValueError(f"a window counts the token itself, so it is 1 or more; got {window}")
+        raise ValueError(f"the window must be at least 1, as it counts the token itself; got {window}")
     if backend is None and backend_for(q_BTHD) == "triton":
         backend = attention_backend(tokens, window, softcap, spans_BT3 is not None, q_BTHD.dtype)
     if backend == "sdpa":
         if not _is_plain(tokens, window, softcap, spans_BT3 is not None):
-            raise ValueError("torch's attention without a dense mask knows no window, softcap or spans; use 'triton'")
+            raise ValueError("backend 'sdpa' supports no window, softcap or spans without a dense mask; use 'triton'")
         return _sdpa(q_BTHD, k_BTKD, v_BTKD, scale)
     if backend == "triton":
         from hasten.ops.attention.kernels import forward as kernel
@@ -105,7 +112,9 @@ def attention(  # noqa: PLR0913
 def _sdpa(q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, scale: float) -> torch.Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD))
     groups = q.shape[1] // k.shape[1]
-    if q.dtype == torch.float32 and groups > 1:  # torch's only fp32 kernel without a T x T buffer knows no groups
+    if (
+        q.dtype == torch.float32 and groups > 1
+    ):  # torch's only fp32 kernel without a T x T buffer has no grouped queries
         k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
         groups = 1
     return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=groups > 1).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Attention in plain torch."""
+"""Attention in plain torch: the oracle of the kernels and the path on the CPU. Materialises the scores."""
 
 import torch
 

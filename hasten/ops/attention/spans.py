@@ -1,12 +1,12 @@
-"""Who sees whom in rows that hold several documents or padding, as three numbers a token instead of a T x T mask.
+"""Attention masks of packed documents and padding as three numbers per token, instead of a T x T mask.
 
 spans_BT3 (int32):
-    [..., 0] first   the first key that query t may see
-    [..., 1] last    the last query that may see key s, -1 where none may
-    [..., 2] clear   from this key on query t sees every one up to itself; t + 1 where it does not even see itself
-Key s is visible to query t where first[t] <= s <= t <= last[s]. Of documents `first` and `last` say the same; `last` alone
-tells of padding between tokens. `first` and `clear` never decrease along a row and only save the kernels work: blocks that
-need no visit, blocks that need no mask. Made on the device, without looking at it from the host.
+    [..., 0] first   the first key that query t attends to
+    [..., 1] last    the last query that attends to key s, -1 for padding
+    [..., 2] clear   the first key from which on query t attends to every key up to itself; t + 1 if not even to itself
+Key s is visible to query t where first[t] <= s <= t <= last[s]. For documents `first` and `last` are redundant; padding
+between tokens is in `last` only. `first` and `clear` never decrease along a sequence; the kernels use them to skip blocks
+without visible keys and to skip the mask in blocks where every key is visible. Computed on the device without a host sync.
 """
 
 import torch
@@ -18,12 +18,12 @@ def row_spans(
     position_ids_BT: torch.Tensor | None = None,
     document_starts_N: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """Spans of `rows` = (B, T, device), or None where none of the three is given: plain causal rows.
+    """Spans of a batch; None (plain causal attention) if none of the three inputs is given.
 
-    attention_mask: (B, T), zero = padding, wherever it stands. position_ids: (B or 1, T); a document starts where they
-    do not go on by one, as in transformers' packed rows; beside a mask (which makes transformers overlook packing) where
-    they do not grow from one real token to the next. document_starts: offsets into the B * T tokens (`cu_seq_lens_q`).
-    Returns (B, T, 3) int32.
+    rows: (B, T, device). attention_mask: (B, T), zero = padding, at any position. position_ids: (B or 1, T). Without a mask a
+    document starts where a position is not the last one plus one, as transformers reads packed sequences. With a mask, where
+    a position is not larger than that of the last real token. document_starts: offsets into the B * T tokens
+    (`cu_seq_lens_q`). Returns (B, T, 3) int32.
     """
     if attention_mask_BT is None and position_ids_BT is None and document_starts_N is None:
         return None
@@ -38,7 +38,7 @@ def row_spans(
         flags.index_fill_(0, document_starts_N.to(device).long(), True)
         starts_BT = starts_BT | flags[:-1].view(batch, tokens)
     first_BT = torch.where(starts_BT, index_T, 0).cummax(1).values
-    # A token's document ends before the next start at its right.
+    # A token's document ends before the next document's start.
     starts_after = torch.nn.functional.pad(torch.where(starts_BT, index_T, tokens)[:, 1:], (0, 1), value=tokens)
     last_BT = starts_after.flip(1).cummin(1).values.flip(1) - 1
     clear_BT = first_BT
@@ -50,7 +50,7 @@ def row_spans(
 
 
 def document_starts(position_ids_BT: torch.Tensor, real_BT: torch.Tensor | None) -> torch.Tensor:
-    """(B, T) bool: where a document starts, a row's first one left out. real: True = no padding; None = no mask at all."""
+    """(B, T) bool: where a document starts, except the first of each sequence. real: False = padding; None = no mask given."""
     before = position_ids_BT.roll(1, 1)
     if real_BT is None:
         starts = position_ids_BT != before + 1
@@ -64,7 +64,7 @@ def document_starts(position_ids_BT: torch.Tensor, real_BT: torch.Tensor | None)
 
 
 def visible_keys(tokens: int, window: int | None, spans_BT3: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    """The dense mask, (B or 1, T, T) bool, True = visible: causal, in the window (the token itself counts), in the spans."""
+    """The dense mask (B or 1, T, T), True = visible: causal, within the window (which counts the token itself) and the spans."""
     query, key = torch.arange(tokens, device=device)[:, None], torch.arange(tokens, device=device)
     visible = key <= query
     if window is not None:

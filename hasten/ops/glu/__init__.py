@@ -9,9 +9,9 @@ ACTIVATIONS = reference.ACTIVATIONS
 
 
 def glu(gate: torch.Tensor, up: torch.Tensor, activation: str, backend: Backend | None = None) -> torch.Tensor:
-    """act(gate) * up, elementwise.
+    """Multiplies act(gate) by up, elementwise.
 
-    gate, up: same shape and dtype. activation: transformers' name, one of ACTIVATIONS; another raises KeyError.
+    gate, up: same shape and dtype. activation: transformers' name for it, one of ACTIVATIONS; any other raises KeyError.
     Returns a new tensor of that shape and dtype. Gradients: gate, up.
     """
     if backend_for(gate, backend) == "triton":

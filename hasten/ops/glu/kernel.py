@@ -1,7 +1,7 @@
-"""The gated activation in one pass, forward and backward; the backward recomputes the activation from gate and up.
+"""Fuses act(gate) * up into one pass, forward and backward; the backward recomputes the activation from gate and up.
 
-Bytes: forward reads gate and up and writes their product; backward reads gate, up and the gradient and writes two.
-gate and up may be the two halves of one buffer: rows with a stride, channels contiguous.
+Memory traffic: the forward reads gate and up and writes the output; the backward reads gate, up and the output's gradient and
+writes the gradients of both. gate and up may be the two halves of one buffer: strided rows, contiguous channels.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _grid(rows: int, width: int) -> tuple[tuple[int, int], dict[str, int]]:
 
 
 def glu_fwd(gate_NF: torch.Tensor, up_NF: torch.Tensor, activation: str) -> torch.Tensor:
-    """act(gate) * up of rows with contiguous channels."""
+    """act(gate) * up (N, F). Channels must be contiguous. Launches at most 65535 rows at a time (the limit of a grid axis)."""
     rows, width = gate_NF.shape
     out = torch.empty(rows, width, device=gate_NF.device, dtype=gate_NF.dtype)
     grid, meta = _grid(rows, width)
@@ -102,9 +102,11 @@ def glu_bwd(
     into: tuple[torch.Tensor, torch.Tensor],
     out: torch.Tensor | None = None,
 ) -> None:
-    """Writes the gradients of gate and up into `into` (rows with contiguous channels; gate's and up's own buffers are
-    allowed where the caller allocated them), and the recomputed product into `out` where given (d itself, if the
-    caller allocated it)."""
+    """Writes the gradients of gate and up into `into`, and the recomputed act(gate) * up into `out` if given.
+
+    Channels must be contiguous. In place is allowed, for buffers that the caller allocated: `into` may be gate and up, `out`
+    may be d.
+    """
     rows, width = gate_NF.shape
     grid, meta = _grid(rows, width)
     for start in range(0, rows, 65535):
@@ -119,7 +121,7 @@ def glu_bwd(
 
 
 class GluFunction(torch.autograd.Function):
-    """Saves gate and up; the activation is recomputed in the backward."""
+    """Saves gate and up; the backward recomputes the activation."""
 
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:

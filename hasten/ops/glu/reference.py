@@ -1,4 +1,4 @@
-"""The gated activation in plain torch."""
+"""The gated activation in plain torch: the oracle of the kernel and the path on the CPU."""
 
 from functools import partial
 

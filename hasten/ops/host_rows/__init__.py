@@ -1,4 +1,4 @@
-"""Rows of a table that stays in host memory, in the hands of the device that asks for them."""
+"""Embedding lookup in a table that stays in CPU memory: the GPU reads the rows over PCIe by itself."""
 
 import torch
 
@@ -8,16 +8,18 @@ __all__ = ["host_rows"]
 
 
 def host_rows(table_VE: torch.Tensor, ids: torch.Tensor, backend: Backend | None = None) -> torch.Tensor:
-    """`table_VE[ids]` on the ids' device, without a gradient.
+    """Gathers `table_VE[ids]` onto the device of ids, without a gradient.
 
-    table: (V, E) contiguous, on the host; pinned where ids are on a GPU, which then reads exactly the wanted rows over the
-    bus, in the order of its stream, and nobody waits. ids: any shape of whole numbers; on a GPU one outside of the table
-    gives a row of NaN, on a CPU torch's IndexError. Returns (*ids.shape, E) in the table's dtype. Raises ValueError for a
-    table that the GPU cannot read.
+    table: (V, E) contiguous, in CPU memory; pinned if ids are on a GPU, which then reads only those rows, in stream order and
+    without a host sync. ids: integers of any shape; an id outside of the table gives a row of NaN on a GPU and torch's
+    IndexError on a CPU. Returns (*ids.shape, E) in the table's dtype. Raises ValueError for a table that the GPU cannot read.
     """
     if backend_for(ids, backend) == "triton":
         if table_VE.is_cuda or not table_VE.is_contiguous() or (ids.is_cuda and not table_VE.is_pinned()):
-            raise ValueError("a GPU reads rows of a contiguous table in pinned host memory; this one is not")
+            raise ValueError(
+                f"a GPU reads embeddings only from a contiguous table in pinned CPU memory; got one on {table_VE.device}, "
+                f"contiguous={table_VE.is_contiguous()}, pinned={table_VE.is_pinned()}: use table.contiguous().pin_memory()"
+            )
         from hasten.ops.host_rows import kernel
 
         return kernel.host_rows(table_VE.detach(), ids)

@@ -1,4 +1,4 @@
-"""Rows of a pinned table, read by the device where they lie (unified addressing): 16 bytes a thread, each row once."""
+"""Gathers rows of a pinned CPU table from the GPU, through unified addressing (zero-copy): 16 bytes per thread."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import triton.language as tl
 from hasten.ops.backend import on_device
 
 BLOCK = 1024
+"""Channels per program."""
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""From hidden states to per-token scores without ever holding the tokens x vocabulary logits.
+"""Fuses the output head (lm_head) with the cross-entropy loss: the tokens x vocabulary logits are never materialised.
 
 With   raw = hidden @ weight.T + bias + lora.scale * (hidden @ lora.a.T) @ lora.b.T          in hidden's dtype
        z = softcap * tanh(raw * logit_scale / softcap) / temperature                         in fp32
@@ -8,6 +8,8 @@ the scores of a token with label y are
        loss = (1 - s) * -log p[y] + s * mean_v(-log p[v])              s = label_smoothing
        log_sum_sq_probs = log sum p^2                                  mean_logits = mean_v z
 and all of them are zero where y == ignore_index.
+
+N tokens, E hidden size, V vocabulary, R rank of the head's LoRA.
 """
 
 from __future__ import annotations
@@ -24,9 +26,10 @@ from hasten.ops.linear_cross_entropy.function import LossFunction, ScoreRows, Sc
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """How raw logits become scores. `softcap` None = none. `want`: the optional scores to compute.
+    """How raw logits become scores; the equations are at the top of the file.
 
-    chunk: tokens whose logits are held at once; more where the weight trains, see `function.tokens_at_once`.
+    softcap: None = none. want: the optional scores to compute, of `OPTIONAL_SCORES`.
+    chunk: tokens whose logits are in memory at once; more where the weight trains, see `function.tokens_at_once`.
     """
 
     logit_scale: float = 1.0
@@ -71,20 +74,20 @@ def linear_cross_entropy(
     lora: LoraHead | None = None,
     backend: Backend | None = None,
 ) -> TokenScores:
-    """Scores every token's label, some tokens at a time.
+    """Scores the label of every token, chunk by chunk; for per-token losses, RL, and evaluation.
 
     hidden_NE: (N, E). weight_VE: (V, E). labels_N: (N,) int64, in [0, V) or config.ignore_index. bias_V: (V,).
-    All on one device. Weight, bias and LoRA are multiplied in hidden's dtype; their gradients, summed over chunks in
-    fp32, come in their own. Gradients: hidden, weight, bias, lora.a, lora.b; differentiable once. Where anything but
-    hidden trains the backward computes every logit a second time; `linear_cross_entropy_loss` does not.
+    All on one device. Weight, bias and LoRA are cast to hidden's dtype for the matmuls; their gradients are summed over chunks
+    in fp32 and returned in their own dtypes. Gradients: hidden, weight, bias, lora.a, lora.b; differentiable once. If anything
+    but hidden trains, the backward recomputes all logits; `linear_cross_entropy_loss` does not.
     Peak extra memory: the logits of a chunk (`ScoreConfig.chunk`) in hidden's dtype, in plain torch several fp32 copies of
-    them; where the weight trains its gradient in fp32, (V, E), and logits of that size.
-    Raises ValueError for a score name that does not exist, IndexError for a label outside of
-    the vocabulary (on a GPU, where looking would wait for the device, that token's scores are NaN instead).
+    them; if the weight trains, its fp32 gradient (V, E) and logits of the same size.
+    Raises ValueError for an unknown score name, IndexError for a label outside of the vocabulary (on a GPU, where the check
+    would be a host sync, the scores of that token are NaN instead).
     """
     unknown = config.want - OPTIONAL_SCORES
     if unknown:
-        raise ValueError(f"no such token score: {sorted(unknown)}; there are {sorted(OPTIONAL_SCORES)}")
+        raise ValueError(f"no such token score: {sorted(unknown)}; choose from {sorted(OPTIONAL_SCORES)}")
     score_rows, kept = _backend(hidden_NE, weight_VE, labels_N, config, backend)
     arguments = _arguments(hidden_NE, weight_VE, labels_N, bias_V, lora, kept)
     scores: Any = ScoreTokensFunction.apply(*arguments, config, score_rows, torch.is_grad_enabled())
@@ -104,19 +107,19 @@ def linear_cross_entropy_loss(
     lora: LoraHead | None = None,
     backend: Backend | None = None,
 ) -> torch.Tensor:
-    """The training loss: `linear_cross_entropy(...).loss.sum() / denominator`, a fp32 scalar, with no logit computed twice.
+    """The training loss: `linear_cross_entropy(...).loss.sum() / denominator`, an fp32 scalar; no logit is computed twice.
 
-    Arguments, dtypes and errors as there. denominator: a number or a tensor of one element on any device, for which the
-    device is not waited for and which gets no gradient; None = the number of labels that count (without any, the loss is
-    NaN as torch's, its gradients are zero). `config.want` has no meaning here.
-    Every gradient is made in the forward, for an upstream of one, and scaled by the true one in the backward: any
-    number of times, by any scalar. Without grad mode no gradient is made.
-    Peak extra memory, in the forward: a chunk's logits and hidden's gradient in hidden's dtype; where the weight trains
-    its gradient in fp32, (V, E), and logits of that size in place of a chunk's. The gradients live until the backward.
+    Arguments, dtypes and errors as there. denominator: a number, or a one-element tensor on any device, read without a host
+    sync and without gradient; None = the number of labels that are not ignored (if there is none, the loss is NaN as
+    torch's, and its gradients are zero). `config.want` is not used.
+    The forward computes every gradient for an upstream gradient of 1, and the backward scales them; it can run any number of
+    times. Without grad mode no gradient is computed.
+    Peak extra memory, in the forward: the logits of a chunk and the gradient of hidden, in hidden's dtype; if the weight
+    trains, its fp32 gradient (V, E), and logits of that size instead of a chunk's. The gradients live until the backward.
     """
     score_rows, kept = _backend(hidden_NE, weight_VE, labels_N, config, backend)
     arguments = _arguments(hidden_NE, weight_VE, labels_N, bias_V, lora, kept)
-    if isinstance(denominator, torch.Tensor):  # read where that waits for nothing
+    if isinstance(denominator, torch.Tensor):  # .item() only on the CPU, where it is no host sync
         on_host = denominator.device.type == "cpu"
         denominator = denominator.item() if on_host else denominator.detach().reshape(()).to(hidden_NE.device)
     return LossFunction.apply(*arguments, config, score_rows, torch.is_grad_enabled(), denominator)  # pyright: ignore[reportReturnType]
@@ -125,7 +128,7 @@ def linear_cross_entropy_loss(
 def _backend(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, config: ScoreConfig, backend: Backend | None
 ) -> tuple[ScoreRows, torch.Tensor | None]:
-    """(what scores a chunk, the indices of the labels that count: in plain torch only those tokens are multiplied)."""
+    """(the backend's `ScoreRows`, indices of the labels that are not ignored: in plain torch only those tokens are computed)."""
     if backend_for(hidden, backend) == "triton":
         from hasten.ops.linear_cross_entropy import kernel
 
@@ -149,9 +152,9 @@ def _arguments(
 
 
 def score_logits(raw_NV: torch.Tensor, labels_N: torch.Tensor, config: ScoreConfig) -> TokenScores:
-    """The same scores from raw logits that are already there (N, V), through plain autograd.
+    """The same scores from given raw logits (N, V), through plain autograd.
 
-    For heads that only their own module can compute. The caller bounds the memory by giving few rows at a time.
+    For heads that only their own module can run. The caller bounds the memory by passing few tokens at a time.
     """
     scores: Any = reference.score_logits(raw_NV, labels_N, config)
     return TokenScores(*scores)

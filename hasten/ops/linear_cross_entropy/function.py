@@ -1,11 +1,11 @@
-"""The fused head's one loop over chunks of tokens, and the two autograd functions that run it, for both backends.
+"""The loop of the fused head over chunks of tokens, and the two autograd Functions that run it, for both backends.
 
-A chunk's logits are written once by the product, turned into scores and into their own gradient by the backend's
-`score_rows`, and multiplied out. What trains decides when the gradients are made:
-- `LossFunction` makes every gradient in its forward, for an upstream of one, and only scales them in its backward: each
-  chunk's logits are multiplied out once;
-- `ScoreTokensFunction` cannot know each token's upstream. With nothing but the hidden states to give a gradient to it does
-  the same, with one factor a token; otherwise its backward multiplies the logits out a second time.
+Per chunk: one matmul writes the logits, the backend's `score_rows` turns them into scores and overwrites them with their
+gradient, and matmuls turn that into the gradients of the operands.
+- `LossFunction` computes every gradient in its forward, for an upstream gradient of 1, and its backward only scales them. So
+  logits are computed once.
+- `ScoreTokensFunction` has one unknown upstream gradient per token. If only the hidden states need a gradient, it does the
+  same, with one factor per token; otherwise its backward recomputes the logits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Gradients = list[torch.Tensor | None]
 
 
 class Upstream(NamedTuple):
-    """What the backward is given, each (N,) or None; by a loss alone: `Upstream(ones)`."""
+    """The upstream gradients of the scores, each (N,) or None. Of a loss alone: `Upstream(ones)`."""
 
     d_loss: torch.Tensor | None = None
     d_log_prob: torch.Tensor | None = None
@@ -33,7 +33,7 @@ class Upstream(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """hidden (N, E), weight (V, E), bias (V,), LoRA's a (R, E), b (V, R) and scale; the first five may want gradients."""
+    """hidden (N, E), weight (V, E), bias (V,), LoRA's a (R, E), b (V, R) and scale; the first five may require gradients."""
 
     hidden: torch.Tensor
     weight: torch.Tensor
@@ -52,15 +52,19 @@ class ScoreRows(Protocol):
         scores: torch.Tensor | None,
         upstream: Upstream | None,
     ) -> torch.Tensor | None:
-        """Fills `scores` (6, N), rows as SCORES, where given; with `upstream` returns d raw, which may take raw's place."""
+        """Scores one chunk of raw logits.
+
+        scores: (6, N), filled in the order of SCORES if given. upstream: if given, returns the gradient of raw (N, V), which
+        may overwrite raw.
+        """
         ...
 
 
 def tokens_at_once(config: ScoreConfig, hidden_NE: torch.Tensor, weight_trains: bool) -> int:
-    """`config.chunk`; where the weight trains, at least as many as fill the room of its fp32 gradient with logits.
+    """Tokens per chunk: `config.chunk`; if the weight trains, at least as many as make the logits as large as its fp32 gradient.
 
-    Every chunk reads and writes that gradient once, so few and large chunks are wanted. At this size that takes a tenth
-    of the product's own time on an H200, and the logits take no more memory than the gradient does.
+    Every chunk reads and writes that gradient once, so few and large chunks are faster: at this size that traffic takes a
+    tenth of the matmul's time on an H200, and the logits take no more memory than the gradient.
     """
     return max(config.chunk, 4 * hidden_NE.shape[1] // hidden_NE.element_size()) if weight_trains else config.chunk
 
@@ -74,7 +78,10 @@ def score_chunks(
     upstream: Upstream | None,
     needs: tuple[bool, ...],
 ) -> Gradients:
-    """Fills `scores`; with `upstream` returns the gradients of the first five operands: hidden's in its dtype, sums in fp32."""
+    """Fills `scores` if given; with `upstream` returns the gradients of the first five operands.
+
+    The gradient of hidden is in its dtype, the others, summed over chunks, in fp32. needs: which of them to compute.
+    """
     hidden, scale = head.hidden, head.scale
     weight, bias, a, b = (None if t is None else t.to(hidden.dtype) for t in head[1:5])
     assert weight is not None
@@ -82,12 +89,14 @@ def score_chunks(
     d_weight = d_bias = d_a = d_b = None
     count, words = hidden.shape[0], weight.shape[0]
     size = min(tokens_at_once(config, hidden, needs[1] and upstream is not None), max(count, 1))
-    # Rows begin at multiples of 16 bytes, which products with a vocabulary of any size then read at full speed.
-    room = hidden.new_empty(size, -(-words // 8) * 8)[:, :words]
-    for start in range(0, max(count, 1), size):  # no token at all: one empty chunk, whose sums are zeros
+    # Rows are padded to 16 bytes, so that cuBLAS runs at full speed with a vocabulary of any size.
+    logits = hidden.new_empty(size, -(-words // 8) * 8)[:, :words]
+    for start in range(
+        0, max(count, 1), size
+    ):  # without tokens: one empty chunk, so that gradients are zeros and not None
         part = slice(start, min(start + size, count))
         h = hidden[part]
-        raw = room[: h.shape[0]]
+        raw = logits[: h.shape[0]]
         if bias is None:
             torch.mm(h, weight.T, out=raw)
         else:
@@ -117,7 +126,7 @@ def score_chunks(
 
 
 def _scaled(unit: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """unit * factor, multiplied in at least fp32 and rounded once. factor: fp32, at least 1-d, so that it is not rounded."""
+    """unit * factor in `dtype`, multiplied in at least fp32 and rounded once. factor: fp32; at least 1-d, else torch rounds it."""
     return torch.mul(unit, factor, out=torch.empty_like(unit, dtype=dtype))
 
 
@@ -126,7 +135,7 @@ def _empty_scores(hidden: torch.Tensor) -> torch.Tensor:
 
 
 class ScoreTokensFunction(torch.autograd.Function):
-    """Saves its inputs, and, where only the hidden states need it, their gradient for each token's own loss."""
+    """Per-token scores. Saves its inputs; if only the hidden states need a gradient, also theirs for an upstream gradient of 1."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Any:
@@ -149,7 +158,7 @@ class ScoreTokensFunction(torch.autograd.Function):
         d_loss, d_log_prob, d_entropy = (None if g is None else g.contiguous() for g in grads[:3])
         smoothed = bool(ctx.config.label_smoothing) and d_log_prob is not None
         if d_unit is not None and d_entropy is None and not smoothed:
-            # Made for an upstream of one on the loss, of which log_prob is the negative where there is no smoothing.
+            # d_unit is for an upstream gradient of 1 on the loss; without smoothing log_prob is minus the loss.
             factor = torch.zeros_like(labels, dtype=torch.float32) if d_loss is None else d_loss
             factor = factor if d_log_prob is None else factor - d_log_prob
             return _scaled(d_unit, factor[:, None], d_unit.dtype), *(None,) * 9
@@ -161,7 +170,7 @@ class ScoreTokensFunction(torch.autograd.Function):
 
 
 class LossFunction(torch.autograd.Function):
-    """(sum of the tokens' losses) / denominator. Saves the sum's gradients: hidden's in its dtype, the others in fp32."""
+    """sum of the tokens' losses / denominator. Saves the gradients of the sum: hidden's in its dtype, the others in fp32."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> torch.Tensor:
@@ -177,7 +186,7 @@ class LossFunction(torch.autograd.Function):
             denominator = (labels != config.ignore_index).sum()
             ctx.denominator = denominator.clamp(
                 min=1
-            )  # no label counts: the mean is NaN, its gradients zero, as torch's
+            )  # all labels ignored: the loss is NaN, its gradients zero, as torch's
         return scores[0].sum() / denominator
 
     @staticmethod

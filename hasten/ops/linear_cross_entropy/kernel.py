@@ -1,8 +1,8 @@
-"""Everything between a chunk's logits and their gradient, in one Triton kernel. Nothing here waits for the device.
+"""Fuses softmax, scores and the gradient of the logits into one kernel. No host sync.
 
-A row of logits is read once for the scores and a second time for the gradient, which takes its place. Each thread keeps the
-running maximum and sums of its own columns (Milakov & Gimelshein 2018, arXiv:1805.02867), eight neighbouring ones at a
-time; they are joined once, at the row's end.
+One program takes the logits of one token (a row): it reads them once for the scores and a second time for the gradient, which
+overwrites them. Online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867): each thread keeps the running maximum and sums
+of its own columns, eight neighbouring ones at a time, and they are reduced once, at the end of the row.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Launch:
-    """columns: of a row, at a time."""
+    """columns: of a row per step of the loop. warps: per program."""
 
     columns: int
     warps: int
@@ -38,7 +38,7 @@ LAUNCHES = (
 
 @triton.jit
 def _squash(raw, inner, outer, slope, SOFTCAP: tl.constexpr):
-    """(z, dz/draw)."""
+    """(z, dz/draw) of a raw logit."""
     if SOFTCAP:
         t = 2.0 * tl.sigmoid(2.0 * inner * raw) - 1.0  # tanh
         return t * outer, (1.0 - t * t) * slope
@@ -70,7 +70,7 @@ def _score_rows(
         return
     known = (label >= 0) & (label < V)
     raw_label = tl.load(base + label, mask=known, other=float("nan")).to(tl.float32)
-    top = tl.full((BLOCK // 8,), -3e38, tl.float32)  # not infinite: the difference of two of them must be a number
+    top = tl.full((BLOCK // 8,), -3e38, tl.float32)  # finite: -inf - -inf would be NaN
     top_at = tl.zeros((BLOCK // 8,), tl.int32)
     total = tl.zeros((BLOCK // 8,), tl.float32)
     weighted = tl.zeros((BLOCK // 8,), tl.float32)
@@ -89,7 +89,7 @@ def _score_rows(
         new_top = tl.maximum(top, highest)
         shrink = tl.exp(top - new_top)
         e = tl.exp(z - new_top[:, None])
-        if ENTROPY:  # sum of e * (z - top), which keeps its digits where all z are large
+        if ENTROPY:  # sum of e * (z - top): no cancellation where all z are large
             below = tl.where(mask, (z - new_top[:, None]) * e, 0.0)
             weighted = (weighted + total * (top - new_top)) * shrink + tl.sum(below, axis=1)
         total = total * shrink + tl.sum(e, axis=1)
@@ -103,7 +103,7 @@ def _score_rows(
     entropy = log_sum
     if ENTROPY:
         entropy = log_sum - tl.sum((weighted + total * (top - highest)) * shrink, axis=0) / sum_exp
-    tl.debug_barrier()  # no warp may write the label's gradient before the one that stores the scores has read its logit
+    tl.debug_barrier()  # the label's logit must be read before another warp overwrites it with its gradient
     if SCORES:
         z_label, _ = _squash(raw_label, inner, outer, slope, SOFTCAP)
         log_prob = (z_label - highest) - log_sum
@@ -155,7 +155,7 @@ def score_rows(
     upstream: Upstream | None,
     launch: Launch = LAUNCHES[0],
 ) -> torch.Tensor | None:
-    """As `function.ScoreRows`: the gradient takes the place of raw, whose rows may be apart but not its columns."""
+    """As `function.ScoreRows`; the gradient overwrites raw. raw: contiguous columns, any row stride."""
     d_loss, d_log_prob, d_entropy = upstream if upstream is not None else Upstream()
     rows, words = raw_NV.shape
     scored = scores is not None

@@ -1,4 +1,4 @@
-"""The fused head in plain torch: what lies between a chunk's logits, their scores and their gradient."""
+"""The fused head in plain torch: from the logits of a chunk to its scores and to the gradient of the logits."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ if TYPE_CHECKING:
 
 
 def labelled(labels_N: torch.Tensor, config: ScoreConfig, words: int) -> torch.Tensor:
-    """Indices of the tokens whose labels count. Raises IndexError for a label outside of the vocabulary."""
+    """Indices of the tokens whose label is not ignored. Raises IndexError for a label outside of the vocabulary."""
     kept = (labels_N != config.ignore_index).nonzero().squeeze(1)
     labels = labels_N[kept]
     if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < words:
-        raise IndexError(f"labels run from {int(labels.min())} to {int(labels.max())}; the head has {words} rows")
+        raise IndexError(
+            f"labels run from {int(labels.min())} to {int(labels.max())}, but the vocabulary has {words} tokens"
+        )
     return kept
 
 
@@ -29,7 +31,7 @@ def score_rows(
     scores: torch.Tensor | None,
     upstream: Upstream | None,
 ) -> torch.Tensor | None:
-    """As `function.ScoreRows`, for labels that all count; only the scores that `config` wants are filled."""
+    """As `function.ScoreRows`, without ignored labels; fills only the scores that `config.want` names."""
     z, squashed = _logits(raw_NV, config)
     log_p = z.log_softmax(-1)
     if scores is not None:
@@ -51,7 +53,7 @@ def score_logits(raw_NV: torch.Tensor, labels_N: torch.Tensor, config: ScoreConf
 
 
 def _logits(raw: torch.Tensor, config: ScoreConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """z, and tanh(...) where there is a softcap, for its derivative."""
+    """(z, the tanh of the softcap or None), the latter for the derivative."""
     scaled = at_least_fp32(raw) * config.logit_scale
     if config.softcap is None:
         return scaled / config.temperature, None

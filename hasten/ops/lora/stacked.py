@@ -101,7 +101,9 @@ def matmul(
         return mm(x_NE, weight_of(linears, x_NE.dtype).T, add_to, out)
     out = x_NE.new_empty(x_NE.shape[0], sum(widths(linears))) if out is None else out
     for one, (_, columns) in zip(linears, blocks_of(linears), strict=True):
-        one.weight.matmul(x_NE, None if add_to is None else add_to[:, columns], out[:, columns])
+        part = out[:, columns]
+        base = part if add_to is out else None if add_to is None else add_to[:, columns]
+        one.weight.matmul(x_NE, base, part)
     return out
 
 

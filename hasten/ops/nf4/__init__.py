@@ -1,4 +1,4 @@
-"""NF4 weights with doubly quantised scales (Dettmers et al. 2023, arXiv:2305.14314), in bitsandbytes' layout.
+"""NF4 weights with double quantisation (Dettmers et al. 2023, arXiv:2305.14314), in bitsandbytes' storage layout.
 
 dequantize(w)[i] == CODE[nibble i] * scale(i // 64)
 scale(b) == scale_code[scale_index[b]] * scale_of_scales[b // 256] + offset         (or absmax[b] where scales are plain)
@@ -14,10 +14,11 @@ from hasten.ops.nf4 import reference
 
 @dataclass(frozen=True)
 class NF4Weight:
-    """What a bitsandbytes 4-bit Linear stores.
+    """The tensors of a bitsandbytes 4-bit Linear.
 
-    packed: uint8, two codes a byte, the first in the high half. code: (16,) fp32. shape: (out, in). block: codes a scale.
-    scales: (blocks,) fp32, or uint8 indices into scale_code (256,), with scale_of_scales (blocks / 256,) and offset ().
+    packed: uint8, two 4-bit codes per byte, the first in the high half. code: (16,) fp32, the values of the codes.
+    shape: (out, in). scales: absmax, (blocks,) fp32; or with double quantisation uint8 indices into scale_code (256,), with
+    scale_of_scales (blocks / 256,) and offset (). block: elements per scale. scale_block: scales per scale_of_scales.
     """
 
     packed: torch.Tensor
@@ -34,8 +35,9 @@ class NF4Weight:
 def dequantize_nf4(
     weight: NF4Weight, dtype: torch.dtype, out: torch.Tensor | None = None, backend: Backend | None = None
 ) -> torch.Tensor:
-    """The dense (out, in) matrix in `dtype`, or in `out` where given: of that shape and any dtype, channels contiguous,
-    rows may be apart (a slice of a wider buffer) or follow each other (several weights, one after the other in one buffer).
+    """Dequantises to a dense (out, in) matrix in `dtype`, or into `out` if given.
+
+    out: (out, in) of any dtype with contiguous channels; it may be a slice of rows or columns of a larger buffer.
     """
     if backend_for(weight.packed, backend) == "triton":
         from hasten.ops.nf4 import kernel

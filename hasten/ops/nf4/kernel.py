@@ -1,7 +1,7 @@
-"""NF4 to bf16 in one pass, scales of scales included: reads half a byte an element, writes two.
+"""Dequantises NF4 to bf16 in one pass, double quantisation included: reads half a byte per element, writes two.
 
-A thread reads one word of eight codes and writes eight neighbouring values: for 16-bit values a store of 16 bytes, beside
-those of its neighbours. Scales are looked up once a word. Neither needs a division.
+A thread reads one 32-bit word of eight codes and writes eight neighbouring values: 16 bytes in 16 bits, coalesced with its
+neighbours. Scales are looked up once per word. There is no division.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from hasten.ops.nf4 import NF4Weight
 
 CODES_A_WORD = 8
+"""4-bit codes in a 32-bit word."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """words: of eight codes, a program."""
+    """words: 32-bit words of eight codes per program. warps: per program."""
 
     words: int
     warps: int
@@ -40,7 +41,7 @@ def _dequantize(
     DOUBLE: tl.constexpr, BLOCK_WORDS: tl.constexpr, SCALE_BLOCK: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) // parts
-    first = tl.program_id(0) % parts * WORDS  # in its row; a row begins with a new word and a new block
+    first = tl.program_id(0) % parts * WORDS  # within its row, which begins with a new word and a new block
     lane = tl.arange(0, WORDS)
     inside = lane < row_words - first
     before = row.to(tl.int64) * row_words + first
@@ -51,7 +52,7 @@ def _dequantize(
         inner = tl.load(scale_code_ptr + scale.to(tl.int32), mask=inside, other=0.0)
         outer = tl.load(outer_ptr + block // SCALE_BLOCK, mask=inside, other=0.0)
         scale = inner * outer + tl.load(offset_ptr)
-    place = tl.arange(0, 8)  # the bytes of a word in order, of each byte the high half first
+    place = tl.arange(0, 8)  # bytes of a word in order; of each byte the high half first
     nibble = (packed[:, None] >> (place // 2 * 8 + 4 - place % 2 * 4)[None, :]) & 15
     value = (tl.load(code_ptr + nibble) * scale[:, None]).to(out_ptr.dtype.element_ty)
     target = out_ptr + row.to(tl.int64) * stride_out + first.to(tl.int64) * 8
@@ -59,7 +60,7 @@ def _dequantize(
 
 
 def _words(packed: torch.Tensor) -> torch.Tensor:
-    """The packed bytes as int32; a copy where their number or their place in memory is no multiple of four."""
+    """The packed bytes as int32. Copies if their number or their address is not a multiple of four."""
     flat = packed.reshape(-1)
     if flat.numel() % 4 or flat.data_ptr() % 4:
         flat = F.pad(flat, (0, -flat.numel() % 4))
@@ -77,7 +78,7 @@ def dequantize_nf4(
         _write(weight, out.view(1, rows * width), launch)
     elif width % weight.block == 0:
         _write(weight, out, launch)
-    else:  # a row does not begin with a new block, or a word reaches past the end
+    else:  # rows do not begin with a new block, or the last word is not full
         whole = torch.empty(1, (words + 1) * CODES_A_WORD, device=out.device, dtype=out.dtype)
         _write(weight, whole, launch)
         out.copy_(whole[0, : rows * width].view(rows, width))
@@ -85,7 +86,7 @@ def dequantize_nf4(
 
 
 def _write(weight: NF4Weight, out: torch.Tensor, launch: Launch) -> None:
-    """Into `out`, of any shape whose rows begin with a new word and a new block: only the order of elements matters."""
+    """Launches the kernel. out: any shape with the elements in order, whose rows begin with a new word and a new block."""
     row_words = out.shape[1] // CODES_A_WORD
     parts = triton.cdiv(row_words, launch.words)
     with on_device(out):

@@ -1,4 +1,4 @@
-"""NF4 in plain torch."""
+"""NF4 dequantisation in plain torch: the oracle of the kernel and the path on the CPU."""
 
 from __future__ import annotations
 

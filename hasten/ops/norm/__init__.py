@@ -1,10 +1,13 @@
-"""RMSNorm and LayerNorm without bias over the last axis.
+"""RMSNorm and LayerNorm (without bias) over the last axis.
 
 norm(x, w, NormConfig(eps, kind, unit_offset, fp32_weight)) ==
     n = x32 * rsqrt(mean(x32 ** 2, -1) + eps)                            kind "rms"
     n = (x32 - mean(x32)) * rsqrt(var(x32, unbiased=False) + eps)        kind "layer"
     (w32 + unit_offset) * n, cast to x.dtype                             fp32_weight=True  (Gemma, Cohere)
     (w + unit_offset) * n.to(x.dtype)                                    fp32_weight=False (Llama)
+
+norm_with_residual(x, w, config) == (norm(x, w, config), x)
+add_norm(x, w, residual, config) == residual + norm(x, w, config)
 """
 
 from dataclasses import dataclass
@@ -33,7 +36,10 @@ def norm(x: torch.Tensor, weight: torch.Tensor, config: NormConfig, backend: Bac
 def norm_with_residual(
     x: torch.Tensor, weight: torch.Tensor, config: NormConfig, backend: Backend | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(norm(x), x): for a stream that is normed for a branch and goes on past it. Its two gradients meet in one pass."""
+    """Returns (norm(x), x), for the pre-norm of a residual branch: x is normed for the branch and also passed on.
+
+    Fuses the sum of x's two gradients into the norm's backward. Arguments as in `norm`.
+    """
     if backend_for(x, backend) == "triton":
         from hasten.ops.norm import kernel
 
@@ -48,8 +54,11 @@ def add_norm(
     config: NormConfig,
     backend: Backend | None = None,
 ) -> torch.Tensor:
-    """residual + norm(x): for a branch that is normed before it joins the stream. weight (D,); residual of x's shape, of the norm's
-    dtype. Gradients: x, weight, residual."""
+    """Returns residual + norm(x), for a branch with a post-norm (Gemma 2); fuses the residual add into the norm.
+
+    weight: (D,). residual: x's shape; another dtype than the norm's output takes the unfused path.
+    Gradients: x, weight, residual.
+    """
     normed_dtype = x.dtype if config.fp32_weight else torch.promote_types(x.dtype, weight.dtype)
     if backend_for(x, backend) == "triton" and residual.dtype == normed_dtype:
         from hasten.ops.norm import kernel
@@ -60,9 +69,10 @@ def add_norm(
 
 @dataclass(frozen=True)
 class NormInput:
-    """What a normed tensor is made from: an op that needs it again in its backward keeps this, and not the normed tensor.
+    """The input of a norm. An op that consumes the norm's output saves this instead, and recomputes the output in its backward.
 
-    x (..., D), weight and config as in `norm`, both tensors without gradient.
+    The residual stream is saved anyway, so the norm's output takes no memory. x: (..., D), weight and config: as in `norm`;
+    both tensors detached.
     """
 
     x: torch.Tensor
@@ -70,6 +80,6 @@ class NormInput:
     config: NormConfig
 
     def recompute(self) -> torch.Tensor:
-        """The normed tensor, made anew."""
+        """The norm's output again, without gradient."""
         with torch.no_grad():
             return norm(self.x, self.weight, self.config)

@@ -1,4 +1,4 @@
-"""How a norm counts."""
+"""The options of a norm."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class NormConfig:
-    """`spec.Norm` with epsilon read from the config; the formulas are at the top of `ops.norm`.
+    """What distinguishes the norms of model families; the equations are at the top of `ops.norm`.
 
     eps: added to the mean of squares or the variance.
     kind: "rms" = Zhang & Sennrich 2019 (arXiv:1910.07467), no mean; "layer" = Ba et al. 2016 (arXiv:1607.06450), no bias.

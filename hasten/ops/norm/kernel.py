@@ -1,7 +1,8 @@
-"""RMSNorm and LayerNorm in one pass over a row, forward and backward. One program holds one row in registers.
+"""Fuses RMSNorm and LayerNorm into one pass, forward and backward. One program holds one row (N, D) in registers.
 
-Bytes: forward reads x and writes y; backward reads dy and x (and, where the stream goes on past the norm, its gradient)
-and writes dx. The weight's gradient, where it trains, is summed per program in fp32 and added up in a second, small pass.
+Memory traffic: the forward reads x (and a residual) and writes y; the backward reads dy and x (and the gradient of the
+residual stream) and writes dx. Saved: x and one or two fp32 statistics per row. The weight's gradient, where it trains, is
+summed per program in fp32; a second, small pass adds the programs.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def _norm_bwd(
     TRAIN_W: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program p takes the rows p, p + STEP, ...; STEP is a multiple of HEADS, so they share one weight row."""
+    """Program p takes rows p, p + STEP, ...; STEP is a multiple of HEADS, so all of them have the weight of one head."""
     program = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < D
@@ -126,8 +127,7 @@ def _warps(block: int) -> int:
 def norm_fwd(
     x_ND: torch.Tensor, weight: torch.Tensor, config: NormConfig, base_ND: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(y, rstd, mean) of rows whose last axis is contiguous. base: y is added to it, after it was rounded to its dtype, which base
-    shares."""
+    """(y, rstd, mean). Channels must be contiguous. base: a residual in y's dtype; y is rounded to that dtype, then added to it."""
     rows, width = x_ND.shape
     dtype = x_ND.dtype if config.fp32_weight else torch.promote_types(x_ND.dtype, weight.dtype)
     y = torch.empty(rows, width, device=x_ND.device, dtype=dtype)
@@ -154,7 +154,7 @@ def norm_bwd(
     dsum_ND: torch.Tensor | None,
     train_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(dx, dw or None). dsum: gradient that reaches x past the norm, added to dx in the same pass."""
+    """(dx, dw or None). dsum: the gradient that reaches x on the residual path, added to dx in the same pass."""
     rows, width = x_ND.shape
     heads = weight.numel() // width
     dx = torch.empty(rows, width, device=x_ND.device, dtype=x_ND.dtype)
@@ -178,7 +178,7 @@ def norm_bwd(
 def _forward(
     ctx: Any, x: torch.Tensor, weight: torch.Tensor, config: NormConfig, base: torch.Tensor | None
 ) -> torch.Tensor:
-    """norm(x), on top of `base` where given. Keeps x and one or two statistics a row."""
+    """norm(x), plus `base` if given. Saves x, rstd and, for LayerNorm, the mean."""
     flat = flat_rows(x)
     y, rstd, mean = norm_fwd(flat, weight.contiguous(), config, None if base is None else flat_rows(base))
     ctx.save_for_backward(flat, weight, rstd, mean)
@@ -198,7 +198,7 @@ class NormFunction(torch.autograd.Function):
 
 
 class NormWithResidualFunction(torch.autograd.Function):
-    """(norm(x), x), with both gradients added where the norm's is made."""
+    """(norm(x), x); the norm's backward adds the two gradients of x."""
 
     @staticmethod
     def forward(
@@ -208,12 +208,12 @@ class NormWithResidualFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor, dpass: torch.Tensor) -> Any:
-        return *_backward(ctx, dy, flat_rows(dpass).contiguous()), None
+    def backward(ctx: Any, dy: torch.Tensor, d_residual: torch.Tensor) -> Any:
+        return *_backward(ctx, dy, flat_rows(d_residual).contiguous()), None
 
 
 class AddNormFunction(torch.autograd.Function):
-    """residual + norm(x) in one pass; the residual's gradient is the output's own."""
+    """residual + norm(x) in one pass; the gradient of the residual is the output's."""
 
     @staticmethod
     def forward(
@@ -227,10 +227,10 @@ class AddNormFunction(torch.autograd.Function):
         return *_backward(ctx, dy, None), dy, None
 
 
-def _backward(ctx: Any, dy: torch.Tensor, past: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _backward(ctx: Any, dy: torch.Tensor, d_residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
     flat, weight, rstd, mean = ctx.saved_tensors
     train = ctx.needs_input_grad[1]
-    dx, dw = norm_bwd(flat_rows(dy), flat, weight.contiguous(), (rstd, mean), ctx.config, past, train)
+    dx, dw = norm_bwd(flat_rows(dy), flat, weight.contiguous(), (rstd, mean), ctx.config, d_residual, train)
     return dx.view(dy.shape), dw
 
 

@@ -1,4 +1,4 @@
-"""Optional per-head norm on queries and keys, then rotary positions (Su et al. 2021, arXiv:2104.09864).
+"""Optional norm of queries and keys over each head (q/k norm), then the rotary embedding (Su et al. 2021, arXiv:2104.09864).
 
 rotation "half":        out = x * cos + cat(-x[D/2:], x[:D/2]) * sin        cos = cat(c, c)
 rotation "interleaved": out = x * cos + stack(-x[1::2], x[0::2]) * sin      cos = repeat_interleave(c, 2)
@@ -16,7 +16,7 @@ from hasten.ops.rope import reference
 
 @dataclass(frozen=True)
 class QKNorm:
-    """Weights and config of the norm on queries and keys: weights (D,) or (H, D)."""
+    """The q/k norm. q_weight, k_weight: (D,), or (H, D) with one weight per head. config: as in `ops.norm.norm`."""
 
     q_weight: torch.Tensor
     k_weight: torch.Tensor
@@ -32,10 +32,10 @@ def qk_rope(
     qk_norm: QKNorm | None = None,
     backend: Backend | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Norms (where given) and rotates queries and keys.
+    """Applies the q/k norm (if given) and the rotary embedding to queries and keys, in one pass.
 
-    q_BTHD, k_BTHD: (B, T, H, D), their H may differ. position: cos and sin, each (B or 1, T, D), or None = no rotation.
-    fp32: rotate in fp32 and cast back, else in the promoted dtype of x and cos. Returns new tensors of the same shapes.
+    q_BTHD, k_BTHD: (B, T, H, D); their numbers of heads may differ. position: cos and sin, each (B or 1, T, D), or None = no rotation.
+    fp32: rotate in fp32 and cast back; else in the promoted dtype of x and cos. Returns new tensors of the same shapes.
     Gradients: q, k and the norm's weights; none for cos and sin.
     """
     if backend_for(q_BTHD, backend) == "triton":

@@ -1,4 +1,4 @@
-"""Autograd around the kernels of q/k norm and rotation."""
+"""The autograd Function of q/k norm and rotary embedding, around the kernels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class QKRopeFunction(torch.autograd.Function):
-    """Saves cos and sin, and with a norm also q and k as they came."""
+    """Saves cos and sin; with a q/k norm also its inputs q and k."""
 
     @staticmethod
     def forward(ctx: Any, q: Any, k: Any, wq: Any, wk: Any, cos: Any, sin: Any, config: RopeConfig) -> Any:

@@ -1,7 +1,8 @@
-"""Norm over each head and rotation of queries and keys, in one launch, forward and backward.
+"""Fuses the q/k norm and the rotary embedding of q and k into one launch, forward and backward.
 
-One program takes one token and a block of heads of q or of k; the token's cos and sin are read once per block. Bytes:
-forward reads and writes q and k once; the backward reads the gradients (and, with a norm, q and k) and writes once.
+One program takes one token and a block of heads, of q or of k, and reads the token's cos and sin once per block.
+Memory traffic: the forward reads and writes q and k once; the backward reads the gradients (with a norm also q and k) and
+writes once.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from hasten.ops.norm import NormConfig
 
 @triton.jit
 def _load_tables(cos_ptr, sin_ptr, token, T, stride_table, i, half_mask, D, INTERLEAVED: tl.constexpr):
-    """cos and sin of each pair of channels; both members of a pair have the same angle."""
+    """Loads cos and sin of each pair of channels; both channels of a pair have the same angle."""
     step: tl.constexpr = 2 if INTERLEAVED else 1
     row = (token // T) * stride_table + (token % T) * D
     cos = tl.load(cos_ptr + row + i * step, mask=half_mask, other=0.0).to(tl.float32)
@@ -28,7 +29,7 @@ def _load_tables(cos_ptr, sin_ptr, token, T, stride_table, i, half_mask, D, INTE
 
 @triton.jit
 def _load_pairs(base, row_mask, D, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr):
-    """Both members of each pair of channels, (HEADS, HALF) each; neighbouring channels are read as one stretch."""
+    """Loads both channels of each pair, (HEADS, HALF) each. Interleaved pairs are one contiguous load, then split."""
     i = tl.arange(0, HALF)
     if INTERLEAVED:
         cols = tl.arange(0, 2 * HALF)
@@ -57,8 +58,8 @@ def _store_pairs(base, x1, x2, row_mask, D, INTERLEAVED: tl.constexpr, HEADS: tl
 
 @triton.jit
 def _rotate(x1, x2, cos, sin, kind: tl.constexpr, ROUND: tl.constexpr):
-    """(x1 * cos + x2 * sin, x2 * cos - x1 * sin). ROUND: each product to 16 bits, as torch does without an fp32 cast
-    (and launched without fusion, or the compiler makes one 16-bit multiply-add of it, which rounds once)."""
+    """(x1 * cos + x2 * sin, x2 * cos - x1 * sin). ROUND: rounds each product to 16 bits, as torch does without
+    an fp32 cast. Launched with enable_fp_fusion=False then: a fused multiply-add would round once."""
     a1, a2, b1, b2 = x1 * cos, x2 * cos, x2 * sin, x1 * sin
     if ROUND:
         a1, a2 = a1.to(kind).to(tl.float32), a2.to(kind).to(tl.float32)
@@ -206,13 +207,13 @@ def _plan(q: torch.Tensor, k: torch.Tensor) -> tuple[tuple[int, int], dict[str, 
 
 
 def flat_tokens(x: torch.Tensor) -> torch.Tensor:
-    """Rows of one token each: (B, T, H, D) whose B and T strides fold into one and whose channels are contiguous."""
+    """(B, T, H, D) whose B and T strides fold into one token stride and whose channels are contiguous; copies if need be."""
     foldable = x.stride(3) == 1 and (1 in x.shape[:2] or x.stride(0) == x.stride(1) * x.shape[1])
     return x if foldable else x.contiguous()
 
 
 def token_stride(x_BTHD: torch.Tensor) -> int:
-    """Elements from one token to the next, over rows and batch alike. (The stride of an axis of length one says nothing.)"""
+    """Elements from one token to the next, also across sequences. (The stride of an axis of length one is arbitrary.)"""
     return x_BTHD.stride(0) if x_BTHD.shape[1] == 1 else x_BTHD.stride(1)
 
 
@@ -222,7 +223,7 @@ def _table_stride(table: torch.Tensor) -> int:
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """rotation's layout, whether it is all in fp32, and the norm before it (read only where there are weights)."""
+    """interleaved: the layout of channel pairs. fp32: rotate in fp32. norm: the q/k norm, read only where it has weights."""
 
     interleaved: bool
     fp32: bool
@@ -233,9 +234,9 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def qk_rope_fwd(qk: Pair, weights: Pair | None, table: Pair | None, config: RopeConfig, out: Pair) -> None:
-    """Writes normed and rotated q and k into `out` (B, T, H, D): tokens apart as they like, heads and channels contiguous.
+    """Writes the normed and rotated q and k into `out` (B, T, H, D), which may be q and k themselves.
 
-    `out` may be q and k themselves. table: cos and sin, contiguous.
+    out: contiguous heads and channels, any token stride. weights: of the q/k norm. table: cos and sin, contiguous.
     """
     q, k = qk
     grid, meta, q_blocks = _plan(q, k)
@@ -255,9 +256,9 @@ def qk_rope_fwd(qk: Pair, weights: Pair | None, table: Pair | None, config: Rope
 def qk_rope_bwd(  # noqa: PLR0917
     d: Pair, qk: Pair | None, weights: Pair | None, table: Pair | None, config: RopeConfig, out: Pair, train: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Writes the gradients of q and k into `out` and returns those of the norm's weights (where `train`).
+    """Writes the gradients of q and k into `out`; returns those of the norm's weights if `train`, else (None, None).
 
-    qk: what the forward read; needed with a norm only.
+    qk: the inputs of the forward, needed with a norm only. Each program stores its own fp32 weight gradient; torch sums them.
     """
     dq, dk = d
     grid, meta, q_blocks = _plan(dq, dk)

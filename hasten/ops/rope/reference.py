@@ -1,4 +1,4 @@
-"""Norm on queries and keys and rotary positions in plain torch."""
+"""q/k norm and rotary embedding in plain torch: the oracle of the kernel and the path on the CPU."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What each layer stores, recomputes or sends to host memory: costs, plan, policy."""
+"""Memory of a training step: its prediction, a plan per layer (save, recompute, offload), and the policy that runs the plan."""

@@ -1,4 +1,4 @@
-"""How fast a device computes and how fast its link to host memory is: what decides whether a copy hides behind work."""
+"""Measures a device's matmul speed and its bandwidth to CPU memory, which decide whether an offload hides behind compute."""
 
 import functools
 import time
@@ -9,13 +9,15 @@ from typing import Any
 import torch
 
 PROBE_BYTES = 2**26
+"""Size of the measured copy."""
 PROBE_SIDE = 4096
+"""Rows and columns of the measured matmul's operands."""
 REPEATS = 4
 
 
 @dataclass(frozen=True)
 class DeviceSpeed:
-    """bytes_per_s: of one direction of the link to pinned host memory. flops_per_s: of products in the compute dtype."""
+    """bytes_per_s: of a copy to pinned CPU memory, one direction. flops_per_s: of a 16-bit matmul."""
 
     bytes_per_s: float
     flops_per_s: float
@@ -23,22 +25,22 @@ class DeviceSpeed:
 
 @functools.cache
 def measure(device: torch.device) -> DeviceSpeed | None:
-    """Measures a GPU once in a process, in some 50 ms. None for a CPU, whose memory is the host's."""
+    """Measures a GPU, once per process, in about 50 ms. None for a CPU, which has nothing to offload to."""
     if device.type != "cuda":
         return None
-    here = torch.empty(PROBE_BYTES, dtype=torch.uint8, device=device)
-    there = torch.empty(PROBE_BYTES, dtype=torch.uint8, pin_memory=True)
+    on_device = torch.empty(PROBE_BYTES, dtype=torch.uint8, device=device)
+    on_host = torch.empty(PROBE_BYTES, dtype=torch.uint8, pin_memory=True)
     square = torch.zeros(PROBE_SIDE, PROBE_SIDE, dtype=torch.bfloat16, device=device)
-    copying = _seconds(device, lambda: there.copy_(here, non_blocking=True))
-    multiplying = _seconds(device, lambda: square @ square)
-    return DeviceSpeed(PROBE_BYTES / copying, 2 * PROBE_SIDE**3 / multiplying)
+    copy_seconds = _seconds(device, lambda: on_host.copy_(on_device, non_blocking=True))
+    matmul_seconds = _seconds(device, lambda: square @ square)
+    return DeviceSpeed(PROBE_BYTES / copy_seconds, 2 * PROBE_SIDE**3 / matmul_seconds)
 
 
 def _seconds(device: torch.device, work: Callable[[], Any]) -> float:
     work()
     torch.cuda.synchronize(device)
-    begin = time.perf_counter()
+    start = time.perf_counter()
     for _ in range(REPEATS):
         work()
     torch.cuda.synchronize(device)
-    return (time.perf_counter() - begin) / REPEATS
+    return (time.perf_counter() - start) / REPEATS

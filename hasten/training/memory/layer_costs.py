@@ -1,8 +1,8 @@
-"""Bytes and FLOPs of one decoder layer: what each action keeps of it, what it needs while it runs, what is made twice.
+"""Bytes and FLOPs of one decoder layer: what each action saves for the backward, what runs need besides, what is recomputed.
 
-Symbols: N tokens of a step, T tokens of a row, E hidden size, Q and K widths of queries and of keys (or values), F width of the
-MLP, R a rank, e bytes of the compute dtype. docs/memory.md has the formulas in words.
-The order of events is that of `overlays.layer` and `ops.lora`; each `max` below runs over the moments at which most is alive.
+Symbols: N tokens of a step, T tokens per sequence, E hidden size, Q and K widths of queries and of keys (or values), F width of the
+MLP, R LoRA rank, e bytes of the compute dtype. docs/memory.md has the formulas in words. The order of allocations is that of
+`overlays.layer` and `ops.lora`; each `max` below runs over the points at which most is allocated.
 """
 
 from dataclasses import dataclass
@@ -11,205 +11,209 @@ from hasten.training.memory.actions import ActivationAction
 from hasten.training.memory.layer_shape import FP32, LayerShape, Linears
 
 UNFUSED_BYTES = 9
-"""Bytes a number that plain torch and PEFT keep in place of each one that the fused path keeps: casts, norms in fp32 and
-products before and after an addition. An upper bound, held against the truth by tests/training/test_memory_costs.py."""
+"""Bytes that plain torch and PEFT save for each number that the fused path saves: casts, norms in fp32, results of matmuls before
+and after an addition. An upper bound, compared with measured bytes by tests/training/test_memory_costs.py."""
 SCORE = 8
-"""Bytes of a score that attention in plain torch keeps: capped, in fp32 and as weight."""
+"""Bytes that attention in plain torch saves per score: softcapped, in fp32, and as an attention weight."""
 STATISTICS = 2 * FP32
-"""A norm's numbers a token; RMSNorm has one of the two."""
+"""Bytes per token that a norm saves (LayerNorm: mean and inverse deviation; RMSNorm has one of the two)."""
 
 
 @dataclass(frozen=True)
 class SavedBytes:
-    """Bytes that one layer keeps from its forward to its backward, on the device and in pinned host memory."""
+    """Bytes that one layer saves from its forward to its backward, on the device and in pinned CPU memory."""
 
     device: int
     host: int = 0
 
 
-# What a layer keeps
+# Saved activations
 
 
 def saved_bytes(
     layer: LayerShape, action: ActivationAction, tokens: int, length: int, itemsize: int, tile: int | None = None
 ) -> SavedBytes:
-    """What `layer` keeps of `tokens`, in rows of `length`, under `action`. An MLP in tiles keeps x A^T of its last product."""
-    always = 0 if tile is None or action is ActivationAction.SAVE_ALL else tokens * layer.down[0].rank * itemsize
+    """Returns what `layer` saves under `action` for `tokens` tokens in sequences of `length`.
+
+    An MLP in tiles saves x A^T of down_proj's LoRA under every action, on the device.
+    """
+    tiled = 0 if tile is None or action is ActivationAction.SAVE_ALL else tokens * layer.down[0].rank * itemsize
     if action in (ActivationAction.RECOMPUTE, ActivationAction.OFFLOAD):
         size = tokens * layer.hidden * itemsize
     else:
-        size = _attention_kept(layer, tokens, length, itemsize) + _mlp_input(layer, tokens, itemsize)
-        size += _mlp_kept(layer, tokens, itemsize) if action is ActivationAction.SAVE_ALL else 0
+        size = _saved_by_attention(layer, tokens, length, itemsize) + _saved_mlp_input(layer, tokens, itemsize)
+        size += _saved_by_mlp(layer, tokens, itemsize) if action is ActivationAction.SAVE_ALL else 0
     if action is ActivationAction.OFFLOAD:
-        return SavedBytes(always, size)
-    if action is ActivationAction.RECOMPUTE_MLP_OFFLOAD_REST:  # what has a row a token goes
+        return SavedBytes(tiled, size)
+    if action is ActivationAction.RECOMPUTE_MLP_OFFLOAD_REST:  # tensors with one row per token are offloaded
         stays = _adapters(layer.qkv, 0, itemsize) + _adapters(layer.o, 0, itemsize) + tokens * 2 * STATISTICS
-        return SavedBytes(stays + always, size - stays)
-    return SavedBytes(size + always)
+        return SavedBytes(stays + tiled, size - stays)
+    return SavedBytes(size + tiled)
 
 
-def _width(layer: LayerShape, e: int) -> int:
-    """Bytes that are kept for each number of the fused path."""
+def _bytes_per_number(layer: LayerShape, e: int) -> int:
     return e if layer.fused else UNFUSED_BYTES
 
 
-def _attention_kept(layer: LayerShape, n: int, length: int, e: int) -> int:
-    """The stream, q, k, v (q and k twice where a norm stands before the rotation), attention's output and its sums, x A^T,
-    A and B."""
-    e = _width(layer, e)
+def _saved_by_attention(layer: LayerShape, n: int, length: int, e: int) -> int:
+    """Hidden states, q, k, v (q and k twice with a QK norm), attention's output and log-sum-exp, x A^T, A and B."""
+    e = _bytes_per_number(layer, e)
     normed = layer.queries + layer.keys if layer.attention.qk_norm is not None else 0
     numbers = layer.hidden + layer.queries + 2 * layer.keys + normed + layer.queries
     adapters = _adapters(layer.qkv, n, e) + _adapters(layer.o, n, e)
-    sums = length * SCORE if layer.scores else FP32
-    return n * (numbers * e + layer.heads * sums + STATISTICS) + adapters + _branch(layer, n, e)
+    per_head = length * SCORE if layer.scores else FP32
+    return n * (numbers * e + layer.heads * per_head + STATISTICS) + adapters + _saved_by_branch_norm(layer, n, e)
 
 
-def _mlp_input(layer: LayerShape, n: int, e: int) -> int:
-    """The stream before the MLP, where it is not the attention's own, and the MLP's output where a norm follows it."""
-    e = _width(layer, e)
+def _saved_mlp_input(layer: LayerShape, n: int, e: int) -> int:
+    """Hidden states before the MLP (in a parallel block they are attention's own), and the MLP's output if a norm follows."""
+    e = _bytes_per_number(layer, e)
     own = 0 if layer.overlay_config.residual == "parallel" else n * (layer.hidden * e + STATISTICS)
-    return own + _branch(layer, n, e)
+    return own + _saved_by_branch_norm(layer, n, e)
 
 
-def _mlp_kept(layer: LayerShape, n: int, e: int) -> int:
+def _saved_by_mlp(layer: LayerShape, n: int, e: int) -> int:
     """Gate and up, x A^T, A and B."""
-    e = _width(layer, e)
+    e = _bytes_per_number(layer, e)
     return n * 2 * layer.intermediate * e + _adapters(layer.gate_up, n, e) + _adapters(layer.down, n, e)
 
 
-def _branch(layer: LayerShape, n: int, e: int) -> int:
-    """A branch's output, which the norm behind it keeps."""
+def _saved_by_branch_norm(layer: LayerShape, n: int, e: int) -> int:
+    """A branch's output, saved by the norm after it (sandwich norms)."""
     return n * (layer.hidden * e + STATISTICS) if layer.overlay_config.residual == "sandwich" else 0
 
 
 def _adapters(linears: Linears, n: int, e: int) -> int:
-    """x A^T of one product's LoRAs, and their A and B as it takes them: all A on top of each other, all B on a diagonal."""
+    """x A^T of the LoRAs of one (packed) matmul, and their A and B in the compute dtype: A stacked, B block-diagonal."""
     rank = sum(one.rank for one in linears)
     return rank * (n + linears[0].columns + sum(one.rows for one in linears)) * e
 
 
-def _copy(linears: Linears, e: int) -> int:
-    """The dense weight of one product, where it is not read as it is stored."""
+def _dense_copy(linears: Linears, e: int) -> int:
+    """The dense weight of one matmul, where it cannot read the weight as stored (quantised, or not packed)."""
     return 0 if all(one.dense for one in linears) else sum(one.rows * one.columns for one in linears) * e
 
 
-# What a layer needs while it runs
+# Working memory
 
 
-def forward(
+def forward_bytes(
     layer: LayerShape, action: ActivationAction, tokens: int, length: int, tile: int | None, itemsize: int
 ) -> int:
-    """The most that is alive of a layer in its forward, its input and what it keeps included."""
+    """Returns the most that a layer's forward holds, including its input and what it saves."""
     n, e = tokens, itemsize
-    stream = n * layer.hidden * e
-    attending = 2 * stream + n * (2 * layer.queries + 2 * layer.keys) * e
-    attending += max(_copy(layer.qkv, e), _copy(layer.o, e) + stream)
-    whole = action in (ActivationAction.RECOMPUTE, ActivationAction.OFFLOAD)
-    before = (stream if whole else _attention_kept(layer, n, length, e)) + _beside(layer, n, e)
-    return max(attending, before + _mlp_forward(layer, action is ActivationAction.SAVE_ALL, n, tile, e))
+    hidden = n * layer.hidden * e
+    attention = 2 * hidden + n * (2 * layer.queries + 2 * layer.keys) * e
+    attention += max(_dense_copy(layer.qkv, e), _dense_copy(layer.o, e) + hidden)
+    recomputes = action in (ActivationAction.RECOMPUTE, ActivationAction.OFFLOAD)
+    before_mlp = hidden if recomputes else _saved_by_attention(layer, n, length, e)
+    before_mlp += _scaled_branch(layer, n, e)
+    return max(attention, before_mlp + _mlp_forward(layer, action is ActivationAction.SAVE_ALL, n, tile, e))
 
 
-def _beside(layer: LayerShape, n: int, e: int) -> int:
-    """What no backward needs and the layer's forward still holds while its MLP runs: a branch that was scaled and added."""
+def _scaled_branch(layer: LayerShape, n: int, e: int) -> int:
+    """Attention's output before its residual multiplier, which no backward needs and the forward still refers to in the MLP."""
     return n * layer.hidden * e if layer.overlay_config.multiplier != 1.0 else 0
 
 
-def _mlp_forward(layer: LayerShape, keeps: bool, n: int, tile: int | None, e: int) -> int:
-    """The MLP's input, its normed rows, gate and up, their product, the output."""
-    stream = n * layer.hidden * e
+def _mlp_forward(layer: LayerShape, saves_all: bool, n: int, tile: int | None, e: int) -> int:
+    """The MLP's input and its norm, gate, up, their activation, the output."""
+    hidden = n * layer.hidden * e
     wide = n * layer.intermediate * e
-    if tile is not None and not keeps:
-        rows = min(n, tile)
-        return 3 * stream + rows * (3 * layer.intermediate + layer.hidden) * e + _weights(layer, e)
-    making = 2 * wide + max(wide, _copy(layer.gate_up, e))
-    adding = wide + stream + _copy(layer.down, e) + (2 * wide if keeps else 0)
-    return 2 * stream + max(making, adding)
+    if tile is not None and not saves_all:
+        tokens = min(n, tile)
+        return 3 * hidden + tokens * (3 * layer.intermediate + layer.hidden) * e + _mlp_dense_copies(layer, e)
+    up = 2 * wide + max(wide, _dense_copy(layer.gate_up, e))
+    down = wide + hidden + _dense_copy(layer.down, e) + (2 * wide if saves_all else 0)
+    return 2 * hidden + max(up, down)
 
 
-def backward(
+def backward_bytes(
     layer: LayerShape, action: ActivationAction, tokens: int, length: int, tile: int | None, itemsize: int
 ) -> tuple[int, int]:
-    """The most that is alive of a layer in the backward of its MLP and of its attention: what it keeps or makes again,
-    its output's gradient, and buffers; not the gradients of what trains."""
+    """Returns the most that the backward of a layer's MLP, and of its attention, hold: activations saved or recomputed, the
+    gradient of the output, buffers. Gradients of weights are not included."""
     n, e = tokens, itemsize
-    stream = n * layer.hidden * e
-    held = _attention_kept(layer, n, length, e)
-    behind = held + _mlp_input(layer, n, e) + stream
-    recomputes, parallel = (
-        action in (ActivationAction.RECOMPUTE, ActivationAction.OFFLOAD),
-        layer.overlay_config.residual == "parallel",
-    )
+    hidden = n * layer.hidden * e
+    by_attention = _saved_by_attention(layer, n, length, e)
+    base = by_attention + _saved_mlp_input(layer, n, e) + hidden
+    recomputes = action in (ActivationAction.RECOMPUTE, ActivationAction.OFFLOAD)
+    parallel = layer.overlay_config.residual == "parallel"
     if action is ActivationAction.SAVE_ALL or (recomputes and tile is None):
         wide = n * layer.intermediate * e
-        most = behind + _mlp_kept(layer, n, e)
-        # The product's gradient; then gate's and up's lie where gate and up did, and the input's gradient and the input.
-        most += max(wide + _copy(layer.down, e), stream + max(_copy(layer.gate_up, e), stream))
+        most = base + _saved_by_mlp(layer, n, e)
+        # The activation's gradient; then gate's and up's overwrite gate and up, beside the input and its gradient.
+        most += max(wide + _dense_copy(layer.down, e), hidden + max(_dense_copy(layer.gate_up, e), hidden))
     else:
-        most = behind + max(stream + _tile_backward(layer, min(n, tile or n), e), 2 * stream)
+        most = base + max(hidden + _tile_backward(layer, min(n, tile or n), e), 2 * hidden)
     if not layer.fused:
-        most += held + _mlp_kept(layer, n, e)  # as many gradients as tensors, at the worst
-    if recomputes:  # up to the last tensor that is kept
-        making = (
-            0 if tile is not None else _mlp_kept(layer, n, e) + max(n * layer.intermediate * e, _copy(layer.gate_up, e))
-        )
-        most = max(most, behind + stream + making + _beside(layer, n, e) + (stream if parallel else 0))
-    # Of a parallel block the gradient that the MLP made of their one normed input waits for attention's.
-    attention = held + stream + (stream if parallel else 0) + _attention_backward(layer, n, length, e)
+        most += by_attention + _saved_by_mlp(layer, n, e)  # at worst one gradient per saved tensor
+    if recomputes:  # up to the last activation that is saved
+        recomputed = 0
+        if tile is None:
+            recomputed = _saved_by_mlp(layer, n, e) + max(n * layer.intermediate * e, _dense_copy(layer.gate_up, e))
+        most = max(most, base + hidden + recomputed + _scaled_branch(layer, n, e) + (hidden if parallel else 0))
+    # In a parallel block the MLP's gradient of the shared normed input is held until attention's is added.
+    attention = by_attention + hidden + (hidden if parallel else 0) + _attention_backward(layer, n, length, e)
     return most, attention
 
 
-def _tile_backward(layer: LayerShape, rows: int, e: int) -> int:
-    """Gate and up, their product or its gradient, rows in and out, dense weights; gradients of weights are summed in fp32."""
+def _tile_backward(layer: LayerShape, tokens: int, e: int) -> int:
+    """Gate and up, their activation or its gradient, the tile's input and output, dense weights; weight gradients summed in fp32."""
     trained = sum(one.rows * one.columns for one in (*layer.gate_up, *layer.down) if one.trained)
-    return rows * (3 * layer.intermediate + 2 * layer.hidden) * e + _weights(layer, e) + trained * FP32
+    return tokens * (3 * layer.intermediate + 2 * layer.hidden) * e + _mlp_dense_copies(layer, e) + trained * FP32
 
 
-def _weights(layer: LayerShape, e: int) -> int:
-    """The MLP's dense weights, where they are not read as they are stored."""
-    return _copy(layer.gate_up, e) + _copy(layer.down, e)
+def _mlp_dense_copies(layer: LayerShape, e: int) -> int:
+    return _dense_copy(layer.gate_up, e) + _dense_copy(layer.down, e)
 
 
 def _attention_backward(layer: LayerShape, n: int, length: int, e: int) -> int:
-    """Beyond what the half keeps and the stream's gradient: gradients of attention's output and of q, k, v; cuDNN sums dq in fp32
-    and makes dk and dv for every head of the queries, where several share a key's; then, what attention kept being gone, both
-    buffers of the projection and its input's gradient."""
+    """Beyond what attention saved and the gradient of its output projection's result.
+
+    Gradients of attention's output and of q, k, v; cuDNN sums dq in fp32 and, with grouped queries, makes dk and dv per query head.
+    Then, with attention's saved activations freed, the two buffers of the QKV projection and the gradient of its input.
+    """
     q, qkv = n * layer.queries, n * (layer.queries + 2 * layer.keys)
-    attending = (q + qkv) * e + n * layer.heads * FP32
+    attention = (q + qkv) * e + n * layer.heads * FP32
     if layer.sdpa(length):
-        shares = 2 * q * e if layer.keys != layer.queries else 0
-        attending += q * FP32 + shares
+        per_query_head = 2 * q * e if layer.keys != layer.queries else 0
+        attention += q * FP32 + per_query_head
     if layer.scores:
-        attending += 2 * n * length * layer.heads * SCORE
-    projecting = (2 * qkv + 2 * n * layer.hidden) * e + _copy(layer.qkv, e) - (q + qkv) * e
-    return max(q * e + _copy(layer.o, e), attending, projecting)
+        attention += 2 * n * length * layer.heads * SCORE
+    projection = (2 * qkv + 2 * n * layer.hidden) * e + _dense_copy(layer.qkv, e) - (q + qkv) * e
+    return max(q * e + _dense_copy(layer.o, e), attention, projection)
+
+
+# Work
 
 
 def recompute_flops(layer: LayerShape, action: ActivationAction, tokens: int, length: int) -> int:
-    """Floating point operations that `action` makes a second time in one step: products and attention.
+    """Returns the FLOPs that `action` recomputes in one step: matmuls and attention.
 
-    A recomputed layer stops before its last product, and a tiled MLP makes its first one once more (`ops.lora.mlp`).
+    A recomputed layer stops before down_proj, and a tiled MLP recomputes gate and up (`ops.lora.mlp`).
     """
     if action is ActivationAction.SAVE_ALL:
         return 0
-    mlp = _product_flops(layer.gate_up, tokens)
+    mlp = _matmul_flops(layer.gate_up, tokens)
     if action in (ActivationAction.RECOMPUTE_MLP, ActivationAction.RECOMPUTE_MLP_OFFLOAD_REST):
         return mlp
-    seen = min(length, layer.attention.window or length)
-    # Two products over the keys that each token sees, half of the row on average where there is no window.
-    pairs = seen * length - seen * seen // 2
+    window = min(length, layer.attention.window or length)
+    # Two matmuls over the keys that each token attends to: half of the sequence on average without a window.
+    pairs = window * length - window * window // 2
     attention = 4 * layer.queries * pairs * tokens // length
-    return _product_flops(layer.qkv, tokens) + _product_flops(layer.o, tokens) + attention + mlp
+    return _matmul_flops(layer.qkv, tokens) + _matmul_flops(layer.o, tokens) + attention + mlp
 
 
 def forward_flops(layer: LayerShape, tokens: int, length: int) -> int:
-    """Of one forward, products and attention."""
-    return recompute_flops(layer, ActivationAction.RECOMPUTE, tokens, length) + _product_flops(layer.down, tokens)
+    """Returns the FLOPs of one forward: matmuls and attention."""
+    return recompute_flops(layer, ActivationAction.RECOMPUTE, tokens, length) + _matmul_flops(layer.down, tokens)
 
 
 def mlp_flops(layer: LayerShape, tokens: int) -> int:
-    """Of the MLP's forward."""
-    return _product_flops(layer.gate_up, tokens) + _product_flops(layer.down, tokens)
+    """Returns the FLOPs of the MLP's forward."""
+    return _matmul_flops(layer.gate_up, tokens) + _matmul_flops(layer.down, tokens)
 
 
-def _product_flops(linears: Linears, tokens: int) -> int:
+def _matmul_flops(linears: Linears, tokens: int) -> int:
     return sum(2 * tokens * (one.rows * one.columns + one.rank * (one.rows + one.columns)) for one in linears)

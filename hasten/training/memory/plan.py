@@ -1,8 +1,8 @@
-"""Which action each layer gets: the cheapest mix in time whose peak stays under a budget.
+"""Chooses an ActivationAction for each layer: the fastest plan whose predicted peak stays within a memory budget.
 
-Layers are alike, so a mix is two mixes of treating them and how many layers get each. The way that keeps less comes first: in the
-backward the last layers go first, and take what they kept with them before the first layers are made again. A way is one
-action, or two that take turns, so that the speed to host memory is as busy as it can be without holding up the layers.
+Decoder layers are alike, so a plan is two mixes and the number of layers that get each. The mix that saves less comes first: the
+backward starts at the last layers, and frees what they saved before it recomputes the first ones. A mix is one action, or two
+that are interleaved, so that copies to CPU memory use all the bandwidth they can without delaying the layers.
 """
 
 import math
@@ -18,23 +18,32 @@ from hasten.training.memory.costs import ModelShape, Peak, peak
 from hasten.training.memory.layer_costs import forward_flops, mlp_flops, recompute_flops, saved_bytes
 from hasten.training.memory.shape import LayerShape
 
-SMALLEST_TILE = 1024
-"""Rows; each plan tries the whole input as one tile, then halves of it down to here."""
-TILE_TOLL = 300
-"""Rows' worth of an MLP's forward that each further tile costs: weights are read again, small kernels run once more (docs/log.md)."""
-SUSTAINED = 0.75
-"""Of the speed of one product, measured for a moment, what products reach in a step: a card under load lowers its clock."""
-LINK_TOLL = 0.02
-"""Share of a hidden copy's time that a step is charged all the same: copies and work share the device's memory."""
-DEVICE_ALONE = (ActivationAction.RECOMPUTE, ActivationAction.RECOMPUTE_MLP, ActivationAction.SAVE_ALL)
-"""From least to most."""
+MIN_TILE = 1024
+"""Tokens; a plan tries the whole batch as one tile, then halves of it down to this size."""
+TILE_OVERHEAD = 300
+"""Cost of each further tile, as tokens of an MLP's forward: weights are read again, small kernels are launched again (docs/log.md)."""
+SUSTAINED_FRACTION = 0.75
+"""Of the matmul speed of a short measurement, what a whole step sustains: a GPU under load lowers its clock."""
+COPY_OVERHEAD = 0.02
+"""Fraction of a hidden copy's time that still counts: copies and kernels compete for the device's memory bandwidth."""
+ON_DEVICE = (ActivationAction.RECOMPUTE, ActivationAction.RECOMPUTE_MLP, ActivationAction.SAVE_ALL)
+"""Actions without offloading, from least to most device memory."""
+DESCRIPTIONS = {
+    ActivationAction.SAVE_ALL: "save all activations",
+    ActivationAction.RECOMPUTE_MLP: "recompute their MLP",
+    ActivationAction.RECOMPUTE_MLP_OFFLOAD_REST: "recompute their MLP and offload the rest to CPU memory",
+    ActivationAction.RECOMPUTE: "are recomputed from their input",
+    ActivationAction.OFFLOAD: "are recomputed from their input, which is offloaded to CPU memory",
+}
+"""What layers do, as the end of a sentence."""
 Mix = Callable[[int], tuple[ActivationAction, ...]]
-"""How many layers -> their actions."""
+"""Number of layers -> their actions."""
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """actions: one a layer. tile: rows at a time of an MLP that is made again. peak: predicted. fits: under the budget."""
+    """actions: one per layer. tile: tokens per tile of MLPs that are recomputed, None = no tiles. peak: predicted. fits: whether
+    the peak is within the budget."""
 
     actions: tuple[ActivationAction, ...]
     tile: int | None
@@ -42,23 +51,22 @@ class LayerPlan:
     fits: bool = True
 
     def __str__(self) -> str:
-        said = {
-            ActivationAction.SAVE_ALL: "keep what is dear to make again",
-            ActivationAction.RECOMPUTE_MLP: "make their MLP again",
-            ActivationAction.RECOMPUTE_MLP_OFFLOAD_REST: "make their MLP again and keep the rest in host memory",
-            ActivationAction.RECOMPUTE: "are made again from their input",
-            ActivationAction.OFFLOAD: "are made again from their input, which waits in host memory",
-        }
         counts = Counter(self.actions)
-        parts = [f"{counts[one]} of {len(self.actions)} layers {said[one]}" for one in ActivationAction if counts[one]]
+        parts = [
+            f"{counts[action]} of {len(self.actions)} layers {DESCRIPTIONS[action]}"
+            for action in ActivationAction
+            if counts[action]
+        ]
         tiled = self.tile is not None and counts[ActivationAction.SAVE_ALL] < len(self.actions)
-        return "; ".join(parts) + (f", MLPs {self.tile} rows at a time" if tiled else "")
+        return "; ".join(parts) + (f", MLPs in tiles of {self.tile} tokens" if tiled else "")
 
 
-def uniform(shape: ModelShape, batch: int, length: int, action: ActivationAction, tile: int | None = None) -> LayerPlan:
-    """Every layer alike."""
-    plan = (action,) * len(shape.layers)
-    return LayerPlan(plan, tile, peak(shape, batch, length, plan, tile))
+def uniform_plan(
+    shape: ModelShape, batch: int, length: int, action: ActivationAction, tile: int | None = None
+) -> LayerPlan:
+    """The plan that gives every layer the same action."""
+    actions = (action,) * len(shape.layers)
+    return LayerPlan(actions, tile, peak(shape, batch, length, actions, tile))
 
 
 def plan_layers(
@@ -68,100 +76,99 @@ def plan_layers(
     budget: int,
     speed: DeviceSpeed | None,
     tiles: Sequence[int | None] = (),
-    host_room: int | None = None,
+    max_pinned: int | None = None,
     accumulates: bool = False,
 ) -> LayerPlan:
-    """The cheapest plan whose predicted peak is at most `budget` bytes; where none fits, the one with the least peak.
+    """Returns the fastest plan whose predicted peak is at most `budget` bytes; if none fits, the one with the lowest peak.
 
-    speed: None where there is no host memory apart from the device's. tiles: rows at a time of an MLP that is made again by itself,
-    () = whatever is best; (None,) where MLPs cannot be. host_room: bytes of host memory that may be pinned, None = as many as it takes.
+    shape: the model. batch, length: sequences and tokens per sequence. speed: None = no offloading (a CPU, whose memory is the
+    device's). tiles: sizes in tokens to try for MLPs that are recomputed on their own; () = powers-of-two fractions of the batch;
+    (None,) = MLPs cannot run in tiles. max_pinned: bytes of pinned CPU memory that the plan may use, None = no limit.
+    accumulates: gradients of earlier micro-batches are already allocated.
     """
-    step = _Step(shape, batch, length, budget, speed, host_room, accumulates)
+    search = _Search(shape, batch, length, budget, speed, max_pinned, accumulates)
     tried: list[LayerPlan] = []
-    for tile in tiles or halves(batch * length):
-        mixes = step.mixes(tile is not None, always=bool(tiles))
-        tried += [step.maximize(fewer, more, tile) for fewer, more in combinations(mixes, 2)]
+    for tile in tiles or tile_sizes(batch * length):
+        mixes = search.mixes(tile is not None, always_tiled=bool(tiles))
+        tried += [search.maximize(less, more, tile) for less, more in combinations(mixes, 2)]
     fitting = [plan for plan in tried if plan.fits]
     if fitting:
-        return min(fitting, key=lambda plan: (step.seconds(plan), plan.peak.total))
+        return min(fitting, key=lambda plan: (search.cost(plan), plan.peak.total))
     return min(tried, key=lambda plan: plan.peak.total)
 
 
-def halves(tokens: int) -> list[int]:
-    """Tiles to try: all rows, half of them, and so on."""
-    found = [tokens]
-    while found[-1] > SMALLEST_TILE:
-        found.append(max(SMALLEST_TILE, -(-found[-1] // 2)))
-    return found
+def tile_sizes(tokens: int) -> list[int]:
+    """Tile sizes to try: all tokens, half of them, and so on down to MIN_TILE."""
+    sizes = [tokens]
+    while sizes[-1] > MIN_TILE:
+        sizes.append(max(MIN_TILE, -(-sizes[-1] // 2)))
+    return sizes
 
 
 @dataclass(frozen=True)
-class _Step:
-    """One step that is planned; the arguments of `plan_layers`."""
+class _Search:
+    """The search for one step's plan; fields are the arguments of `plan_layers`."""
 
     shape: ModelShape
     batch: int
     length: int
     budget: int
     speed: DeviceSpeed | None
-    host_room: int | None
+    max_pinned: int | None
     accumulates: bool
 
-    def mixes(self, tiled: bool, always: bool) -> list[Mix]:
-        """From least to most device memory. tiled: MLPs can be made again by themselves; always: and all of them are."""
-        left_out = ActivationAction.RECOMPUTE_MLP if not tiled else ActivationAction.SAVE_ALL if always else None
-        here = [one for one in DEVICE_ALONE if one is not left_out]
-        found: list[Mix] = [partial(_taking_turns, one, one, 0.0) for one in here]
+    def mixes(self, tiled: bool, always_tiled: bool) -> list[Mix]:
+        """Mixes from least to most device memory. tiled: MLPs can be recomputed on their own. always_tiled: all of them are."""
+        excluded = ActivationAction.RECOMPUTE_MLP if not tiled else ActivationAction.SAVE_ALL if always_tiled else None
+        mixes: list[Mix] = [_only(action) for action in ON_DEVICE if action is not excluded]
         if self.speed is None:
-            return found
-        found.insert(0, partial(_taking_turns, ActivationAction.OFFLOAD, ActivationAction.OFFLOAD, 0.0))
-        share = self._host_share(self.speed) if tiled else 0.0
-        if share > 0:
-            found.insert(
-                1, partial(_taking_turns, ActivationAction.OFFLOAD, ActivationAction.RECOMPUTE_MLP_OFFLOAD_REST, share)
-            )
-        return found
+            return mixes
+        mixes.insert(0, _only(ActivationAction.OFFLOAD))
+        fraction = self._offloaded_fraction(self.speed) if tiled else 0.0
+        if fraction > 0:
+            offload, rest = ActivationAction.OFFLOAD, ActivationAction.RECOMPUTE_MLP_OFFLOAD_REST
+            mixes.insert(1, partial(_interleave, offload, rest, fraction))
+        return mixes
 
-    def _host_share(self, speed: DeviceSpeed) -> float:
-        """Which share of layers can have their attention's tensors in host memory, beside layers whose input waits there."""
+    def _offloaded_fraction(self, speed: DeviceSpeed) -> float:
+        """The fraction of layers that can offload their attention's activations while all others offload their input, so that
+        the copies take no longer than the layers' forward."""
         tokens, shape = self.batch * self.length, self.shape
-        large = max(shape.layers, key=lambda one: self._sent(one, ActivationAction.RECOMPUTE_MLP_OFFLOAD_REST))
-        running = forward_flops(large, tokens, self.length) / (SUSTAINED * speed.flops_per_s)
-        hidden = running * speed.bytes_per_s
-        least, most = (
-            self._sent(large, ActivationAction.OFFLOAD),
-            self._sent(large, ActivationAction.RECOMPUTE_MLP_OFFLOAD_REST),
-        )
+        rest = ActivationAction.RECOMPUTE_MLP_OFFLOAD_REST
+        largest = max(shape.layers, key=lambda layer: self._offloaded_bytes(layer, rest))
+        forward_seconds = forward_flops(largest, tokens, self.length) / (SUSTAINED_FRACTION * speed.flops_per_s)
+        hidden = forward_seconds * speed.bytes_per_s
+        least, most = (self._offloaded_bytes(largest, action) for action in (ActivationAction.OFFLOAD, rest))
         return min(1.0, (hidden - least) / (most - least))
 
-    def _sent(self, layer: LayerShape, action: ActivationAction) -> int:
+    def _offloaded_bytes(self, layer: LayerShape, action: ActivationAction) -> int:
         return saved_bytes(layer, action, self.batch * self.length, self.length, self.shape.itemsize).host
 
-    def seconds(self, plan: LayerPlan) -> float:
-        """What a step pays for not keeping everything: seconds where the device's speed is known, else FLOPs."""
+    def cost(self, plan: LayerPlan) -> float:
+        """Extra work of a step compared with saving everything: seconds where the device's speed is known, else FLOPs."""
         tokens, cost = self.batch * self.length, 0.0
         for (layer, action), count in Counter(zip(self.shape.layers, plan.actions, strict=True)).items():
-            made = recompute_flops(layer, action, tokens, self.length)
+            flops = recompute_flops(layer, action, tokens, self.length)
             if plan.tile is not None and action is not ActivationAction.SAVE_ALL:
-                made += (-(-tokens // plan.tile) - 1) * mlp_flops(layer, TILE_TOLL)
+                flops += (-(-tokens // plan.tile) - 1) * mlp_flops(layer, TILE_OVERHEAD)
             if self.speed is None:
-                cost += count * made
+                cost += count * flops
             else:
-                sent = 2 * self._sent(layer, action) / self.speed.bytes_per_s
-                cost += count * (made / (SUSTAINED * self.speed.flops_per_s) + LINK_TOLL * sent)
+                copying = 2 * self._offloaded_bytes(layer, action) / self.speed.bytes_per_s
+                cost += count * (flops / (SUSTAINED_FRACTION * self.speed.flops_per_s) + COPY_OVERHEAD * copying)
         return cost
 
-    def maximize(self, fewer: Mix, more: Mix, tile: int | None) -> LayerPlan:
-        """As many layers by the second way as fit; none of them, fitting or not, where not even that fits."""
+    def maximize(self, less: Mix, more: Mix, tile: int | None) -> LayerPlan:
+        """Gives as many layers as fit the mix that saves more, by bisection; none, whether that fits or not, if one is too many."""
         layers = len(self.shape.layers)
 
         def plan(count: int) -> LayerPlan:
-            actions = (*fewer(layers - count), *more(count))
+            actions = (*less(layers - count), *more(count))
             found = peak(self.shape, self.batch, self.length, actions, tile, accumulates=self.accumulates)
-            room = self.host_room is None or found.host <= self.host_room
-            return LayerPlan(actions, tile, found, room and found.total <= self.budget)
+            pinnable = self.max_pinned is None or found.host <= self.max_pinned
+            return LayerPlan(actions, tile, found, pinnable and found.total <= self.budget)
 
-        # The peak grows with the count, but for dips at the ends that it costs little to miss.
+        # The peak grows with the count, except for dips at the ends that cost little to miss.
         low, high = 0, layers + 1
         while high - low > 1:
             middle = (low + high) // 2
@@ -169,8 +176,14 @@ class _Step:
         return plan(low)
 
 
-def _taking_turns(
-    mostly: ActivationAction, sometimes: ActivationAction, share: float, layers: int
+def _only(action: ActivationAction) -> Mix:
+    return partial(_interleave, action, action, 0.0)
+
+
+def _interleave(
+    mostly: ActivationAction, sometimes: ActivationAction, fraction: float, layers: int
 ) -> tuple[ActivationAction, ...]:
-    """`sometimes` for that share of the layers, evenly spread, `mostly` for the others."""
-    return tuple(sometimes if math.floor((i + 1) * share) > math.floor(i * share) else mostly for i in range(layers))
+    """`sometimes` for that fraction of the layers, evenly spread, `mostly` for the others."""
+    return tuple(
+        sometimes if math.floor((i + 1) * fraction) > math.floor(i * fraction) else mostly for i in range(layers)
+    )

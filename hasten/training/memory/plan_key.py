@@ -1,4 +1,4 @@
-"""What a plan is made for, beside the batch's shape: a model that changes between steps gets another plan."""
+"""What a plan depends on besides the batch's shape; a model that changes between steps gets a new plan."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 
 
 class PlanKey(NamedTuple):
-    """As told by the first layer and the last, since a look at every weight of a large model costs milliseconds a step.
+    """Read from the first and the last layer only: visiting every weight of a large model costs milliseconds per step.
 
-    dtype: of autocast, where it is on. stored, trained: bytes of weights. accumulates: whether gradients of a step before are there.
+    dtype: autocast's, None where it is off. stored, trained: bytes of weights, and of those that train. accumulates: whether
+    gradients of an earlier micro-batch are present.
     """
 
     dtype: torch.dtype | None
@@ -30,19 +31,19 @@ class PlanKey(NamedTuple):
 
 
 def compute_dtype(device: torch.device) -> torch.dtype | None:
-    """Autocast's, None where it is off."""
+    """Returns autocast's dtype, None where autocast is off."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
-def coarse(length: int) -> int:
-    """`length` rounded up by at most a sixteenth, and to a multiple of 64 beyond 1024: 16 lengths for each power of two."""
+def round_up_length(length: int) -> int:
+    """Rounds `length` up by at most 1/16, and to a multiple of 64 beyond 1024: 16 lengths for each power of two."""
     step = 1 << max(0, (length - 1).bit_length() - 5)
     return -(-length // step) * step
 
 
-def processes_here() -> int:
-    """Processes of this training run on this machine, all of which pin host memory."""
+def local_processes() -> int:
+    """Returns how many processes of this training run share this machine's CPU memory."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return 1
-    # torchrun tells its processes how many they are on one machine through this variable and in no other way.
+    # LOCAL_WORLD_SIZE is the only way in which torchrun tells its processes how many of them run on one machine.
     return int(os.environ.get("LOCAL_WORLD_SIZE", torch.distributed.get_world_size()))

@@ -95,10 +95,10 @@ def test_pieces_and_keys_leave_no_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = drawn(3000, *[torch.bfloat16] * 4)
     pieces = [x.clone() for x in whole]
     adamw_(whole[0], whole[1], (whole[2], whole[3]), CONFIG, key=4, backend="reference")
-    monkeypatch.setattr(reference, "PIECE", 7)
+    monkeypatch.setattr(reference, "CHUNK", 7)
     adamw_(pieces[0], pieces[1], (pieces[2], pieces[3]), CONFIG, key=4, backend="reference")
     assert all(torch.equal(a, b) for a, b in zip(whole, pieces, strict=True))
-    monkeypatch.setattr("hasten.ops.adamw.LARGEST", 1000)
+    monkeypatch.setattr("hasten.ops.adamw.MAX_ELEMENTS", 1000)
     same = [torch.full((2000,), 1.001, dtype=torch.float32).bfloat16() for _ in range(4)]
     adamw_(same[0], same[1], (same[2], same[3]), CONFIG, key=4, backend="reference")
     assert not torch.equal(same[0][:1000], same[0][1000:]), "parts of a large tensor would be rounded alike"

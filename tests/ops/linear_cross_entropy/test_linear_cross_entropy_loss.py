@@ -1,5 +1,5 @@
-"""The training loss of the fused head: gradients made in the forward are right for whatever the backward brings, and
-nothing is computed that is not needed."""
+"""The training loss of the fused head: gradients computed in the forward are right for every upstream gradient, and nothing is
+computed that is not needed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -175,8 +175,8 @@ def test_weights_of_another_dtype_are_cast_and_get_gradients_of_their_own(backen
     assert not torch.equal(ours[1], ours[1].bfloat16().float())
 
 
-class Products(TorchDispatchMode):
-    """Multiply-adds of all matrix products, in units of one product of all tokens with the head."""
+class Matmuls(TorchDispatchMode):
+    """Counts the multiply-adds of all matmuls, in units of one matmul of all tokens with the head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,25 +191,25 @@ class Products(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("trained", "products"), [(("hidden",), 2), (("weight",), 2), (("hidden", "weight"), 3), ((), 1)]
+    ("trained", "matmuls"), [(("hidden",), 2), (("weight",), 2), (("hidden", "weight"), 3), ((), 1)]
 )
-def test_no_logit_is_computed_twice(trained: tuple[str, ...], products: int) -> None:
+def test_no_logit_is_computed_twice(trained: tuple[str, ...], matmuls: int) -> None:
     t = {name: x.detach().requires_grad_(name in trained) for name, x in inputs(torch.float32, False, False).items()}
     labels = make_labels().clamp(min=0)
-    with Products() as counted:
+    with Matmuls() as counted:
         loss = linear_cross_entropy_loss(t["hidden"], t["weight"], labels, ScoreConfig(chunk=8), backend="triton")
         if trained:
             loss.backward()
-    assert counted.count == pytest.approx(products)
+    assert counted.count == pytest.approx(matmuls)
 
 
 @pytest.mark.parametrize("per_token", [False, True])
-def test_no_gradient_is_made_without_grad_mode(per_token: bool) -> None:
+def test_no_gradient_is_computed_without_grad_mode(per_token: bool) -> None:
     t, labels = inputs(torch.float32, False, False), make_labels()
     op = linear_cross_entropy if per_token else linear_cross_entropy_loss
     for frozen in (False, True):
         t["weight"].requires_grad_(not frozen)
-        with torch.no_grad(), Products() as counted:
+        with torch.no_grad(), Matmuls() as counted:
             out: Any = op(t["hidden"], t["weight"], labels, ScoreConfig(chunk=8), backend="triton")
         assert counted.count == pytest.approx(1)
         assert not (out.loss if per_token else out).requires_grad
@@ -223,7 +223,7 @@ def test_weight_trains_in_chunks_as_large_as_its_gradient() -> None:
 
 @both
 def test_nothing_is_left_unwritten(backend: Any) -> None:
-    """With weights that train, one chunk after the other into the same room; the vocabulary fills no aligned row."""
+    """With trained weights, chunk after chunk into the same buffer; the vocabulary is no multiple of the row padding."""
     t = inputs(torch.float32, True, True)
     with poisoned_memory():
         for config in (ScoreConfig(chunk=8), ScoreConfig(chunk=8, want=OPTIONAL_SCORES)):

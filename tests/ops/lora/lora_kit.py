@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from hasten.ops.lora import LoraLinear
-from hasten.weights.plain import DenseWeight
+from hasten.ops.lora import DenseWeight, LoraLinear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTH, RANK = 24, 4

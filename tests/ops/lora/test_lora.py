@@ -10,11 +10,10 @@ from ops_kit import NORM, both
 from torch.nn import functional as F
 
 from hasten.ops import NormConfig, NormInput, QKNorm, norm, qk_rope
-from hasten.ops.lora import HeadsConfig, LoraLinear, lora_linears, lora_mlp, lora_qkv, stacked
+from hasten.ops.lora import DenseWeight, HeadsConfig, LoraLinear, lora_linears, lora_mlp, lora_qkv, stacked
 from hasten.ops.lora.kernels.lora_delta import MIN_WIDTH_BACKWARD, add_lora_delta, lora_delta_bwd
 from hasten.testing import relative_error
 from hasten.weights import pack_weights
-from hasten.weights.plain import DenseWeight
 
 
 def gradients(outputs: Any, x: torch.Tensor, linears: Any) -> list[torch.Tensor]:
@@ -214,9 +213,9 @@ def remember(kept: list[torch.Tensor], saved: torch.Tensor) -> torch.Tensor:
     return saved
 
 
-def test_a_norm_s_output_is_made_again_and_not_kept() -> None:
-    stream, weight = torch.randn(3, 7, WIDTH, device=DEVICE), torch.randn(WIDTH, device=DEVICE)
-    source = NormInput(stream, weight, NORM)
+def test_a_norm_s_output_is_recomputed_and_not_saved() -> None:
+    hidden, weight = torch.randn(3, 7, WIDTH, device=DEVICE), torch.randn(WIDTH, device=DEVICE)
+    source = NormInput(hidden, weight, NORM)
     mlp = (linear(40, WIDTH, True, False, torch.float32), linear(40, WIDTH, True, False, torch.float32))
     mlp = (*mlp, linear(WIDTH, 40, True, False, torch.float32))
     position = tuple(torch.randn(1, 7, 8, device=DEVICE) for _ in range(2))
@@ -227,7 +226,7 @@ def test_a_norm_s_output_is_made_again_and_not_kept() -> None:
     ):
         results = []
         for norm_input in (None, source):
-            normed = norm(stream, weight, NORM, "triton").requires_grad_()
+            normed = norm(hidden, weight, NORM, "triton").requires_grad_()
             kept: list[torch.Tensor] = []
             with torch.autograd.graph.saved_tensors_hooks(partial(remember, kept), lambda t: t):
                 outs = run(normed, norm_input)
@@ -239,12 +238,12 @@ def test_a_norm_s_output_is_made_again_and_not_kept() -> None:
             torch.testing.assert_close(kept_gradient, made_gradient)
 
 
-def test_a_norm_with_a_wider_weight_is_made_again_in_the_products_dtype() -> None:
-    stream, weight = torch.randn(6, WIDTH, device=DEVICE).half(), torch.randn(WIDTH, device=DEVICE)
+def test_a_norm_with_an_fp32_weight_is_recomputed_in_the_dtype_of_the_matmul() -> None:
+    hidden, weight = torch.randn(6, WIDTH, device=DEVICE).half(), torch.randn(WIDTH, device=DEVICE)
     one = linear(40, WIDTH, True, False, torch.float16)
     found = []
-    for norm_input in (None, NormInput(stream, weight, NORM)):
-        normed = norm(stream, weight, NORM, "triton")
+    for norm_input in (None, NormInput(hidden, weight, NORM)):
+        normed = norm(hidden, weight, NORM, "triton")
         assert normed.dtype == torch.float32
         (out,) = lora_linears(normed.half().requires_grad_(), [one], norm_input=norm_input, backend="triton")
         found.append(torch.autograd.grad(out.float().cos().sum(), [one.a, one.b]))  # pyright: ignore[reportArgumentType]
@@ -252,7 +251,7 @@ def test_a_norm_with_a_wider_weight_is_made_again_in_the_products_dtype() -> Non
         torch.testing.assert_close(kept, again)
 
 
-def test_weights_behind_each_other_are_read_as_one_without_a_copy() -> None:
+def test_packed_weights_are_stacked_without_a_copy() -> None:
     modules = [torch.nn.Linear(WIDTH, out, bias=False, device=DEVICE) for out in (32, 16, 8)]
     before = [m.weight.detach().clone() for m in modules]
     parameters = [m.weight for m in modules]
@@ -268,7 +267,7 @@ def test_weights_behind_each_other_are_read_as_one_without_a_copy() -> None:
 
 
 @pytest.mark.parametrize(("rows", "rank"), [(1, 1), (70, 5), (130, 32)])
-def test_wide_outputs_make_both_thin_gradients_from_one_read(rows: int, rank: int) -> None:
+def test_wide_outputs_take_the_kernel_of_both_lora_gradients(rows: int, rank: int) -> None:
     wide = [MIN_WIDTH_BACKWARD, MIN_WIDTH_BACKWARD + 52, MIN_WIDTH_BACKWARD]
     linears = [linear(out, WIDTH, index != 2, False, torch.float32, rank) for index, out in enumerate(wide)]
     x = torch.randn(rows, WIDTH, device=DEVICE, requires_grad=True)
@@ -279,8 +278,8 @@ def test_wide_outputs_make_both_thin_gradients_from_one_read(rows: int, rank: in
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_share_launchers_write_all_and_only_their_outputs(dtype: torch.dtype) -> None:
-    """Rows apart, odd sizes, a base of one row; sums over many splits of rows."""
+def test_lora_delta_launchers_write_their_outputs_and_nothing_else(dtype: torch.dtype) -> None:
+    """Strided rows, odd sizes, a base of one expanded row; sums over several splits of the tokens."""
     wide = torch.randn(75, 410, device=DEVICE).to(dtype)
     base, xa, b = (
         wide[:, 100:401],

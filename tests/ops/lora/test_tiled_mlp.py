@@ -1,6 +1,5 @@
-"""The MLP by tiles of rows: its output and every gradient, what it keeps, what it allocates at once, and what it computes twice."""
+"""The tiled MLP: its output and every gradient, what it saves, and what it recomputes."""
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -11,16 +10,14 @@ import torch
 from lora_kit import DEVICE, WIDTH, everything, formula, linear, trained
 from ops_kit import DTYPES, NORM, both, poisoned_memory
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from hasten.ops import NormConfig, NormInput, norm
-from hasten.ops.lora import LoraLinear, Weight, lora_mlp
-from hasten.ops.lora.kernels import mlp as kernel
+from hasten.ops.lora import DenseWeight, LoraLinear, Weight, lora_mlp
 from hasten.ops.lora.kernels import tiled_mlp as tiled
 from hasten.ops.nf4 import NF4Weight
 from hasten.testing import relative_error
-from hasten.weights.plain import DenseWeight, PackedWeight
+from hasten.weights.plain import PackedWeight
 
 INNER = 72
 MLP = tuple[LoraLinear, LoraLinear, LoraLinear]
@@ -39,7 +36,7 @@ def mlp_of(kind: str, dtype: torch.dtype) -> MLP:
     if kind.startswith("trained"):
         gate, up, down = (trained(*shape, "bias" in kind) for shape in SHAPES)
         made = [
-            replace(one, weight=DenseWeight(_leaf(one.weight.stored, dtype)), bias=_leaf(one.bias, dtype))
+            replace(one, weight=DenseWeight(leaf(one.weight.stored, dtype)), bias=leaf(one.bias, dtype))
             for one in (gate, up, down)
         ]
         return made[0], made[1], made[2]
@@ -50,7 +47,7 @@ def mlp_of(kind: str, dtype: torch.dtype) -> MLP:
     return made[0], made[1], made[2]
 
 
-def _leaf(t: torch.Tensor | None, dtype: torch.dtype) -> Any:
+def leaf(t: torch.Tensor | None, dtype: torch.dtype) -> Any:
     return None if t is None else t.detach().to(dtype).requires_grad_()
 
 
@@ -61,14 +58,14 @@ def gated(x: torch.Tensor, mlp: MLP, residual: torch.Tensor | None) -> torch.Ten
 
 
 def source_of(norm_kind: str | None, dtype: torch.dtype) -> tuple[torch.Tensor, NormInput | None]:
-    """x (2, 7, WIDTH), a leaf, and the norm's input that it was made from."""
-    stream, weight = torch.randn(2, 7, WIDTH, device=DEVICE).to(dtype), torch.randn(WIDTH, device=DEVICE).to(dtype)
+    """x (2, 7, WIDTH), a leaf, and the input of the norm that produced it."""
+    hidden, weight = torch.randn(2, 7, WIDTH, device=DEVICE).to(dtype), torch.randn(WIDTH, device=DEVICE).to(dtype)
     if norm_kind is None:
-        return stream.requires_grad_(), None
+        return hidden.requires_grad_(), None
     rules = {
-        "rms, Llama's casts": NormInput(stream, weight, NORM),
-        "rms, Gemma's casts": NormInput(stream, weight, NormConfig(1e-5, "rms", True, True)),
-        "layer": NormInput(stream, weight, NormConfig(1e-5, "layer", False, True)),
+        "rms, Llama's casts": NormInput(hidden, weight, NORM),
+        "rms, Gemma's casts": NormInput(hidden, weight, NormConfig(1e-5, "rms", True, True)),
+        "layer": NormInput(hidden, weight, NormConfig(1e-5, "layer", False, True)),
     }
     return rules[norm_kind].recompute().requires_grad_(), rules[norm_kind]
 
@@ -101,8 +98,8 @@ def assert_as_good(
 @both
 @pytest.mark.parametrize("kind", ["lora", "lora, bias", "up alone", "plain", "trained", "trained, bias", "nf4"])
 @pytest.mark.parametrize("tile", [4, 64])
-def test_every_way_of_holding_weights(backend: Any, kind: str, tile: int) -> None:
-    """14 rows: three tiles of four and a ragged one, or one that is not full."""
+def test_every_storage_of_weights(backend: Any, kind: str, tile: int) -> None:
+    """14 tokens: three tiles of four and a partial one, or a single partial one."""
     mlp = mlp_of(kind, torch.float32)
     x, _ = source_of(None, torch.float32)
     residual = torch.randn_like(x).requires_grad_()
@@ -120,7 +117,7 @@ def test_norms_and_dtypes(backend: Any, dtype: torch.dtype, norm_input: str | No
 
 
 @both
-def test_no_rows_at_all(backend: Any) -> None:
+def test_no_tokens(backend: Any) -> None:
     for kind in ("lora", "trained, bias"):
         mlp = mlp_of(kind, torch.float32)
         x = torch.empty(2, 0, WIDTH, device=DEVICE, requires_grad=True)
@@ -130,7 +127,7 @@ def test_no_rows_at_all(backend: Any) -> None:
             assert gradient.shape == parameter.shape and not gradient.any()
 
 
-def test_gradients_that_nobody_wants_are_not_asked_for() -> None:
+def test_an_input_without_gradient() -> None:
     mlp = mlp_of("lora", torch.float32)
     x = torch.randn(9, WIDTH, device=DEVICE)
     found = [
@@ -165,7 +162,7 @@ def test_the_backward_can_run_twice() -> None:
 
 
 @pytest.mark.parametrize("norm_input", [None, "layer"])
-def test_only_the_input_is_kept(norm_input: str | None) -> None:
+def test_only_the_input_is_saved(norm_input: str | None) -> None:
     x, source = source_of(norm_input, torch.float32)
     residual = torch.randn_like(x).requires_grad_()
     mlp = mlp_of("lora", torch.float32)
@@ -201,7 +198,7 @@ class Counted(Weight):
         out.copy_(self.stored)
 
 
-def test_weights_are_made_dense_once_a_pass() -> None:
+def test_weights_are_dequantised_once_per_pass() -> None:
     weights = [Counted(torch.randn(*shape, device=DEVICE)) for shape in SHAPES]
     gate, up, down = (LoraLinear(weight) for weight in weights)
     x = torch.randn(14, WIDTH, device=DEVICE, requires_grad=True)
@@ -211,8 +208,8 @@ def test_weights_are_made_dense_once_a_pass() -> None:
     assert [len(weight.calls) for weight in weights] == [2, 2, 2]
 
 
-def test_a_recomputed_layer_runs_the_mlp_s_forward_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its backward makes gate and up again anyway; the recomputation stops before either product."""
+def test_a_checkpointed_layer_runs_the_mlp_s_forward_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The MLP's backward recomputes gate and up anyway; the checkpoint's recomputation stops before these matmuls."""
     calls: dict[str, int] = {"gate_up_forward": 0, "recompute_gate_up": 0, "project": 0}
     for name in calls:
         inner = getattr(tiled, name)
@@ -223,117 +220,19 @@ def test_a_recomputed_layer_runs_the_mlp_s_forward_once(monkeypatch: pytest.Monk
 
         monkeypatch.setattr(tiled, name, counted)
     mlp = mlp_of("lora", torch.float32)
-    stream, weight = torch.randn(14, WIDTH, device=DEVICE, requires_grad=True), torch.ones(WIDTH, device=DEVICE)
+    hidden, weight = torch.randn(14, WIDTH, device=DEVICE, requires_grad=True), torch.ones(WIDTH, device=DEVICE)
 
-    def layer(stream: torch.Tensor) -> torch.Tensor:
-        source = NormInput(stream.detach(), weight, NORM)
-        normed = norm(stream, weight, NORM, "triton")
-        return lora_mlp(normed, mlp, "silu", stream, source, 4, "triton")
+    def layer(hidden: torch.Tensor) -> torch.Tensor:
+        source = NormInput(hidden.detach(), weight, NORM)
+        normed = norm(hidden, weight, NORM, "triton")
+        return lora_mlp(normed, mlp, "silu", hidden, source, 4, "triton")
 
     found = []
     for run in (layer, partial(checkpoint, layer, use_reentrant=False)):
         calls.update(gate_up_forward=0, recompute_gate_up=0, project=0)
-        out: Any = run(stream)
+        out: Any = run(hidden)
         assert calls == {"gate_up_forward": 4, "recompute_gate_up": 0, "project": 4}
-        found.append([out, *torch.autograd.grad(out.cos().sum(), [stream, *everything(mlp)])])
+        found.append([out, *torch.autograd.grad(out.cos().sum(), [hidden, *everything(mlp)])])
         assert calls == {"gate_up_forward": 4, "recompute_gate_up": 4, "project": 4}
     for kept, again in zip(*found, strict=True):
         assert torch.equal(kept, again)
-
-
-class Peak(TorchDispatchMode):
-    """The most bytes that were alive at once, of storages made while the mode is on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, tuple[Any, int]] = {}
-        self.now = self.most = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        known = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
-        for tensor in _tensors(made):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in known and storage._cdata not in self.alive:
-                self._count(storage)
-        return made
-
-    def _count(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        self.now += size
-        self.most = max(self.most, self.now)
-        self.alive[key] = (weakref.ref(storage, lambda _: self._gone(key)), size)
-
-    def _gone(self, key: int) -> None:
-        self.now -= self.alive.pop(key)[1]
-
-
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [t for t in torch.utils._pytree.tree_leaves(tree) if isinstance(t, torch.Tensor)]
-
-
-def peaks(rows: int, tile: int | None, kind: str, inner: int) -> tuple[int, int]:
-    """(forward, backward): bytes beside input, parameters and output's gradient."""
-    mlp = tuple(linear(*shape, True, False, torch.float32) for shape in ((inner, 8), (inner, 8), (8, inner)))
-    if kind == "trained":
-        mlp = tuple(trained(*shape, False) for shape in ((inner, 8), (inner, 8), (8, inner)))
-    x = torch.randn(rows, 8, requires_grad=True)
-    with Peak() as forward:
-        out = lora_mlp(x, mlp, "silu", x, NormInput(x.detach(), torch.ones(8), NORM), tile, "triton")  # pyright: ignore[reportArgumentType]
-    upstream = torch.randn_like(out)
-    with Peak() as backward:
-        torch.autograd.grad(out, [x, *everything(mlp)], upstream)
-    return forward.most, backward.most
-
-
-def glu_bwd_by_rows(d: Any, gate: Any, up: Any, activation: str, into: Any, out: Any = None) -> None:
-    """Triton's launcher in torch, without buffers of its own: the interpreter holds on to what it is given."""
-    for row in range(len(d)):
-        cut = torch.sigmoid(gate[row])
-        act, slope, upstream = gate[row] * cut, cut * (1 + gate[row] * (1 - cut)), d[row].clone()
-        if out is not None:
-            out[row] = act * up[row]
-        into[0][row], into[1][row] = upstream * up[row] * slope, upstream * act
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="counts what the CPU allocates")
-@pytest.mark.parametrize("kind", ["lora", "trained"])
-def test_what_is_alive_at_once_grows_with_the_tile_and_not_with_the_rows(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kernel, "glu_fwd", lambda gate, up, activation: F.silu(gate).mul_(up))
-    monkeypatch.setattr(kernel, "glu_bwd", glu_bwd_by_rows)
-    inner = 1024
-    few, many, wide = peaks(64, 16, kind, inner), peaks(192, 16, kind, inner), peaks(192, 48, kind, inner)
-    whole = [peaks(rows, None, kind, inner) for rows in (64, 192)]
-    for direction in range(2):
-        a_row = (many[direction] - few[direction]) / 128 / 4
-        assert a_row <= 1.5 * 8, "more than one buffer of the stream's width, the output or the input's gradient"
-        assert (whole[1][direction] - whole[0][direction]) / 128 / 4 >= inner, "the count sees nothing"
-        a_tile_s_row = (wide[direction] - many[direction]) / 32 / 4
-        assert 2 * inner < a_tile_s_row <= 3.1 * inner, "more than gate, up and one more"
-
-
-@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
-@pytest.mark.parametrize("kind", ["lora", "trained"])
-def test_memory_of_the_device_grows_by_the_stream_alone(kind: str) -> None:
-    width, inner, dtype = 512, 8192, torch.bfloat16
-    shapes = ((inner, width), (inner, width), (width, inner))
-    mlp: Any = tuple(linear(*shape, True, False, dtype, 16) for shape in shapes)
-    if kind == "trained":
-        mlp = tuple(
-            LoraLinear(DenseWeight(_leaf(linear(*shape, False, False, dtype).weight.stored, dtype))) for shape in shapes
-        )
-    found = {}
-    for rows in (8192, 32768):
-        x = torch.randn(rows, width, device=DEVICE, dtype=dtype, requires_grad=True)
-        source = NormInput(x.detach(), torch.ones(width, device=DEVICE, dtype=dtype), NORM)
-        for _ in range(2):  # the first time makes cuBLAS's workspace
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            lora_mlp(x, mlp, "silu", x, source, 2048).sum().backward()
-            found[rows] = torch.cuda.max_memory_allocated() - before
-            x.grad = None
-    a_row = (found[32768] - found[8192]) / 24576 / dtype.itemsize
-    assert a_row <= 6 * width < 2 * inner

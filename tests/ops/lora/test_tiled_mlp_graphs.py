@@ -1,4 +1,4 @@
-"""The MLP by tiles in every graph that autograd can make of it: what its forward leaves to its backward goes past autograd."""
+"""The tiled MLP in every autograd graph: its forward hands tensors to its backward outside of autograd, which must not go wrong."""
 
 import weakref
 from collections.abc import Callable
@@ -19,21 +19,21 @@ from hasten.testing import relative_error
 TILE = 4
 
 
-def stream_of(rows: int, seed: int = 0) -> torch.Tensor:
+def hidden_of(rows: int, seed: int = 0) -> torch.Tensor:
     made = torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(seed))
     return made.to(DEVICE).requires_grad_()
 
 
-def layer(mlp: MLP, stream: torch.Tensor) -> torch.Tensor:
-    """An MLP between its norm and the stream."""
+def layer(mlp: MLP, hidden: torch.Tensor) -> torch.Tensor:
+    """Pre-norm, MLP and residual add."""
     weight = torch.ones(WIDTH, device=DEVICE)
-    normed = norm(stream, weight, NORM, "triton")
-    source = NormInput(stream.detach(), weight, NORM)
-    return lora_mlp(normed, mlp, "silu", stream, source, TILE, "triton")
+    normed = norm(hidden, weight, NORM, "triton")
+    source = NormInput(hidden.detach(), weight, NORM)
+    return lora_mlp(normed, mlp, "silu", hidden, source, TILE, "triton")
 
 
-def gradients(mlp: MLP, out: torch.Tensor, stream: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-    return torch.autograd.grad(out.cos().sum(), [stream, *everything(mlp)], **kwargs)
+def gradients(mlp: MLP, out: torch.Tensor, hidden: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(out.cos().sum(), [hidden, *everything(mlp)], **kwargs)
 
 
 def assert_equal(found: Any, wanted: Any) -> None:
@@ -42,13 +42,13 @@ def assert_equal(found: Any, wanted: Any) -> None:
 
 
 def assert_near(found: Any, wanted: Any) -> None:
-    """A second backward makes x @ A.T of rows that were normed again: other by a rounding of them."""
+    """A second backward computes h @ A.T from a recomputed norm: it may differ by a rounding."""
     for mine, right in zip(found, wanted, strict=True):
         assert relative_error(mine, right) < 1e-6
 
 
 def node_of(out: torch.Tensor) -> Any:
-    """The node that has the backward, in which autograd keeps the `TiledCall`."""
+    """The autograd node of the backward, which holds the `TiledCall`."""
     todo = [out.grad_fn]
     while todo:
         node: Any = todo.pop()
@@ -58,42 +58,42 @@ def node_of(out: torch.Tensor) -> Any:
     raise AssertionError("no node of the op")
 
 
-def plainly(run: Callable[..., Any], mlp: MLP, stream: torch.Tensor) -> Any:
-    return run(mlp, stream)
+def plainly(run: Callable[..., Any], mlp: MLP, hidden: torch.Tensor) -> Any:
+    return run(mlp, hidden)
 
 
-def recomputed(run: Callable[..., Any], mlp: MLP, stream: torch.Tensor) -> Any:
-    return checkpoint(run, mlp, stream, use_reentrant=False)
+def recomputed(run: Callable[..., Any], mlp: MLP, hidden: torch.Tensor) -> Any:
+    return checkpoint(run, mlp, hidden, use_reentrant=False)
 
 
-def recomputed_by_reentry(run: Callable[..., Any], mlp: MLP, stream: torch.Tensor) -> Any:
-    return checkpoint(run, mlp, stream, use_reentrant=True)
+def recomputed_by_reentry(run: Callable[..., Any], mlp: MLP, hidden: torch.Tensor) -> Any:
+    return checkpoint(run, mlp, hidden, use_reentrant=True)
 
 
-def recomputed_twice(run: Callable[..., Any], mlp: MLP, stream: torch.Tensor) -> Any:
-    return recomputed(lambda mlp, stream: recomputed(run, mlp, stream), mlp, stream)
+def recomputed_twice(run: Callable[..., Any], mlp: MLP, hidden: torch.Tensor) -> Any:
+    return recomputed(lambda mlp, hidden: recomputed(run, mlp, hidden), mlp, hidden)
 
 
-def moved(run: Callable[..., Any], mlp: MLP, stream: torch.Tensor) -> Any:
+def moved(run: Callable[..., Any], mlp: MLP, hidden: torch.Tensor) -> Any:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t.clone()):
-        return run(mlp, stream)
+        return run(mlp, hidden)
 
 
 WAYS = [plainly, recomputed, recomputed_twice, moved]
 
 
-def two_layers(mlp: MLP, stream: torch.Tensor) -> torch.Tensor:
-    return layer(mlp, layer(mlp, stream))
+def two_layers(mlp: MLP, hidden: torch.Tensor) -> torch.Tensor:
+    return layer(mlp, layer(mlp, hidden))
 
 
 @pytest.mark.parametrize("way", [*WAYS, recomputed_by_reentry], ids=lambda way: way.__name__)
 def test_every_graph_gives_the_same(way: Any) -> None:
     found = []
     for run in (plainly, way):
-        mlp, stream = mlp_of_seed(), stream_of(14)
-        out = run(two_layers, mlp, stream)
-        out.cos().sum().backward()  # torch's reentrant way knows no `autograd.grad`
-        found.append([out, stream.grad, *(t.grad for t in everything(mlp))])
+        mlp, hidden = mlp_of_seed(), hidden_of(14)
+        out = run(two_layers, mlp, hidden)
+        out.cos().sum().backward()  # reentrant checkpointing does not support `autograd.grad`
+        found.append([out, hidden.grad, *(t.grad for t in everything(mlp))])
     assert_equal(found[1], found[0])
 
 
@@ -105,27 +105,27 @@ def mlp_of_seed() -> MLP:
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_several_forwards_before_any_backward(way: Any) -> None:
     mlp = mlp_of_seed()
-    streams = [stream_of(14, 1), stream_of(9, 2)]
-    alone = [gradients(mlp, layer(mlp, stream), stream) for stream in streams]
+    inputs = [hidden_of(14, 1), hidden_of(9, 2)]
+    alone = [gradients(mlp, layer(mlp, hidden), hidden) for hidden in inputs]
     for order in ((0, 1), (1, 0)):
-        outs = [way(layer, mlp, stream) for stream in streams]
+        outs = [way(layer, mlp, hidden) for hidden in inputs]
         for index in order:
-            assert_equal(gradients(mlp, outs[index], streams[index]), alone[index])
+            assert_equal(gradients(mlp, outs[index], inputs[index]), alone[index])
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-def test_a_second_backward_is_the_first_once_more(way: Any) -> None:
-    mlp, stream = mlp_of_seed(), stream_of(14)
-    out = way(layer, mlp, stream)
-    first = gradients(mlp, out, stream, retain_graph=True)
-    assert_near(gradients(mlp, out, stream, retain_graph=True), first)
-    assert_near(gradients(mlp, out, stream), first)
+def test_a_second_backward_gives_the_same(way: Any) -> None:
+    mlp, hidden = mlp_of_seed(), hidden_of(14)
+    out = way(layer, mlp, hidden)
+    first = gradients(mlp, out, hidden, retain_graph=True)
+    assert_near(gradients(mlp, out, hidden, retain_graph=True), first)
+    assert_near(gradients(mlp, out, hidden), first)
 
 
 @pytest.mark.parametrize("way", [plainly, recomputed], ids=lambda way: way.__name__)
-def test_nothing_outlives_the_backward_where_somebody_keeps_the_loss(way: Any) -> None:
-    mlp, stream = mlp_of_seed(), stream_of(14)
-    out = way(layer, mlp, stream)
+def test_nothing_outlives_the_backward_while_the_loss_lives(way: Any) -> None:
+    mlp, hidden = mlp_of_seed(), hidden_of(14)
+    out = way(layer, mlp, hidden)
     left = [weakref.ref(one.untyped_storage()) for one in node_of(out).call.down_xa]
     assert len(left) == 4
     loss = out.cos().sum()
@@ -134,37 +134,37 @@ def test_nothing_outlives_the_backward_where_somebody_keeps_the_loss(way: Any) -
 
 
 def test_gradients_of_some_and_then_of_the_others() -> None:
-    mlp, stream = mlp_of_seed(), stream_of(14)
-    right = gradients(mlp, layer(mlp, stream), stream)
-    out = layer(mlp, stream)
+    mlp, hidden = mlp_of_seed(), hidden_of(14)
+    right = gradients(mlp, layer(mlp, hidden), hidden)
+    out = layer(mlp, hidden)
     loss = out.cos().sum()
-    of_stream = torch.autograd.grad(loss, [stream], retain_graph=True)
-    assert_near([*of_stream, *torch.autograd.grad(loss, everything(mlp))], right)
+    of_hidden = torch.autograd.grad(loss, [hidden], retain_graph=True)
+    assert_near([*of_hidden, *torch.autograd.grad(loss, everything(mlp))], right)
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 @pytest.mark.parametrize("where", ["gate_up_forward", "project"])
-def test_a_forward_that_fails_in_the_middle_leaves_nothing(
+def test_after_a_forward_that_fails_the_next_one_is_right(
     way: Any, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mlp, stream = mlp_of_seed(), stream_of(14)
-    right = gradients(mlp, layer(mlp, stream), stream)
+    mlp, hidden = mlp_of_seed(), hidden_of(14)
+    right = gradients(mlp, layer(mlp, hidden), hidden)
     with monkeypatch.context() as patch:
         patch.setattr(tiled, where, failing_at(2, getattr(tiled, where)))
         with pytest.raises(torch.OutOfMemoryError):
-            way(layer, mlp, stream)
-    assert_equal(gradients(mlp, way(layer, mlp, stream), stream), right)
+            way(layer, mlp, hidden)
+    assert_equal(gradients(mlp, way(layer, mlp, hidden), hidden), right)
 
 
 def test_a_backward_that_fails_in_the_middle_can_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    mlp, stream = mlp_of_seed(), stream_of(14)
-    right = gradients(mlp, layer(mlp, stream), stream)
-    out = layer(mlp, stream)
+    mlp, hidden = mlp_of_seed(), hidden_of(14)
+    right = gradients(mlp, layer(mlp, hidden), hidden)
+    out = layer(mlp, hidden)
     with monkeypatch.context() as patch:
         patch.setattr(tiled, "recompute_gate_up", failing_at(2, tiled.recompute_gate_up))
         with pytest.raises(torch.OutOfMemoryError):
-            gradients(mlp, out, stream, retain_graph=True)
-    assert_near(gradients(mlp, out, stream), right)
+            gradients(mlp, out, hidden, retain_graph=True)
+    assert_near(gradients(mlp, out, hidden), right)
 
 
 def failing_at(count: int, inner: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ from hasten.ops.nf4 import NF4Weight, dequantize_nf4, kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16_ROUNDING = 2**-8 if DEVICE == "cuda" else 2**-7
-"""Triton's interpreter cuts off where a GPU rounds to nearest."""
+"""Triton's interpreter truncates where a GPU rounds to nearest."""
 both = pytest.mark.parametrize("backend", ["reference", "triton"])
 
 
@@ -67,7 +67,7 @@ def test_shapes_that_fill_no_block(backend: Any, shape: tuple[int, int]) -> None
 
 @both
 def test_several_weights_in_one_buffer(backend: Any) -> None:
-    """Row slices of one matrix, for one product of them all; nothing but the slice is written."""
+    """Row slices of one matrix, for one matmul; nothing but the slice is written."""
     buffer = torch.full((64 + 3 + 130 + 1, 192), float("nan"), device=DEVICE)
     row = 0
     for rows in (64, 3, 130):

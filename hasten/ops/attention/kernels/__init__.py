@@ -1,1 +1,1 @@
-"""Triton kernels of `ops.attention`: forward, backward and the tile helpers they share."""
+"""Triton kernels of `ops.attention`: forward, backward, and the tile helpers of both."""

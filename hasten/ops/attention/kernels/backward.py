@@ -1,7 +1,7 @@
-"""Backward of flash attention: delta = rowsum(dO * O), then dK and dV by blocks of keys, dQ by blocks of queries.
+"""Backward of FlashAttention-2: delta = rowsum(dO * O), then dK and dV per block of keys, dQ per block of queries.
 
-The weights are recomputed from the scores and the forward's log-sum. The kernel of dK and dV goes through the query heads
-of a group one after another, so K and V are never expanded and nothing is added atomically: equal inputs, equal bits.
+The attention weights are recomputed from the scores and the forward's lse. The dK/dV kernel loops over the query heads of a
+group, so K and V are never expanded, and there are no atomic adds: equal inputs give equal bits.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _dkdv_range(
     MASKED: tl.constexpr, WINDOW: tl.constexpr, SPANS: tl.constexpr, SOFTCAP: tl.constexpr, QUERIES: tl.constexpr,
     CHANNELS: tl.constexpr, PAD: tl.constexpr, UPCAST: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of scores lie on their side, keys x queries, so that both products have them at the left."""
+    """Score tiles are transposed (keys x queries), so that they are the left operand of both matmuls."""
     rows, cols = tl.arange(0, QUERIES), tl.arange(0, CHANNELS)
     for start in range(lo, hi, QUERIES):
         q = tile(q_ptr, start, stride_q, rows, cols, T, D, MASKED, PAD)
@@ -79,7 +79,7 @@ def _attention_dkdv(
     key = first_key + rows
     k = tile(k_ptr + b * stride_kb + g * stride_kh, first_key, stride_kt, rows, cols, T, D, True, PAD)
     v = tile(v_ptr + b * stride_vb + g * stride_vh, first_key, stride_vt, rows, cols, T, D, True, PAD)
-    # Queries in [diagonal, whole) see every key of the block, whole blocks of them that end within the row.
+    # Queries in [diagonal, whole) attend to every key of the block: whole blocks of queries, within the sequence, without a mask.
     hi, last = T, key
     diagonal = first_key + (KEYS + QUERIES - 2) // QUERIES * QUERIES
     if WINDOW:
@@ -149,7 +149,7 @@ def _attention_dq(
     CHANNELS: tl.constexpr, PAD: tl.constexpr, UPCAST: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(T, QUERIES)
-    first_query = (blocks - 1 - tl.program_id(0) % blocks) * QUERIES  # the longest rows first
+    first_query = (blocks - 1 - tl.program_id(0) % blocks) * QUERIES  # the blocks with the most keys first
     b, h = (tl.program_id(0) // blocks // H).to(tl.int64), (tl.program_id(0) // blocks % H).to(tl.int64)
     rows, cols = tl.arange(0, QUERIES), tl.arange(0, CHANNELS)
     query = first_query + rows
@@ -183,7 +183,7 @@ def _attention_dq(
 def attention_bwd(
     d: torch.Tensor, saved: tuple[torch.Tensor, ...], config: ScoreMaskConfig, tiles: Tiles
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk, dv, contiguous. d: (B, T, H, D), any strides. saved: q, k, v, out, lse, and spans or None."""
+    """dq, dk, dv, contiguous. d: (B, T, H, D), the gradient of out, any strides. saved: q, k, v, out, lse, and spans or None."""
     q, k, v, out, lse, spans = saved
     d = d if d.stride(-1) == 1 else d.contiguous()
     batch, tokens, heads, channels = q.shape

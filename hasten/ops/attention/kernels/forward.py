@@ -1,7 +1,9 @@
-"""Flash attention (Dao 2023, arXiv:2307.08691), causal, with window, softcap and spans; grouped queries read K and V in place.
+"""FlashAttention-2 (Dao 2023, arXiv:2307.08691), causal, with window, softcap, spans and grouped queries.
 
-forward: one program a block of queries of one head; keeps log2(sum(2 ** score)) a query, from which the backward has the
-weights again. Blocks that no window, document or causality lets see each other are not visited. Scores are in base 2.
+Each program computes one block of queries of one head. It saves lse = log2(sum(2 ** score)) per query, from which the
+backward recomputes the attention weights. Blocks of keys that causality, the window or the spans hide from all queries of a
+block are skipped. Scores are in base 2 (log2(e) is folded into the scale), so that exp2 can be used. Heads of one group read
+the same K and V in place.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ def _fwd_range(
             scores = tl.where(seen, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         shift = new_top
-        if MASKED:  # nothing seen yet
+        if MASKED:  # no visible key yet
             shift = tl.where(new_top == float("-inf"), 0.0, new_top)
         p = tl.exp2(scores - shift[:, None])
         shrink = tl.exp2(top - shift)
@@ -71,7 +73,7 @@ def _attention_fwd(
     CHANNELS: tl.constexpr, PAD: tl.constexpr, UPCAST: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(T, QUERIES)
-    first_query = (blocks - 1 - tl.program_id(0) % blocks) * QUERIES  # the longest rows first
+    first_query = (blocks - 1 - tl.program_id(0) % blocks) * QUERIES  # the blocks with the most keys first
     b, h = (tl.program_id(0) // blocks // H).to(tl.int64), (tl.program_id(0) // blocks % H).to(tl.int64)
     rows, cols = tl.arange(0, QUERIES), tl.arange(0, CHANNELS)
     query = first_query + rows
@@ -96,7 +98,7 @@ def _attention_fwd(
         acc, total, top, q, k_ptr, v_ptr, spans_ptr, diagonal, hi, query, stride_kt, stride_vt, T, D, window, scale, cap,
         True, WINDOW, SPANS, SOFTCAP, KEYS, CHANNELS, PAD, UPCAST, EXACT,
     )  # fmt: skip
-    blind = total == 0.0  # padding that sees no key
+    blind = total == 0.0  # padding: no visible key
     out = acc / tl.where(blind, 1.0, total)[:, None]
     lse = tl.where(blind, 0.0, top + tl.log2(tl.where(blind, 1.0, total)))
     tl.store(lse_ptr + (b * H + h) * T + query, lse, mask=query < T)
@@ -107,7 +109,7 @@ def _attention_fwd(
 def attention_fwd(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: torch.Tensor | None, config: ScoreMaskConfig, tiles: Tiles
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out (B, T, H, D), lse (B, H, T) fp32 in base 2, 0 for a query that sees nothing)."""
+    """(out (B, T, H, D), lse (B, H, T) fp32 in base 2, 0 for a query without a visible key)."""
     batch, tokens, heads, channels = q.shape
     out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
     lse = torch.empty(batch, heads, tokens, device=q.device, dtype=torch.float32)
@@ -122,7 +124,7 @@ def attention_fwd(
 
 
 class AttentionFunction(torch.autograd.Function):
-    """Saves q, k, v where they lie, the output and one number a query and head."""
+    """Saves q, k, v (no copies), the output, and lse: one fp32 number per query and head."""
 
     @staticmethod
     def forward(
@@ -158,13 +160,16 @@ def attention(  # noqa: PLR0913
     spans_BT3: torch.Tensor | None,
     tiles: Tiles | None = None,
 ) -> torch.Tensor:
-    """tiles: None = by dtype and head size. Raises ValueError for heads, dtypes or spans that the kernels do not take."""
+    """See `ops.attention.attention`. tiles: None = by dtype, head size and shared memory (`tiles_for`).
+
+    Raises ValueError for head sizes, dtypes or spans that the kernels do not support.
+    """
     head = q_BTHD.shape[-1]
     if not 2 <= head <= LARGEST_HEAD:
-        raise ValueError(f"the attention kernels take heads of 2 to {LARGEST_HEAD} channels; got {head}")
+        raise ValueError(f"the attention kernels support heads of 2 to {LARGEST_HEAD} channels; got {head}")
     if q_BTHD.dtype not in DTYPES or not q_BTHD.dtype == k_BTKD.dtype == v_BTKD.dtype:
         raise ValueError(
-            f"q, k, v must share float32, bfloat16 or float16; got {q_BTHD.dtype}, {k_BTKD.dtype}, {v_BTKD.dtype}"
+            f"q, k, v must share one dtype of float32, bfloat16 and float16; got {q_BTHD.dtype}, {k_BTKD.dtype}, {v_BTKD.dtype}"
         )
     if spans_BT3 is not None:
         if spans_BT3.shape != (*q_BTHD.shape[:2], 3) or spans_BT3.dtype != torch.int32:

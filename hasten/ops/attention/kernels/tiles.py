@@ -1,4 +1,4 @@
-"""What the attention kernels share: loading a tile, scores, who sees whom, and how large tiles are."""
+"""Helpers of the attention kernels: tile loads, scores, masks, and the tile sizes per GPU."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import triton
 import triton.language as tl
 
 LOG2_E = 1.4426950408889634
-LENGTHS = ["T", "window"]  # they change from call to call: no kernel is compiled anew for them
+LENGTHS = ["T", "window"]
+"""Arguments that change from call to call: kernels are not specialised (recompiled) for their values."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """queries x keys of one tile of scores, both powers of two from 16 on; warps and pipeline stages of the launch."""
+    """A launch: queries x keys of one score tile (powers of two, at least 16), warps and pipeline stages."""
 
     queries: int
     keys: int
@@ -24,7 +25,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """A tile for each kernel: forward, dK and dV, dQ."""
+    """The launches of the three kernels: forward, dK/dV, dQ."""
 
     fwd: Tile
     dkdv: Tile
@@ -36,21 +37,21 @@ TABLE = {
     128: Tiles(Tile(64, 64, 4, 3), Tile(32, 64, 4, 3), Tile(64, 64, 4, 2)),
     256: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 1), Tile(64, 32, 4, 2)),
 }
-"""By the padded head's channels, for 16-bit inputs: the fastest on an H200 (benchmarks/attention_speed.py)."""
+"""Padded head size -> tiles, for 16-bit inputs: the fastest on an H200 (benchmarks/attention_speed.py). 160 KiB of shared memory."""
 IN_96_KIB = TABLE | {256: Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2))}
 IN_64_KIB = {
     64: Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 1), Tile(64, 64, 4, 3)),
     128: Tiles(Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
     256: Tiles(Tile(32, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
 }
-"""What fits into the shared memory of GPUs that have less (GeForce RTX, T4). Compiled for them (tests/ops/compile_kernels.py), not timed there."""
+"""What fits into less shared memory (GeForce RTX, T4). Compiled for these GPUs (tests/ops/compile_kernels.py), not timed there."""
 
 FP32 = Tiles(Tile(32, 32, 8, 1), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1))
 FP32_WIDE = Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))
 
 
 def tiles_for(dtype: torch.dtype, channels: int, room: int) -> Tiles:
-    """channels: of a head, padded to a power of two. room: bytes of shared memory that a block of threads may take."""
+    """The tiles for a dtype. channels: of a head, padded to a power of two. room: bytes of shared memory per thread block."""
     if dtype == torch.float32:
         return FP32 if channels <= 128 else FP32_WIDE
     table = TABLE if room >= 160 * 2**10 else IN_96_KIB if room >= 96 * 2**10 else IN_64_KIB
@@ -59,19 +60,20 @@ def tiles_for(dtype: torch.dtype, channels: int, room: int) -> Tiles:
 
 @dataclass(frozen=True)
 class ScoreMaskConfig:
-    """What the kernels know beside tensors, by name as they take it."""
+    """How scores are computed and masked. window: in tokens, itself included. softcap: None = none."""
 
     scale: float
     window: int | None
     softcap: float | None
 
     def arguments(self) -> tuple[int, float, float]:
-        """(window, factor before tanh, factor after): scores come out in base 2."""
+        """(window, factor before tanh, factor after it); scores are then in base 2."""
         if self.softcap is None:
             return self.window or 0, self.scale * LOG2_E, 1.0
         return self.window or 0, self.scale / self.softcap, self.softcap * LOG2_E
 
     def flags(self, q: torch.Tensor, spans: torch.Tensor | None) -> dict[str, int | bool]:
+        """The kernels' compile-time arguments."""
         head = q.shape[-1]
         channels = max(16, triton.next_power_of_2(head))
         return {
@@ -91,7 +93,7 @@ def launch(tile: Tile) -> dict[str, int]:
 
 @triton.jit
 def tile(ptr, start, stride, rows, cols, T, D, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr):
-    """Tokens start + rows of one head, zero where there are none. ptr: the head's first token."""
+    """Loads tokens start + rows of one head, zeros beyond T and D. ptr: the first token of the head."""
     where = ptr + tl.cast(start, tl.int64) * stride + (rows[:, None] * stride + cols[None, :])
     if MASK_ROWS:
         return tl.load(where, mask=(start + rows < T)[:, None] & (cols < D)[None, :], other=0.0)
@@ -103,7 +105,7 @@ def tile(ptr, start, stride, rows, cols, T, D, MASK_ROWS: tl.constexpr, MASK_COL
 
 @triton.jit
 def dot(a, b, UPCAST: tl.constexpr):
-    """UPCAST: Triton's interpreter multiplies 16-bit matrices wrongly; a GPU does it right."""
+    """a @ b, accumulated in fp32. UPCAST: set in Triton's interpreter, whose 16-bit dot is wrong."""
     if UPCAST:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")
@@ -111,9 +113,9 @@ def dot(a, b, UPCAST: tl.constexpr):
 
 @triton.jit
 def score(qk, scale, cap, SOFTCAP: tl.constexpr, EXACT: tl.constexpr):
-    """(score in base 2, tanh's slope). Without a softcap `scale` holds log2(e); with one `cap` does.
+    """(score in base 2, derivative of the softcap). Without a softcap `scale` includes log2(e); with one `cap` does.
 
-    EXACT: small arguments by their series, where 2 sigmoid(2x) - 1 loses digits that fp32 inputs have.
+    EXACT: tanh by its Taylor series for |x| < 0.3, where 2 sigmoid(2x) - 1 cancels digits that fp32 inputs have.
     """
     if SOFTCAP:
         x = qk * scale
@@ -129,7 +131,7 @@ def score(qk, scale, cap, SOFTCAP: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def visible(query, key, last, window, WINDOW: tl.constexpr, SPANS: tl.constexpr):
-    """query, key: positions, shaped to broadcast to a tile. last: the last query that may see each key."""
+    """The mask of a tile, True = visible. query, key: positions that broadcast to the tile. last: see `ops.attention.spans`."""
     seen = key <= query
     if WINDOW:
         seen = seen & (key > query - window)
@@ -141,7 +143,7 @@ def visible(query, key, last, window, WINDOW: tl.constexpr, SPANS: tl.constexpr)
 @triton.jit
 def key_range(spans_ptr, first_query, T, window, WINDOW: tl.constexpr, SPANS: tl.constexpr, QUERIES: tl.constexpr,
                KEYS: tl.constexpr):  # fmt: skip
-    """(lo, full, diagonal, hi): keys in [full, diagonal) are seen by every query of the block, whole blocks of them."""
+    """(lo, full, diagonal, hi) of a block of queries: it attends to keys in [lo, hi); whole blocks in [full, diagonal) need no mask."""
     lo = first_query * 0
     clear = lo
     hi = tl.minimum(first_query + QUERIES, T)

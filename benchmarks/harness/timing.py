@@ -1,0 +1,33 @@
+"""Times of calls on the device, and random tensors for them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16) * scale
+
+
+def milliseconds(function: Callable[[], Any], warm_ms: int = 25, measure_ms: int = 100) -> float:
+    """Median time of a call, by device events, with the L2 cache flushed before each."""
+    from triton.testing import do_bench
+
+    median = do_bench(function, warmup=warm_ms, rep=measure_ms, return_mode="median")
+    assert isinstance(median, float)
+    return median
+
+
+def device_ms(function: Callable[[], Any], repeats: int = 20) -> float:
+    """Milliseconds that the device is busy in one call. Small ops wait for the host longer than they run."""
+    from torch.profiler import ProfilerActivity, profile
+
+    for _ in range(3):
+        function()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        for _ in range(repeats):
+            function()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in recorded.key_averages()) / 1e3 / repeats

@@ -1,0 +1,59 @@
+"""The training loss without full logits: the head's matmul and cross-entropy in one op (`ops.linear_cross_entropy`)."""
+
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from hasten.errors import InputError
+from hasten.ops import ScoreConfig, linear_cross_entropy_loss
+from hasten.overlays.head_inputs import IGNORED, head_operands, score_through_module, shifted, targets_of
+from hasten.overlays.label_checks import expect_labels
+from hasten.overlays.precision import compute_dtype
+
+
+class FusedLossOutput(CausalLMOutputWithPast):
+    """A training output whose logits were never computed. Reading them raises InputError instead of giving None.
+
+    `logits` is no dataclass field here: FSDP2 and DDP read every field of an output to find its tensors.
+    """
+
+    __dataclass_fields__ = {k: v for k, v in CausalLMOutputWithPast.__dataclass_fields__.items() if k != "logits"}
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "logits":
+            raise InputError(
+                "outputs.logits was read after a fused loss, which never computes them. Call model.eval() first, or "
+                "call the model without labels, or with logits_to_keep, to get real logits."
+            )
+        return super().__getattribute__(name)
+
+
+def fused_loss(
+    model: Any,
+    hidden_BTE: torch.Tensor,
+    labels: torch.Tensor | None,
+    num_items_in_batch: Any = None,
+    ignore_index: int = IGNORED,
+    shift_labels: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Returns the sum of token losses over `num_items_in_batch`, or their mean over the labels that count.
+
+    model: the causal LM, a `HeadOverlay`. Positions without a label are passed on as ignored ones, so that the hidden
+    states need not be copied. Raises DatasetError where a whole step has no label.
+    """
+    if num_items_in_batch is not None:
+        expect_labels(model, num_items_in_batch)
+    rule = ScoreConfig(model.overlay_config.scale, model.overlay_config.softcap, ignore_index=ignore_index)
+    operands = head_operands(model.lm_head, model.training, hidden_BTE, compute_dtype(hidden_BTE))
+    if isinstance(operands, str):
+        hidden, targets = shifted(hidden_BTE, labels, shift_labels, ignore_index)
+        total = score_through_module(model.lm_head, hidden.flatten(0, -2), targets.flatten(), rule).loss.sum()
+        count = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+        return total / (count.to(total.device) if isinstance(count, torch.Tensor) else count)
+    hidden, weight, bias, lora = operands
+    targets = targets_of(hidden_BTE, labels, shift_labels, ignore_index).to(hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):  # it would undo the dtype that was just chosen
+        return linear_cross_entropy_loss(
+            hidden.flatten(0, -2), weight, targets.flatten(), rule, num_items_in_batch, bias, lora
+        )

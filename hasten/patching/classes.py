@@ -1,0 +1,144 @@
+"""Classes of patched modules: transformers' own (stock), hasten's overlay, and classes that others put over them.
+
+FSDP2's `fully_shard` and `torch.nn.utils.parametrize` set `module.__class__` to a subclass made at run time, as hasten
+does. Whichever came first, theirs stay outermost: an overlay is put directly over the stock class, and their classes
+are rebuilt over it (`type(theirs)(name, bases, namespace)`), so their own removal (`__bases__`, MRO positions) keeps
+working.
+"""
+
+import functools
+import sys
+from types import CellType, FunctionType
+from typing import Any
+
+from torch import nn
+
+from hasten.errors import PatchError
+from hasten.overlays import Overlay
+
+
+@functools.cache
+def overlay_class(stock: type, overlay: type[Overlay], overlay_config: Any, methods: type | None = None) -> type:
+    """Makes the subclass that carries `overlay_config`, under the stock class's name and module (config.json has them).
+
+    methods: a mixin with user-facing methods.
+    """
+    bases = (methods, overlay, stock) if methods is not None else (overlay, stock)
+    names = {
+        "__module__": stock.__module__,
+        "__qualname__": stock.__qualname__,
+        "__doc__": stock.__doc__,
+        "overlay_config": overlay_config,
+        "stock_class": stock,
+    }
+    return type(stock.__name__, bases, names)
+
+
+def installed_overlay(kind: type) -> type[Overlay] | None:
+    """The `overlay_class` that `kind` is, or that others' classes are over; None without an overlay."""
+    return next((cls for cls in kind.__mro__ if issubclass(cls, Overlay) and "stock_class" in cls.__dict__), None)
+
+
+def stock_class(module: nn.Module) -> type[nn.Module]:
+    """The module's own class, under an overlay or not, and under classes that others made at run time."""
+    ours = installed_overlay(type(module))
+    return ours.stock_class if ours is not None else _under_runtime_classes(type(module))
+
+
+def methods_of(module: nn.Module) -> type | None:
+    """The mixin that the module's overlay was made with."""
+    ours = installed_overlay(type(module))
+    return ours.__bases__[0] if ours is not None and len(ours.__bases__) == 3 else None
+
+
+def with_base(module: nn.Module, base: type) -> type:
+    """The class for `module` with `base` (an `overlay_class` or the stock class) in place of what it has.
+
+    Classes that others put over it are rebuilt. Raises PatchError naming the one that cannot be.
+    """
+    kind = type(module)
+    old = installed_overlay(kind) or stock_class(module)
+    return kind if old is base else _rebuilt(kind, old, base)
+
+
+def _under_runtime_classes(kind: type[nn.Module]) -> type[nn.Module]:
+    found = kind
+    while _is_runtime_class(found):
+        bases = [base for base in found.__bases__ if issubclass(base, nn.Module)]
+        if not bases or bases[-1] is nn.Module:
+            return kind  # a model class of its own, defined inside a function
+        found = bases[-1]
+    return found
+
+
+def _is_runtime_class(kind: type) -> bool:
+    """Whether the class cannot be found under its own name: made by `type(...)` or inside a function."""
+    found: Any = sys.modules.get(kind.__module__)
+    for part in kind.__qualname__.split("."):
+        found = getattr(found, part, None)
+    return found is not kind
+
+
+def _rebuilt(kind: type, old: type, new: type) -> type:
+    """`kind`, a subclass of `old`, rebuilt with `new` in its place."""
+    if kind is old:
+        return new
+    bases = tuple(_rebuilt(base, old, new) if issubclass(base, old) else base for base in kind.__bases__)
+    made_cell = CellType()
+    try:
+        namespace = {name: _for_class(value, kind, made_cell) for name, value in _own_names(kind).items()}
+        made = type(kind)(kind.__name__, bases, namespace)
+    except Exception as error:
+        raise PatchError(
+            f"{kind.__module__}.{kind.__qualname__}, a class that was put over {old.__name__}, cannot be rebuilt over "
+            f"another base ({type(error).__name__}: {error}). Take it off first, and put it on again afterwards"
+        ) from error
+    made_cell.cell_contents = made
+    return made
+
+
+def _own_names(kind: type) -> dict[str, Any]:
+    """What the class body defined: without slots, and without wrappers of inherited functions, which
+    `__init_subclass__` makes anew (transformers' GradientCheckpointingLayer wraps `forward` so)."""
+    slots = kind.__dict__.get("__slots__", ())
+    skipped = {"__dict__", "__weakref__", *((slots,) if isinstance(slots, str) else slots)}
+    inherited = super(kind, kind)
+    return {
+        name: value
+        for name, value in kind.__dict__.items()
+        if name not in skipped
+        and not (hasattr(value, "__wrapped__") and value.__wrapped__ is getattr(inherited, name, None))
+    }
+
+
+def _for_class(value: Any, old: type, made: CellType) -> Any:
+    """A class attribute whose functions find the new class where they found `old` in a closure (as `super()` does)."""
+    if isinstance(value, FunctionType):
+        return _function_for_class(value, old, made)
+    if isinstance(value, (classmethod, staticmethod)):
+        return type(value)(_for_class(value.__func__, old, made))
+    if isinstance(value, property):
+        get, set_, delete = (_for_class(function, old, made) for function in (value.fget, value.fset, value.fdel))
+        return property(get, set_, delete, value.__doc__)
+    return value
+
+
+def _function_for_class(function: FunctionType, old: type, made: CellType) -> FunctionType:
+    cells = []
+    for cell in function.__closure__ or ():
+        try:
+            content = cell.cell_contents
+        except ValueError:  # an empty cell
+            content = None
+        inner = (
+            _for_class(content, old, made) if isinstance(content, FunctionType) and content is not function else content
+        )
+        cells.append(made if content is old else cell if inner is content else CellType(inner))
+    if all(new is cell for new, cell in zip(cells, function.__closure__ or (), strict=True)):
+        return function
+    copy = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells))
+    copy.__kwdefaults__, copy.__doc__ = function.__kwdefaults__, function.__doc__
+    copy.__qualname__, copy.__module__ = function.__qualname__, function.__module__
+    copy.__annotations__ = function.__annotations__
+    copy.__dict__.update({name: _for_class(value, old, made) for name, value in function.__dict__.items()})
+    return copy
