@@ -26,10 +26,9 @@ from hasten.ops import (
 from hasten.ops.adamw import AdamWConfig, adamw_
 from hasten.ops.attention import attention, row_spans
 from hasten.ops.host_rows import host_rows
-from hasten.ops.lora import HeadsConfig, LoraLinear, lora_linears, lora_mlp, lora_qkv
+from hasten.ops.lora import DenseWeight, HeadsConfig, LoraLinear, lora_linears, lora_mlp, lora_qkv
 from hasten.ops.lora.kernels.lora_delta import MIN_WIDTH_BACKWARD, add_lora_delta, lora_delta_bwd
 from hasten.ops.nf4 import NF4Weight, dequantize_nf4
-from hasten.weights.plain import DenseWeight
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32

@@ -15,9 +15,8 @@ from benchmarks.nf4_speed import quantized
 from hasten.ops import NormConfig, ScoreConfig, glu, linear_cross_entropy, norm, qk_rope
 from hasten.ops.adamw import AdamWConfig, adamw_
 from hasten.ops.attention import attention
-from hasten.ops.lora import LoraLinear, lora_linears, lora_mlp
+from hasten.ops.lora import DenseWeight, LoraLinear, lora_linears, lora_mlp
 from hasten.ops.nf4 import dequantize_nf4
-from hasten.weights.plain import DenseWeight
 
 BATCH, TOKENS, WIDTH, MLP, HEADS, KV, D, WORDS, RANK = 4, 8192, 4096, 14336, 32, 8, 128, 128256, 16
 

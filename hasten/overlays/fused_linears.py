@@ -1,7 +1,7 @@
 """Chooses per call (adapters come and go) between a projection's own forward and the fused LoRA ops.
 
 The ops run on a GPU, where each projection is a plain weight, frozen or not, with at most one plain LoRA. What keeps a
-projection from it is named by `weights.plain_linear`, and the report shows it.
+projection from it is named by `weights.read_linear`, and the report shows it.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from hasten.ops import NormInput, qk_rope
 from hasten.ops.backend import backend_for
 from hasten.ops.lora import HeadsConfig, LoraLinear, lora_linears, lora_qkv
 from hasten.overlays.precision import compute_dtype
-from hasten.weights import plain_linear
+from hasten.weights import read_linear
 
 
 def fused_input(
@@ -23,8 +23,8 @@ def fused_input(
         return None
     found = []
     for module in modules:
-        linear, reason = plain_linear(module, training)
-        if linear is None or reason is not None:
+        linear = read_linear(module, training)
+        if isinstance(linear, str):
             return None
         found.append(linear)
     return x.to(compute_dtype(x)), tuple(found)

@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 
 from hasten.errors import InputError
 from hasten.ops import LoraHead, ScoreConfig, TokenScores, score_logits
-from hasten.weights import read_linear
+from hasten.weights import read_head
 
 IGNORED = -100
 
@@ -76,12 +76,13 @@ def head_operands(
     lm_head: nn.Module, training: bool, hidden: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, LoraHead | None] | str:
     """(hidden in `dtype` on the head's device, weight, bias, LoRA), or the reason why the module itself must run."""
-    base, pair, reason = read_linear(lm_head, training)
-    if base is None or reason is not None:
-        return str(reason)
-    weight: torch.Tensor = base.weight  # pyright: ignore[reportAssignmentType]
-    lora = None if pair is None else LoraHead(pair.a_RE, pair.b_VR, pair.scale)
-    return hidden.to(weight.device, dtype), weight, base.bias, lora  # pyright: ignore[reportReturnType]
+    head = read_head(lm_head, training)
+    if isinstance(head, str):
+        return head
+    weight = head.weight.stored
+    assert weight is not None
+    lora = None if head.a is None or head.b is None else LoraHead(head.a, head.b, head.scale)
+    return hidden.to(weight.device, dtype), weight, head.bias, lora
 
 
 def score_through_module(

@@ -10,7 +10,7 @@ from hasten.ops.attention import CUDNN_LENGTH_MULTIPLE
 from hasten.ops.backend import backend_for
 from hasten.overlays import AttentionOverlay, BackboneOverlay, HeadOverlay, MLPOverlay, Overlay
 from hasten.state import ModelState, causal_lm_of, find_state
-from hasten.weights import label_of, lie_apart, plain_linear, read_linear, read_lora
+from hasten.weights import is_packed, label_of, read_head, read_linear, read_lora
 
 
 @dataclass(frozen=True)
@@ -112,16 +112,17 @@ def _fused_projections(base: nn.Module) -> dict[str, tuple[str, str, str]]:
         groups = next((names for overlay, names in GROUPS.items() if isinstance(module, overlay)), ())
         for group in groups:
             members = {name: getattr(module, name) for name in group}
-            reasons = {name: plain_linear(member, training=True)[1] for name, member in members.items()}
+            read = {name: read_linear(member, training=True) for name, member in members.items()}
+            reasons = {name: one if isinstance(one, str) else None for name, one in read.items()}
             blocked = next(((name, reason) for name, reason in reasons.items() if reason is not None), None)
             packed_projections: tuple[str, ...] = module.packed_projections  # pyright: ignore[reportAssignmentType]
-            apart = packed_projections if lie_apart([getattr(module, name) for name in packed_projections]) else ()
+            unpacked = () if is_packed([getattr(module, name) for name in packed_projections]) else packed_projections
             for name, member in members.items():
                 label = f"{name} ({label_of(member)})"
                 if blocked is None:
                     pair, _ = read_lora(member, training=True)
                     why = "plain LoRA" if pair else "no adapter"
-                    if name in apart:
+                    if name in unpacked:
                         why += "; weights are not packed, so copied for each matmul (patch on the final device)"
                     rows[f"{path}.{name}"] = (label, "fused LoRA op", why)
                 elif reasons[name] is None:
@@ -134,9 +135,10 @@ def _describe(
 ) -> tuple[str, str, str] | None:
     kind = type(module).__name__
     if isinstance(module, HeadOverlay):
-        _, pair, reason = read_linear(base.lm_head, training=True)  # pyright: ignore[reportArgumentType]
+        head = read_head(base.lm_head, training=True)
+        reason, has_lora = (head, False) if isinstance(head, str) else (None, head.a is not None)
         runs = "fused chunked loss" if reason is None else "chunked loss through the head's own forward"
-        return kind, runs, reason or (why.get(name, "") + (", LoRA on the head fused" if pair else ""))
+        return kind, runs, reason or (why.get(name, "") + (", LoRA on the head fused" if has_lora else ""))
     if isinstance(module, BackboneOverlay):
         attention, reason = _attention(base)
         return kind, f"attention by {attention}", reason

@@ -3,8 +3,7 @@
 from hasten.weights.linear import dequantize, holds, label_of, linear_bytes
 from hasten.weights.packing import is_packed, pack_weights
 from hasten.weights.peft_layers import LoraPair, active_adapters, base_layer_of, read_lora, unwrap
-from hasten.weights.reader import read_head
-from hasten.weights.shims import lie_apart, plain_linear, read_linear
+from hasten.weights.reader import read_head, read_linear
 from hasten.weights.watched import is_watched
 
 __all__ = [
@@ -16,10 +15,8 @@ __all__ = [
     "is_packed",
     "is_watched",
     "label_of",
-    "lie_apart",
     "linear_bytes",
     "pack_weights",
-    "plain_linear",
     "read_head",
     "read_linear",
     "read_lora",

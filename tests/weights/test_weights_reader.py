@@ -10,8 +10,7 @@ from torch import nn
 from hasten.ops.lora import LoraLinear, lora_linears
 from hasten.patching import apply
 from hasten.testing import tiny_model
-from hasten.weights import base_layer_of, read_head, read_lora, unwrap
-from hasten.weights.reader import read_linear
+from hasten.weights import base_layer_of, read_head, read_linear, read_lora, unwrap
 
 
 def _worn(model_type: str = "llama", **config: Any) -> Any:

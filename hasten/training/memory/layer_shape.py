@@ -14,10 +14,9 @@ from hasten.ops.backend import backend_for
 from hasten.overlays import AttentionConfig, LayerConfig
 from hasten.patching.configs import attention_config, layer_config
 from hasten.patching.plan import family_of
-from hasten.weights import base_layer_of, is_packed, linear_bytes, unwrap
+from hasten.weights import base_layer_of, is_packed, linear_bytes, read_linear, unwrap
 from hasten.weights.formats import WeightFormat, find_format
 from hasten.weights.formats.base import tensor_bytes
-from hasten.weights.reader import read_linear
 
 FP32 = 4
 

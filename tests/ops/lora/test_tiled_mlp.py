@@ -17,7 +17,7 @@ from hasten.ops.lora import DenseWeight, LoraLinear, Weight, lora_mlp
 from hasten.ops.lora.kernels import tiled_mlp as tiled
 from hasten.ops.nf4 import NF4Weight
 from hasten.testing import relative_error
-from hasten.weights.plain import PackedWeight
+from hasten.weights.formats.nf4 import PackedWeight
 
 INNER = 72
 MLP = tuple[LoraLinear, LoraLinear, LoraLinear]

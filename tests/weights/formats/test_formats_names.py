@@ -13,7 +13,6 @@ NAMES = re.compile(
 )
 OPTIMIZERS = re.compile(r"(paged_)?adamw(_\w+)?_(4|8|32)bit")
 ALLOWED = {
-    "weights/plain.py": "re-exports an operand",
     "model.py": "the public signature",
     "estimation.py": "the public signature",
     "training/optimizers.py": "the package of transformers' optimizers",
