@@ -264,7 +264,7 @@ def test_metrics_of_steps_that_will_run_again_are_dropped(tmp_path: Path) -> Non
 
 
 def test_ways_of_saving_are_checked_before_training(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="one of lora, merged_16bit, merged_4bit"):
+    with pytest.raises(OptionError, match="one of merged_16bit, merged_4bit, lora"):
         read_job(write_job(tmp_path, save={"method": "gguf"}))
     path = write_job(tmp_path, save={"method": "lora"}, model={"full_finetuning": True})
     with pytest.raises(OptionError, match="full fine-tuning has none"):
