@@ -210,17 +210,22 @@ def test_no_dense_mask_is_made(family: str, backend: str, how: str, tmp_path: Pa
         pytest.skip("hasten's choice runs in its place there")
     model = model_on(family, backend)
     batch = first_batch(model, tmp_path, how)
-    tokens, masks = batch["input_ids"].shape[1], []
+    tokens, masks, contexts = batch["input_ids"].shape[1], [], []
     for module in model.modules():
         if isinstance(module, AttentionOverlay):
             module.register_forward_pre_hook(lambda m, a, kw: masks.append(kw["attention_mask"]), with_kwargs=True)
+            module.register_forward_pre_hook(
+                lambda m, a, kw: contexts.append(kw.get("attention_context")), with_kwargs=True
+            )
     with Shapes() as shapes:
         model(**batch, use_cache=False, fused_lm_head=True).log_probs.sum().backward()
     assert len(masks) == 2
     if backend == "triton":
-        assert masks[0] is masks[1] and masks[0].shape == (1, 1, tokens, 3) and masks[0].dtype == torch.int32
+        assert contexts[0] is contexts[1] and masks[0] is masks[1] and masks[0].numel() == 0
+        spans = contexts[0].spans_BT3
+        assert spans.shape == (1, tokens, 3) and spans.dtype == torch.int32
     else:
-        assert masks[0].shape == (1, 1, tokens, tokens)
+        assert masks[0].shape == (1, 1, tokens, tokens) and contexts == [None, None]
     assert ((tokens, tokens) in shapes.made) == (backend != "triton")
 
 
