@@ -1,6 +1,6 @@
 # make demo   watch a small language model be trained, fine-tuned, merged and checked
 # make test   prove it: the whole suite on the CPU
-# make test-full   everything: exhaustive grids, compile tests, campaigns
+# make test-full   what `make test` leaves out: exhaustive grids, compile tests
 # make docs   build the documentation into build/site, every warning an error
 PYTHON ?= python3
 BIN = .venv/bin
@@ -19,7 +19,7 @@ test: .venv/ready
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-full: .venv/ready
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m ""
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m full
 
 test-oldest: .venv-oldest/ready
 	$(OLDEST)/python -m pytest tests/families tests/patching

@@ -2,7 +2,7 @@
 
 transformers' loader quantises one whole tensor after the other. On a CPU bitsandbytes needs seven times a tensor's bytes for
 that, and the fragments it leaves in the allocator add up to more than the result. Here no dense matrix is ever whole in
-memory. Formats quantise blocks or output channels independently, so the result is the same to the bit.
+memory. Formats quantise blocks or output channels independently, so the result is bit-exact.
 """
 
 from collections.abc import Callable, Mapping

@@ -14,6 +14,7 @@ from compile_kernels import ROOM
 
 from benchmarks.kernels import launched_kernels
 
+pytestmark = pytest.mark.full
 HERE = Path(__file__).parent
 WHOLE = 90
 LARGEST = {"_attention_fwd", "_attention_dkdv", "_attention_dq", "_add_lora_delta", "_lora_delta_bwd"}

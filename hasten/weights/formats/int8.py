@@ -61,7 +61,7 @@ class INT8(WeightFormat):
         return LoadPlan(BitsAndBytesConfig(load_in_8bit=True), notes=("quantisation: LLM.int8",))
 
     def fill(self, linear: Any, matrix: Matrix) -> None:
-        """Output channels are quantised independently, so the codes are bitsandbytes' own, to the bit."""
+        """Output channels are quantised independently, so the codes are exactly bitsandbytes' own."""
         import bitsandbytes as bnb
         from bitsandbytes.functional import int8_vectorwise_quant
 

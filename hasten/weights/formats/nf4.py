@@ -132,7 +132,7 @@ class _FourBit(WeightFormat):
         ]
 
     def fill(self, linear: Any, matrix: Matrix) -> None:
-        """Blocks are quantised independently, so the codes are bitsandbytes' own for the whole matrix, to the bit. Input
+        """Blocks are quantised independently, so the codes are exactly bitsandbytes' own for the whole matrix. Input
         channels must be a multiple of `BLOCK`."""
         import bitsandbytes as bnb
         from bitsandbytes.functional import QuantState, quantize_4bit, quantize_blockwise
