@@ -67,7 +67,8 @@ def train(model: Any, steps: int = 2) -> tuple[list[float], dict[str, torch.Tens
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = model(input_ids=IDS, labels=IDS).loss
+        ids = IDS.to(next(iter(trained.values())).device)
+        loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         losses.append(loss.item())
         optimizer.step()
@@ -103,10 +104,11 @@ def test_trains_as_the_dequantised_dense_model(base: Path, fused: bool, request:
     plain = dequantized(model)
     if fused:
         request.getfixturevalue("kernels")
-    losses, gradients = train(adapted(model))
+    device = "cuda" if fused and torch.cuda.is_available() else "cpu"
+    losses, gradients = train(adapted(model).to(device))
     assert (CALLS["matmul"] > 0, CALLS["matmul_t"] > 0) == (fused, fused)
     counted = CALLS.copy()
-    expected_losses, expected = train(adapted(plain))
+    expected_losses, expected = train(adapted(plain).to(device))
     assert counted == CALLS, "the dense model has no toy weight"
     assert losses == pytest.approx(expected_losses, rel=1e-5) and losses[0] != losses[1]
     assert gradients.keys() == expected.keys() and len(gradients) == 2 * 2 * 7
