@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from hasten.data import IGNORE_INDEX
 from hasten.demo.corpus import Question
 
-IGNORED = -100
 BATCH = 32
 LONGEST_ANSWER = 48
 """Tokens. The longest answers of the dataset (100 characters) take about 40."""
@@ -37,7 +37,7 @@ def answer_loss(model: Any, tokenizer: Any, questions: Sequence[Question]) -> fl
     total, count = 0.0, 0
     for batch in _batches(questions):
         inputs = encode(tokenizer, batch)
-        learned = int((inputs["labels"][:, 1:] != IGNORED).sum())
+        learned = int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
         total += float(model(**inputs).loss) * learned
         count += learned
     return total / count
@@ -53,10 +53,10 @@ def encode(tokenizer: Any, questions: Sequence[Question]) -> dict[str, torch.Ten
     filled: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
     for row in rows:
         ids, padding = row["input_ids"], longest - len(row["input_ids"])
-        labels = [token if bit else IGNORED for token, bit in zip(ids, row["assistant_masks"], strict=True)]
+        labels = [token if bit else IGNORE_INDEX for token, bit in zip(ids, row["assistant_masks"], strict=True)]
         filled["input_ids"].append(ids + [tokenizer.pad_token_id] * padding)
         filled["attention_mask"].append([1] * len(ids) + [0] * padding)
-        filled["labels"].append(labels + [IGNORED] * padding)
+        filled["labels"].append(labels + [IGNORE_INDEX] * padding)
     return {name: torch.tensor(values) for name, values in filled.items()}
 
 

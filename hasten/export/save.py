@@ -1,6 +1,5 @@
 """`save_merged`: writes a trained model through the exporter that `save_method` names."""
 
-import difflib
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from hasten.export.folder import check_target
 from hasten.export.request import ExportRequest
 from hasten.export.shards import parse_size
 from hasten.state import causal_lm_of
+from hasten.suggest import did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -57,10 +57,8 @@ def save_merged(
     """
     known = exporters.names()
     if save_method not in known:
-        near = difflib.get_close_matches(save_method, known, n=1, cutoff=0.3) or ["merged_16bit"]
-        raise ExportError(
-            f"save_method={save_method!r} is not known; known are {', '.join(known)}. Nearest: {near[0]!r}"
-        )
+        hint = did_you_mean(save_method, known, count=1, cutoff=0.3)
+        raise ExportError(f"save_method={save_method!r}{hint} is not known; known are {', '.join(known)}")
     exporter, target = exporters.named(save_method), Path(folder)
     request = ExportRequest(model, target, save_method, tokenizer, dtype=dtype, rows=rows)
     if problems := exporter.check(request):

@@ -7,7 +7,6 @@ fields mean depends on the scaling type, by convention of the published checkpoi
 """
 
 import copy
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hasten.families.schema import Family
+from hasten.suggest import did_you_mean
 
 KNOWN = ("default", *sorted(ROPE_INIT_FUNCTIONS))
 NEEDS_ORIGINAL = ("llama3", "longrope", "yarn")
@@ -100,8 +100,7 @@ def _plan_scaling(config: Any, plan: RopePlan, scaling: dict[str, Any], paramete
     kind = scaling.pop("type", None)
     kind = scaling.setdefault("rope_type", kind or "")
     if kind not in KNOWN:
-        near = difflib.get_close_matches(str(kind), KNOWN, n=2)
-        hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+        hint = did_you_mean(kind, KNOWN, count=2)
         plan.problems.append(f"rope_scaling has the rope_type {kind!r}{hint}; transformers knows {', '.join(KNOWN)}")
         return
     rope, nested = _global(parameters)

@@ -7,7 +7,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hasten.errors import InputError
 from hasten.ops import ScoreConfig, linear_cross_entropy_loss
-from hasten.overlays.head_inputs import IGNORED, head_operands, score_through_module, shifted, targets_of
+from hasten.overlays.head_inputs import IGNORE_INDEX, head_operands, score_through_module, shifted, targets_of
 from hasten.overlays.label_checks import expect_labels
 from hasten.overlays.precision import compute_dtype
 
@@ -34,7 +34,7 @@ def fused_loss(
     hidden_BTE: torch.Tensor,
     labels: torch.Tensor | None,
     num_items_in_batch: Any = None,
-    ignore_index: int = IGNORED,
+    ignore_index: int = IGNORE_INDEX,
     shift_labels: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns the sum of token losses over `num_items_in_batch`, or their mean over the labels that count.

@@ -12,7 +12,7 @@ from hasten.errors import InputError
 from hasten.ops import LoraHead, ScoreConfig, TokenScores, score_logits
 from hasten.weights import read_head
 
-IGNORED = -100
+IGNORE_INDEX = ScoreConfig.ignore_index
 
 
 def check_length(

@@ -14,7 +14,7 @@ from transformers.utils.generic import ModelOutput
 from hasten.errors import InputError
 from hasten.ops import ScoreConfig, TokenScores, linear_cross_entropy
 from hasten.ops.linear_cross_entropy import OPTIONAL_SCORES
-from hasten.overlays.head_inputs import IGNORED, head_operands, score_through_module, shifted
+from hasten.overlays.head_inputs import IGNORE_INDEX, head_operands, score_through_module, shifted
 from hasten.overlays.label_checks import warn_without_labels
 from hasten.overlays.precision import compute_dtype
 from hasten.state import FusedHeadRequest, state_of
@@ -83,7 +83,7 @@ def fused_scores(
     hidden_BTE: torch.Tensor,
     labels: torch.Tensor | None,
     num_items_in_batch: Any = None,
-    ignore_index: int = IGNORED,
+    ignore_index: int = IGNORE_INDEX,
     shift_labels: torch.Tensor | None = None,
 ) -> FusedScores:
     """Serves TRL's protocol. model: the causal LM, a `HeadOverlay`; its state holds TRL's settings."""

@@ -10,8 +10,7 @@ from torch import nn
 from hasten.errors import OptionError
 from hasten.options import AdapterOptions
 from hasten.overlays import Fp32Embedding, Fp32Head, Fp32WeightConfig, Overlay
-from hasten.patching.apply import overlay_class
-from hasten.patching.contract import stock_class
+from hasten.patching.apply import put_overlay
 from hasten.suggest import did_you_mean
 from hasten.training import loftq
 
@@ -89,7 +88,7 @@ def set_dtypes(peft_model: Any, fp32: bool) -> dict[str, torch.dtype]:
 
 def _widen(module: Any, overlay: type[Overlay], compute: torch.dtype) -> None:
     for copy in getattr(module, "modules_to_save", {}).values():
-        copy.__class__ = overlay_class(stock_class(copy), overlay, Fp32WeightConfig(compute))
+        put_overlay(copy, overlay, Fp32WeightConfig(compute))
         copy.weight.data = copy.weight.data.float()
 
 

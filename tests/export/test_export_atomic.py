@@ -190,8 +190,11 @@ def test_damaged_base(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"save_method": "merged_4bit_forced"}, "merged_16bit, merged_4bit, lora. Nearest: 'merged_4bit'"),
-        ({"save_method": "16bit"}, "Nearest: 'merged_16bit'"),
+        (
+            {"save_method": "merged_4bit_forced"},
+            r"did you mean merged_4bit\?\) is not known; known are merged_16bit, merged_4bit, lora",
+        ),
+        ({"save_method": "16bit"}, r"did you mean merged_16bit\?"),
         ({"max_shard_size": "5 apples"}, "must be a size"),
         ({"max_shard_size": 0}, "must be a size"),
         ({"dtype": torch.int8}, "dtype=torch.int8 cannot be honoured"),
