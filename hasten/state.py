@@ -120,7 +120,10 @@ def causal_lm_of(model: nn.Module) -> Any:
 def state_of(model: nn.Module) -> ModelState:
     """Returns the state of the causal LM (`model`, or the one inside the PeftModel); attaches an empty one if there is
     none."""
-    return causal_lm_of(model).__dict__.setdefault(ATTRIBUTE, ModelState())
+    own = causal_lm_of(model).__dict__
+    if ATTRIBUTE not in own:
+        own[ATTRIBUTE] = ModelState()
+    return own[ATTRIBUTE]
 
 
 def find_state(model: nn.Module) -> ModelState | None:
