@@ -89,8 +89,9 @@ def score_chunks(
     d_weight = d_bias = d_a = d_b = None
     count, words = hidden.shape[0], weight.shape[0]
     size = min(tokens_at_once(config, hidden, needs[1] and upstream is not None), max(count, 1))
-    # Rows are padded to 16 bytes, so that cuBLAS runs at full speed with a vocabulary of any size.
-    logits = hidden.new_empty(size, -(-words // 8) * 8)[:, :words]
+    # On a GPU rows are padded to 16 bytes, so that cuBLAS runs at full speed with a vocabulary of any size. On a CPU torch's
+    # bf16 matmul (oneDNN) reads past the end of such rows, and NaN in memory that nobody wrote would reach the gradients.
+    logits = hidden.new_empty(size, -(-words // 8) * 8 if hidden.is_cuda else words)[:, :words]
     for start in range(
         0, max(count, 1), size
     ):  # without tokens: one empty chunk, so that gradients are zeros and not None
