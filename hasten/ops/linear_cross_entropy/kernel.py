@@ -33,7 +33,7 @@ LAUNCHES = (
     Launch(8192, 16), Launch(8192, 32), Launch(8192, 8), Launch(4096, 16), Launch(4096, 8), Launch(16384, 16),
     Launch(16384, 32),
 )  # fmt: skip
-"""The first one runs; `python -m benchmarks.head_speed` times them all."""
+"""The first one runs; `python -m benchmarks.tune head` times them all."""
 
 
 @triton.jit

@@ -32,7 +32,7 @@ class Launch:
 
 
 LAUNCHES = (Launch(512, 4), Launch(1024, 8))
-"""The first one runs; `python -m benchmarks.nf4_speed` times them all."""
+"""The first one runs; `python -m benchmarks.tune nf4` times them all."""
 
 
 @triton.jit
