@@ -27,7 +27,8 @@ from benchmarks.harness.card import Card
 from benchmarks.harness.checkpoints import config_of, write_apart
 from benchmarks.harness.jobs import GIB, Job
 from benchmarks.harness.results import Record
-from benchmarks.harness.steps import DEVICE, Steps, peaks, reset_peaks
+from benchmarks.harness.steps import Steps, peaks, reset_peaks
+from benchmarks.harness.timing import DEVICE
 
 RANK = 32
 RESERVE = 0.02

@@ -77,7 +77,9 @@ def elementwise(s: Sizes) -> Iterator[Case]:
         return lambda gate, up: glu(gate, up, "silu"), [draw(s.tokens, s.mlp) for _ in range(2)]
 
     yield Case("RMSNorm", lambda: make_norm("rms", False), (2 * residual, 2 * residual), (3 * residual, 4.5 * residual))
-    yield Case("LayerNorm", lambda: make_norm("layer", True), (2 * residual, 3 * residual), (3 * residual, 6 * residual))
+    yield Case(
+        "LayerNorm", lambda: make_norm("layer", True), (2 * residual, 3 * residual), (3 * residual, 6 * residual)
+    )
     yield Case("rotary embedding of q and k", make_rope, (2 * rotated, 1.5 * rotated), (2 * rotated, 1.5 * rotated))
     yield Case("gated activation", make_glu, (3 * wide, 2.5 * wide), (5 * wide, 5 * wide))
 

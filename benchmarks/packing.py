@@ -15,7 +15,8 @@ import torch
 
 from benchmarks.harness.jobs import SHAPES, Job
 from benchmarks.harness.results import Record, line_of
-from benchmarks.harness.steps import DEVICE, Steps, load, peaks, reset_peaks
+from benchmarks.harness.steps import Steps, load, peaks, reset_peaks
+from benchmarks.harness.timing import DEVICE
 
 WAYS: dict[str, tuple[str, int | None]] = {
     "padded": ("batches of 64, padded on the right to the longest", None),

@@ -65,9 +65,9 @@ def table() -> str:
     """Markdown."""
     columns: Columns = {
         "job, mode, sequences x tokens": "{0.name}", "measured, GiB": "{0.measured:.2f}",
-        "predicted, GiB": "{0.predicted:.2f}", "off by": "{0.error:+.1%}", "where the peak is": "{0.when}",
+        "predicted, GiB": "{0.predicted:.2f}", "off by": lambda one: f"{100 * one.error:+.1f}%", "where the peak is": "{0.when}",
     }  # fmt: skip
-    return tables.table(columns, sorted(compared(), key=lambda one: one.name))
+    return tables.table(columns, sorted(compared(), key=lambda one: one.name), "---")
 
 
 def page(text: str) -> str:

@@ -16,7 +16,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.harness.steps import DEVICE, Steps, wait
+from benchmarks.harness.steps import Steps, wait
+from benchmarks.harness.timing import DEVICE
 from benchmarks.kernels import launched_kernels
 
 ROOT = Path(__file__).parent.parent

@@ -26,10 +26,10 @@ def cells(columns: Columns, row: Any) -> list[str]:
     return [_Dashed().vformat(one, (row,), named) if isinstance(one, str) else one(row) for one in columns.values()]
 
 
-def table(columns: Columns, rows: Iterable[Any]) -> str:
-    """A Markdown table."""
-    lines = [list(columns), ["---"] * len(columns), *(cells(columns, row) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def table(columns: Columns, rows: Iterable[Any], rule: str = " --- ") -> str:
+    """A Markdown table. rule: below each head."""
+    head, *lines = (f"| {' | '.join(line)} |" for line in [list(columns), *(cells(columns, row) for row in rows)])
+    return "\n".join([head, f"|{'|'.join([rule] * len(columns))}|", *lines])
 
 
 # Training steps

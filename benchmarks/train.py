@@ -1,6 +1,6 @@
 """Races the libraries in each job and mode; hasten is also profiled and asked for its host waits and new lengths.
 
-    python -m benchmarks.gpu --out FOLDER --only train [--jobs ...] [--variants ...] [--modes ...] [--profile] [--no-costs]
+python -m benchmarks.gpu --out FOLDER --only train [--jobs ...] [--variants ...] [--modes ...] [--profile] [--no-costs]
 """
 
 import argparse

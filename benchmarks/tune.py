@@ -1,9 +1,9 @@
-"""The launches that a kernel could use, beside other implementations: which is the fastest, and how far is it from the ceilings?
+"""Which launch of a kernel is the fastest, and how far is it from the ceilings?
 
     python -m benchmarks.tune [attention-8b head nf4 ...]
 Prints a table per choice, the fastest first: median times with the L2 cache flushed before each call. Each result is compared with
-that of the first implementation; one that differs stops the run. Backward tiles replace one kernel's entry in the table of
-hasten/ops/attention/kernels/tiles.py at a time.
+that of the first call; one that differs stops the run. Attention's first calls are the launches in use (tiles.py); below them are the
+rates of torch's backends on as many heads of K and V as of Q.
 """
 
 import contextlib
@@ -16,8 +16,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 from triton.errors import TritonError
 
 from benchmarks import limits
@@ -36,8 +34,8 @@ from hasten.ops.linear_cross_entropy.function import Upstream
 from hasten.ops.nf4 import kernel as nf4_kernel
 
 COMPILERS = 12
-UNFIT = (TritonError, RuntimeError, ValueError, TypeError, ImportError)
-"""Errors of a backend or a launch that does not support a shape, or that this version of torch lacks."""
+UNFIT = (TritonError, RuntimeError, ValueError)
+"""Errors of a launch that does not fit a shape."""
 Calls = dict[str, Callable[[], Any]]
 
 
@@ -49,7 +47,7 @@ class Choice:
     title: str
     calls: Calls
     moved: float
-    flops: float
+    flops: float = 0.0
     off: float | None = 1e-2
 
 
@@ -81,7 +79,7 @@ SHAPES = {
     "window": Shape(1, 16384, 32, 8, 128, 4096),
     "packed": Shape(4, 2048, 32, 8, 128, None, 4),
 }
-TILES: dict[int, dict[str, list[tuple[int, int, int, int]]]] = {
+TILES = {
     64: {
         "fwd": [(128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3), (64, 64, 4, 3)],
         "dkdv": [(64, 128, 8, 2), (64, 128, 4, 2), (64, 64, 4, 2), (32, 128, 4, 3), (128, 128, 8, 2)],
@@ -98,99 +96,59 @@ TILES: dict[int, dict[str, list[tuple[int, int, int, int]]]] = {
         "dq": [(64, 32, 8, 2), (64, 32, 4, 2), (64, 64, 8, 1), (32, 32, 4, 2)],
     },
 }
-"""Head dimension -> kernel -> arguments of Tile, tried besides the table's own."""
-
-
-def torchs(shape: Shape) -> dict[str, Callable[..., torch.Tensor]]:
-    """torch's implementations of this attention, each (q, k, v) -> out, all (B, T, H, D)."""
-    group = shape.heads // shape.kv
-
-    def sdpa(backend: SDPBackend | None, expand: bool, *qkv: torch.Tensor) -> torch.Tensor:
-        q, k, v = (x.transpose(1, 2) for x in qkv)
-        if expand:
-            k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-        with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
-            out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=not expand and group > 1)
-        return out.transpose(1, 2)
-
-    def varlen(*qkv: torch.Tensor) -> torch.Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
-        length = shape.tokens // shape.documents
-        starts = torch.arange(0, shape.batch * shape.tokens + 1, length, device=DEVICE, dtype=torch.int32)
-        window, gqa = ((shape.window or 0) - 1, 0), {} if group == 1 else {"enable_gqa": True}
-        q, k, v = (x.flatten(0, 1) for x in qkv)
-        out: Any = varlen_attn(q, k, v, starts, starts, length, length, window_size=window, **gqa)
-        return out.unflatten(0, (shape.batch, -1))
-
-    ways: dict[str, Callable[..., torch.Tensor]] = {}
-    if shape.window is None and shape.documents == 1:
-        ways["sdpa as torch chooses"] = functools.partial(sdpa, None, False)
-        for name, backend in limits.BACKENDS.items():
-            for expand in (False, True) if group > 1 else (False,):
-                ways[f"sdpa {name}{', K and V expanded' if expand else ''}"] = functools.partial(sdpa, backend, expand)
-    return ways | {"varlen_attn": varlen}
+"""Head dimension -> kernel -> arguments of Tile, tried besides the one in use."""
 
 
 def attention(name: str, small: bool) -> Iterator[Choice]:
-    """Forward and backward; q, k and v are slices of one buffer, as the fused projection leaves them."""
+    """q, k and v are slices of one buffer, as the fused projection leaves them. A tile replaces one kernel's at a time."""
     shape = replace(SHAPES[name], batch=1, tokens=256) if small else SHAPES[name]
     at, counts = (shape.batch, shape.tokens), (shape.heads, shape.kv, shape.kv)
     parts = draw(*at, sum(counts) * shape.dim).split([n * shape.dim for n in counts], -1)
-    qkv = [part.unflatten(-1, (-1, shape.dim)) for part in parts]
-    leaves, upstream = [x.detach().requires_grad_() for x in qkv], draw(*at, shape.heads, shape.dim)
-    rule, spans = ScoreMaskConfig(shape.dim**-0.5, shape.window, None), None
+    q, k, v = (part.unflatten(-1, (-1, shape.dim)) for part in parts)
+    upstream, rule, spans = (
+        draw(*at, shape.heads, shape.dim),
+        ScoreMaskConfig(shape.dim**-0.5, shape.window, None),
+        None,
+    )
     if shape.documents > 1:
         position = torch.arange(shape.tokens, device=DEVICE) % (shape.tokens // shape.documents)
-        spans = row_spans((*at, upstream.device), None, position[None])
-    table = tiles_for(DTYPE, shape.dim, shared_memory(upstream.device))
-    saved: Any = (*qkv, *attention_fwd(qkv[0], qkv[1], qkv[2], spans, rule, table), spans)
-
-    def forward(tiles: Any) -> torch.Tensor:
-        return attention_fwd(qkv[0], qkv[1], qkv[2], spans, rule, tiles)[0]
-
-    def backward_of(way: Callable[..., torch.Tensor]) -> Callable[[], Any]:
-        graph = functools.cache(lambda: way(*leaves))
-        return lambda: torch.autograd.grad(graph(), leaves, upstream, retain_graph=True)
-
-    forwards: Calls = {way: functools.partial(call, *qkv) for way, call in torchs(shape).items()}
-    backwards: Calls = {way: backward_of(call) for way, call in torchs(shape).items()}
+        spans = row_spans((*at, q.device), None, position[None])
+    table = tiles_for(DTYPE, shape.dim, shared_memory(q.device))
+    saved: Any = (q, k, v, *attention_fwd(q, k, v, spans, rule, table), spans)
+    moved = 2.0 * shape.batch * shape.tokens * 2 * (shape.heads + shape.kv) * shape.dim
     for kernel, tiles in TILES[shape.dim].items():
+        calls: Calls = {}
         for tile in dict.fromkeys([getattr(table, kernel), *(Tile(*one) for one in tiles)]):
             tried = replace(table, **{kernel: tile})
-            if kernel == "fwd":
-                forwards[f"hasten, {tile}"] = functools.partial(forward, tried)
-            else:
-                backwards[f"hasten, {kernel} {tile}"] = functools.partial(attention_bwd, upstream, saved, rule, tried)
-    moved = 2.0 * shape.batch * shape.tokens * 2 * (shape.heads + shape.kv) * shape.dim
-    yield Choice(f"attention {name}, forward", forwards, moved, shape.flops)
-    yield Choice(f"attention {name}, backward", backwards, 2 * moved, 2.5 * shape.flops, 3e-2)
+            forward = functools.partial(attention_fwd, q, k, v, spans, rule, tried)
+            calls[str(tile)] = (
+                forward if kernel == "fwd" else functools.partial(attention_bwd, upstream, saved, rule, tried)
+            )
+        more = 1.0 if kernel == "fwd" else 2.5
+        yield Choice(f"attention {name}, {kernel}", calls, 2 * moved if more > 1 else moved, more * shape.flops)
 
 
 def head(small: bool) -> Iterator[Choice]:
     """The kernel on one chunk of tokens: logits are read and their gradient written; a second read may hit the L2 cache."""
     tokens, words = (4, 501) if small else (2048, 128256)
     raw, labels = draw(tokens, words, scale=0.05), torch.randint(0, words, (tokens,), device=DEVICE)
-    scores, upstream = torch.empty(6, tokens, device=DEVICE), Upstream(torch.ones(tokens, device=DEVICE))
+    given = torch.empty(6, tokens, device=DEVICE), Upstream(torch.ones(tokens, device=DEVICE))
     extras = ScoreConfig(want=frozenset({"entropy", "is_top1"}))
     for name, rule in (("training", ScoreConfig()), ("softcap", ScoreConfig(softcap=30.0)), ("entropy, top 1", extras)):
-        calls: Calls = {
-            f"hasten, {launch}": functools.partial(head_kernel.score_rows, raw, labels, rule, scores, upstream, launch)
-            for launch in head_kernel.LAUNCHES
-        }
-        yield Choice(f"head kernel, {name}, {tokens} x {words}", calls, 4.0 * raw.numel(), 0.0, None)
+        call = functools.partial(head_kernel.score_rows, raw, labels, rule, *given)
+        calls: Calls = {str(launch): functools.partial(call, launch) for launch in head_kernel.LAUNCHES}
+        yield Choice(f"head, {name}, {tokens} x {words}", calls, 2.0 * raw.nbytes, off=None)
 
 
 def nf4(small: bool) -> Iterator[Choice]:
     """bitsandbytes' kernel and ours, the last one into a matrix whose rows are apart."""
-    shapes = [(14336, 4096), (4096, 14336), (1024, 4096), (4096, 4096), (8192, 8192), (16384, 2048), (4096, 4096)]
-    for shape, gap in [((3, 192), 7)] if small else zip(shapes, [*[0] * (len(shapes) - 1), 64], strict=True):
-        weight, theirs = quantized(shape)
-        out = torch.empty(shape[0], shape[1] + gap, device=DEVICE, dtype=DTYPE)[:, : shape[1]]
-        calls: Calls = {"bitsandbytes": theirs}
-        for launch in nf4_kernel.LAUNCHES:
-            calls[f"hasten, {launch}"] = functools.partial(nf4_kernel.dequantize_nf4, weight, DTYPE, out, launch)
-        yield Choice(f"NF4 to bf16, {shape[0]} x {shape[1]} + {gap}", calls, 2.5 * out.numel(), 0.0)
+    shapes = [(14336, 4096, 0), (1024, 4096, 0), (8192, 8192, 0), (16384, 2048, 0), (4096, 4096, 64)]
+    for rows, width, gap in [(3, 192, 7)] if small else shapes:
+        weight, theirs = quantized((rows, width))
+        out = torch.empty(rows, width + gap, device=DEVICE, dtype=DTYPE)[:, :width]
+        call = functools.partial(nf4_kernel.dequantize_nf4, weight, DTYPE, out)
+        calls: Calls = {str(launch): functools.partial(call, launch) for launch in nf4_kernel.LAUNCHES}
+        yield Choice(f"NF4, {rows} x {width} + {gap}", {"bitsandbytes": theirs, **calls}, 2.5 * out.numel())
 
 
 SUBJECTS: dict[str, Callable[[bool], Iterable[Choice]]] = {
@@ -230,15 +188,16 @@ def measure(choice: Choice, ceilings: dict[str, Any]) -> list[timing.Row]:
 
 def main(subjects: list[str]) -> None:
     """subjects: of SUBJECTS, [] = all."""
-    subjects = subjects or list(SUBJECTS)
-    count = {subject: sum(len(choice.calls) for choice in SUBJECTS[subject](True)) for subject in subjects}
+    counts = {one: sum(len(choice.calls) for choice in SUBJECTS[one](True)) for one in subjects or SUBJECTS}
     with ProcessPoolExecutor(COMPILERS, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for one in [pool.submit(compile_one, subject, i) for subject in subjects for i in range(count[subject])]:
+        for one in [pool.submit(compile_one, subject, i) for subject, n in counts.items() for i in range(n)]:
             one.result()
     ceilings = {"copy": limits.copy_rate(), "matmul": limits.matmul_rate()}
-    for subject in subjects:
+    for subject in counts:
         for choice in SUBJECTS[subject](False):
             measure(choice, ceilings)
+        if shape := SHAPES.get(subject.removeprefix("attention-")):
+            print(limits.attention_rates(shape.batch, shape.heads, shape.tokens, shape.dim), flush=True)
 
 
 if __name__ == "__main__":

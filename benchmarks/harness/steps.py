@@ -10,12 +10,12 @@ import torch
 
 from benchmarks.harness.checkpoints import checkpoint, with_positions
 from benchmarks.harness.jobs import GIB, SHAPES, Job
+from benchmarks.harness.timing import DEVICE
 from benchmarks.harness.variants import build, import_library, planned
 
 LEARNING_RATE = 2e-5
 """At 1e-4 AdamW's first steps, whose size does not depend on the gradient's, move transformers 1.6e-3 from itself (docs/log.md)."""
 SAMPLED = 32
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def wait() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness.jobs import BEFORE, GIB, Job, is_hasten
+from benchmarks.harness.timing import DEVICE
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CHECKPOINTING = {"keep": False, "recompute": True, "offload": "offload", "default": "unsloth", "budget": "auto"}
@@ -98,8 +99,7 @@ def _build_transformers(variant: str, job: Job, mode: str, folder: Path) -> Any:
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )  # fmt: skip
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = Auto.from_pretrained(folder, dtype=torch.bfloat16, device_map=device, **quantization)
+    model: Any = Auto.from_pretrained(folder, dtype=torch.bfloat16, device_map=DEVICE, **quantization)
     if variant == "trl":
         from trl.trainer.utils import add_fused_lm_head
 
