@@ -170,7 +170,9 @@ def measure(setting: Setting | None = None) -> dict[str, Any]:
     else:
         found = list(map(run_seed, seeds, *given))
     stages = {
-        stage: summarise(*[[run[stage][variant] for run in found] for variant in ("stock", "hasten")], smooth=setting.smooth)
+        stage: summarise(
+            *[[run[stage][variant] for run in found] for variant in ("stock", "hasten")], smooth=setting.smooth
+        )
         for stage in STAGES
     }
     text = {
