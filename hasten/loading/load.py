@@ -12,7 +12,7 @@ from hasten.loading import checks, quantization, shards
 from hasten.loading import tokenizer as tokens
 from hasten.loading.device import default_dtype, is_all_cpu, resolve_device_map
 from hasten.loading.embedding import keep_embedding_on_host
-from hasten.loading.read import Reading, read_model
+from hasten.loading.read import Reading, placement_notes, read_model
 from hasten.loading.resolve import Source, fetch_weights, resolve
 from hasten.loading.rope import plan_rope
 from hasten.loading.vocabulary import resize, rows_of
@@ -81,7 +81,7 @@ def load(options: LoadOptions) -> Loaded:
         shards.check_tensors(stored, ready.empty, source.folder)
     place, how = ready.device_map, ready.storage
     model = read_model(Reading(source.folder, ready.config, ready.dtype, place, how, options, ready.empty, stored))
-    notes = [*source.notes(), *ready.notes, *_finish(model, ready, options)]
+    notes = [*source.notes(), *ready.notes, *placement_notes(how, place), *_finish(model, ready, options)]
     for holder in (model, model.config, ready.tokenizer):
         # The snapshot's folder on this machine would otherwise be written into adapters as their base.
         holder.name_or_path = source.name

@@ -74,6 +74,15 @@ def read_model(reading: Reading) -> PreTrainedModel:
     return model
 
 
+def placement_notes(storage: Storage, device_map: Any) -> list[str]:
+    """Says that a checkpoint that only hasten reads is not spread over the GPUs, where a device map asks for that."""
+    if not storage.stored or not isinstance(device_map, str) or torch.cuda.device_count() < 2:
+        return []
+    return [
+        f"device: cuda:0, since a checkpoint in this format goes to one device; device_map={device_map!r} spreads others"
+    ]
+
+
 def _one_device(device_map: Any) -> torch.device:
     """The single device of a device map; the first GPU for a map that transformers would spread."""
     places = set(map(str, device_map.values())) if isinstance(device_map, Mapping) else {"cuda:0"}
