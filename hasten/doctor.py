@@ -115,7 +115,7 @@ def own_requirements() -> tuple[SpecifierSet, tuple[Need, ...] | None]:
 
 
 def examine(machine: Machine) -> list[Finding]:
-    """Every finding, in the order of the checks. Depends on nothing but `machine`."""
+    """Returns every finding, in the order of the checks. Depends on nothing but `machine`."""
     findings = [_python(machine)]
     if machine.needs is None:
         findings.append(
@@ -126,7 +126,7 @@ def examine(machine: Machine) -> list[Finding]:
 
 
 def problems(findings: Sequence[Finding]) -> list[Finding]:
-    """The findings that keep hasten from working."""
+    """Returns the findings that keep hasten from working."""
     return [finding for finding in findings if finding.level == "problem"]
 
 
@@ -197,13 +197,14 @@ def _version(name: str) -> str | None:
 
 
 def _can_write(folder: Path) -> bool:
-    """Whether files could be made under `folder`, which need not exist yet."""
+    """Returns whether files could be made under `folder`, which need not exist yet."""
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
 
 
 def _need(line: str, extras: Sequence[str] = ()) -> Need:
-    """A requirement line. In installed metadata a marker (`extra == "train"`) says to which of `extras` it belongs."""
+    """Returns a requirement line. In installed metadata a marker (`extra == "train"`) says to which of `extras` it
+    belongs."""
     requirement = Requirement(line)
     marker = requirement.marker
     belongs = None

@@ -141,7 +141,7 @@ def _mode_problems(mode: bool | str, tiled: bool | int | str, optimizer: str) ->
 
 
 def _budget(asked: int | str | None, mode: bool | str) -> tuple[int | None, list[str]]:
-    """(budget in bytes, None where none is needed or given; problems)."""
+    """Returns (budget in bytes, None where none is needed or given; problems)."""
     if asked is not None:
         try:
             return parse_bytes(asked), []

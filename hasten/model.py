@@ -202,7 +202,7 @@ def _enable_checkpointing(model: Any, mode: bool | str, budget: int | str | None
 
 
 def _adapter_problem(model: Any, options: AdapterOptions) -> str | None:
-    """Why this model cannot get this adapter, if so."""
+    """Returns why this model cannot get this adapter, if so."""
     state = state_of(model)
     loaded = state.load_options
     if causal_lm_of(model) is not model:

@@ -71,7 +71,7 @@ class Engine(Protocol):
     def name(self) -> str: ...
 
     def check(self, options: LoadOptions) -> list[str]:
-        """Every problem that keeps this engine from serving a model loaded with `options`; empty = none."""
+        """Returns every problem that keeps this engine from serving a model loaded with `options`; empty = none."""
         ...
 
     def generate(self, model: Any, call: GenerateCall) -> Any:

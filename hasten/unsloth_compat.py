@@ -97,7 +97,8 @@ def run(path: str | Path, argv: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _is_bfloat16_supported() -> bool:
-    """Whether to train in bf16 rather than fp16: on GPUs that support it, and on CPUs, which do not train in fp16."""
+    """Returns whether to train in bf16 rather than fp16: on GPUs that support it, and on CPUs, which do not train in
+    fp16."""
     import torch
 
     return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)

@@ -8,7 +8,8 @@ import typer
 
 
 def one_of(values: Callable[[], list[str]]) -> Callable[[str], str]:
-    """An option's callback that refuses what is not in a registry, which is imported only when the option is used."""
+    """Returns an option's callback that refuses what is not in a registry, which is imported only when the option is
+    used."""
 
     def check(value: str) -> str:
         if value not in values():
@@ -19,21 +20,21 @@ def one_of(values: Callable[[], list[str]]) -> Callable[[str], str]:
 
 
 def storage_choices() -> list[str]:
-    """The values of --load."""
+    """Returns the values of --load."""
     from hasten.weights import formats
 
     return formats.choices()
 
 
 def default_storage() -> str:
-    """The value of --load where none is given."""
+    """Returns the value of --load where none is given."""
     from hasten.weights import formats
 
     return str(formats.default().choice)
 
 
 def save_methods() -> list[str]:
-    """The values of --method."""
+    """Returns the values of --method."""
     from hasten.export import exporters
 
     return exporters.names()

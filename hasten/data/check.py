@@ -74,7 +74,7 @@ def check_dataset(
 
 
 def _truncation_length(args: Any) -> int | None:
-    """The length to which the trainer truncates; packing other than best-fit splits long examples instead."""
+    """Returns the length to which the trainer truncates; packing other than best-fit splits long examples instead."""
     splits = getattr(args, "packing", False) and args.packing_strategy != "bfd"
     return None if splits else getattr(args, "max_length", None)
 

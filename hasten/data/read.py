@@ -18,7 +18,7 @@ CHAT_COLUMNS = ("tools", "chat_template_kwargs")
 
 
 def read_dataset(options: DataOptions) -> "tuple[Dataset, Dataset | None]":
-    """The examples to train on, and those to evaluate on where `options` asks for some.
+    """Returns the examples to train on, and those to evaluate on where `options` asks for some.
 
     Raises DatasetError for a dataset that cannot be read, is empty, has empty cells, or has none of `COLUMNS`, and
     MissingExtraError without the package `datasets`.

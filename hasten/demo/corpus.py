@@ -141,7 +141,8 @@ def _members(module_name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _lives_in(value: Any, module: ModuleType) -> bool:
-    """Whether a module defines the value rather than imports it. C accelerators (`_heapq`) and submodules count as it."""
+    """Returns whether a module defines the value rather than imports it. C accelerators (`_heapq`) and submodules count
+    as it."""
     home = getattr(value, "__module__", None)
     name = module.__name__
     return home is None or home in (name, f"_{name}", *PLATFORM_MODULES) or home.startswith(f"{name}.")

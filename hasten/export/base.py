@@ -31,7 +31,8 @@ class BaseCheckpoint:
         return list(self._files)
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor `name` on the CPU, in its own dtype; memory-mapped, so read only. Raises ExportError if damaged."""
+        """Returns the tensor `name` on the CPU, in its own dtype; memory-mapped, so read only. Raises ExportError if
+        damaged."""
         path = self._files[name]
         try:
             if self._open is None or self._open[0] != path:
@@ -42,7 +43,7 @@ class BaseCheckpoint:
 
 
 def find_base(model: Any) -> BaseCheckpoint | None:
-    """The dense checkpoint that the causal LM `model` was loaded from, or None where there is none to read.
+    """Returns the dense checkpoint that the causal LM `model` was loaded from, or None where there is none to read.
 
     By `config._name_or_path` at the very commit that was loaded; the local cache is asked first, the hub only for what
     is missing there. None for models built in memory, checkpoints that are themselves quantised, and moved folders.
@@ -112,7 +113,8 @@ def _files(source: _Source) -> dict[str, Path]:
 
 
 def slots_of(model: Any, names: Iterable[str], slots: Iterable[str]) -> tuple[dict[str, str | None], list[str]]:
-    """({tensor name on disk: name in the model, None where the model has no such tensor}, names stored in another layout).
+    """Returns ({tensor name on disk: name in the model, None where the model has no such tensor}, names stored in
+    another layout).
 
     By transformers' own rules for loading (core_model_loading.py): renamings, then the base model's prefix. Tensors in
     another layout (say, experts one by one on disk and stacked in the model) cannot be mapped one to one.
@@ -134,7 +136,8 @@ def slots_of(model: Any, names: Iterable[str], slots: Iterable[str]) -> tuple[di
 
 
 def disk_names_of(model: Any, slots: Iterable[str]) -> dict[str, str]:
-    """{tensor name as transformers writes it: name in the model}, for a model without a base checkpoint to copy.
+    """Returns {tensor name as transformers writes it: name in the model}, for a model without a base checkpoint to
+    copy.
 
     The renamings of loading, backwards. Raises ExportError for models whose tensors are stored in another layout.
     """

@@ -20,7 +20,7 @@ class Exporter(ABC):
     name: str
 
     def check(self, request: ExportRequest) -> list[str]:
-        """The problems that show in the arguments alone."""
+        """Returns the problems that show in the arguments alone."""
         return []
 
     @abstractmethod
@@ -103,16 +103,16 @@ def _not_castable(dtype: Any) -> str:
 
 
 def exporters() -> tuple[Exporter, ...]:
-    """Every exporter: the 16-bit merge, one for each storage format with a `save_method`, the adapter alone."""
+    """Returns every exporter: the 16-bit merge, one for each storage format with a `save_method`, the adapter alone."""
     quantized = (MergedQuantized(one) for one in formats.FORMATS if one.save_method is not None)
     return (Merged16Bit(), *quantized, Adapter())
 
 
 def names() -> list[str]:
-    """The values of `save_method`."""
+    """Returns the values of `save_method`."""
     return [one.name for one in exporters()]
 
 
 def named(name: str) -> Exporter:
-    """The exporter of a name. Raises KeyError."""
+    """Returns the exporter of a name. Raises KeyError."""
     return {one.name: one for one in exporters()}[name]

@@ -29,7 +29,8 @@ class Merger:
         self.from_live: set[str] = set()
 
     def merged(self, name: str, slot: Slot, base: torch.Tensor | None) -> torch.Tensor:
-        """The tensor to write for `slot`, on the CPU. `base`: the same tensor in the base checkpoint, None without one.
+        """Returns the tensor to write for `slot`, on the CPU. `base`: the same tensor in the base checkpoint, None
+        without one.
 
         dtype: `self.dtype`, else the base's, else the one the model was loaded in. A tensor that no adapter changes and
         that equals the base's is returned as the base holds it, bit for bit. Raises ExportError where the result
@@ -54,7 +55,7 @@ class Merger:
         return cast
 
     def _source(self, name: str, slot: Slot, base: torch.Tensor | None) -> torch.Tensor:
-        """The base's values where the model's weight is still the base's, else the model's own."""
+        """Returns the base's values where the model's weight is still the base's, else the model's own."""
         live = slot.value
         if live.device.type == "meta":
             if base is None:

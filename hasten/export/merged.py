@@ -42,7 +42,7 @@ class MergePlan:
     converted: list[str] = field(default_factory=list)
 
     def tensors(self) -> Iterator[tuple[str, str | None, torch.Tensor]]:
-        """(name on disk, slot name, merged tensor on the CPU), one at a time."""
+        """Yields (name on disk, slot name, merged tensor on the CPU), one at a time."""
         for name, slot in self.entries:
             if slot is None:
                 assert self.base is not None
@@ -51,13 +51,13 @@ class MergePlan:
                 yield name, slot, self.merged(slot, name)
 
     def merged(self, slot: str, name: str) -> torch.Tensor:
-        """The tensor of one slot."""
+        """Returns the tensor of one slot."""
         found = self.base_names.get(slot)
         base = self.base.read(found) if self.base is not None and found is not None else None
         return self.merger.merged(name, self.slots[slot], base)
 
     def bytes_of(self, name: str, slot: str | None) -> int:
-        """The size of one tensor as it will be written."""
+        """Returns the size of one tensor as it will be written."""
         found = name if slot is None else self.base_names.get(slot)
         base = self.base.read(found) if self.base is not None and found is not None else None
         if slot is None:
@@ -114,7 +114,8 @@ def write_beside(plan: MergePlan, work: Path, tokenizer: Any) -> None:
 
 
 def config_of(plan: MergePlan) -> dict[str, Any]:
-    """The config as the merged weights are: dtype, vocabulary and tying as written, no quantisation of the base."""
+    """Returns the config as the merged weights are: dtype, vocabulary and tying as written, no quantisation of the
+    base."""
     config = copy.deepcopy(plan.model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -134,7 +135,7 @@ def report_sources(plan: MergePlan) -> None:
 
 
 def _main_dtype(plan: MergePlan) -> torch.dtype:
-    """The dtype of most matrices' elements as they are written."""
+    """Returns the dtype of most matrices' elements as they are written."""
     if plan.merger.dtype is not None:
         return plan.merger.dtype
     counted: dict[torch.dtype, int] = {}
@@ -147,7 +148,7 @@ def _main_dtype(plan: MergePlan) -> torch.dtype:
 
 
 def _enter_base(plan: MergePlan, base: BaseCheckpoint) -> None:
-    """The base's tensors in their order, then what the model has and the base has not."""
+    """Returns the base's tensors in their order, then what the model has and the base has not."""
     found, plan.converted = slots_of(plan.model, base.names, plan.slots)
     plan.base_names = {slot: name for name, slot in found.items() if slot is not None}
     new = [slot for slot in plan.slots if slot not in plan.base_names]

@@ -74,7 +74,7 @@ def _bytes_of(plan: MergePlan, into: WeightFormat, name: str, slot: str | None, 
 
 
 def _quantizable(plan: MergePlan, kept_dense: list[str]) -> set[str]:
-    """Slots of the weights that a loader will expect quantised: every Linear but the head."""
+    """Returns the slots of the weights that a loader will expect quantised: every Linear but the head."""
     return {
         name
         for name, slot in plan.slots.items()
@@ -85,7 +85,8 @@ def _quantizable(plan: MergePlan, kept_dense: list[str]) -> set[str]:
 
 
 def _kept_dense(plan: MergePlan) -> list[str]:
-    """Module names that stay 16-bit: the head, which is often tied to the embedding, and matters most for accuracy."""
+    """Returns the module names that stay 16-bit: the head, which is often tied to the embedding, and matters most for
+    accuracy."""
     head = plan.model.get_output_embeddings()
     module = None if head is None else base_layer_of(head)
     return [
@@ -98,7 +99,8 @@ def _kept_dense(plan: MergePlan) -> list[str]:
 def _kl(
     plan: MergePlan, dense: dict[str, torch.Tensor], changed: dict[str, torch.Tensor], rows: torch.Tensor | None
 ) -> float:
-    """Mean KL(16-bit || quantised) over all positions, in nats; both models made of the tensors that were written."""
+    """Returns the mean KL(16-bit || quantised) over all positions, in nats; both models made of the tensors that were
+    written."""
     config = copy.deepcopy(plan.model.config)
     config.tie_word_embeddings = plan.tied
     if hasattr(config, "quantization_config"):
@@ -120,6 +122,6 @@ def _kl(
 
 
 def _log_probabilities(model: Any, rows: torch.Tensor) -> Iterator[torch.Tensor]:
-    """(T, V) fp32 for each sequence."""
+    """Yields (T, V) fp32 for each sequence."""
     for row in rows.cpu():
         yield F.log_softmax(model(input_ids=row[None], use_cache=False).logits[0].float(), dim=-1)

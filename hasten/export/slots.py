@@ -45,7 +45,7 @@ class Slot:
 
 
 def collect(model: nn.Module) -> dict[str, Slot]:
-    """{the stock model's state-dict name: Slot} for the causal LM `model`, under PEFT or not.
+    """Returns {the stock model's state-dict name: Slot} for the causal LM `model`, under PEFT or not.
 
     Raises ExportError, naming all of them, for adapters that cannot be written into a weight.
     """
@@ -71,7 +71,8 @@ def _walk(module: nn.Module, prefix: str, problems: list[str]) -> Iterator[tuple
 
 
 def _tensors_of(stock: nn.Module) -> list[str]:
-    """The attributes that a checkpoint of the dense model holds: the scales of a quantised weight are not among them."""
+    """Returns the attributes that a checkpoint of the dense model holds: the scales of a quantised weight are not among
+    them."""
     found = find_format(stock) if isinstance(stock, nn.Linear) else None
     if found is not None and not found.exact:
         return ["weight", "bias"]
@@ -80,7 +81,7 @@ def _tensors_of(stock: nn.Module) -> list[str]:
 
 
 def _acts(layer: Any) -> bool:
-    """Whether any active adapter has weights in this layer."""
+    """Returns whether any active adapter has weights in this layer."""
     held = [getattr(layer, part, {}) for part in ("lora_A", "lora_embedding_A", "trainable_tokens_delta")]
     return any(name in part for name in active_adapters(layer) for part in held)
 
@@ -103,12 +104,14 @@ def _problem(stock: nn.Module, layer: Any) -> str | None:
 
 
 def same_source(one: Slot, other: Slot) -> bool:
-    """Whether two slots hold the same memory under the same adapter weights: tied before, and tied after a merge."""
+    """Returns whether two slots hold the same memory under the same adapter weights: tied before, and tied after a
+    merge."""
     return one.value is other.value and [_memory(layer) for layer in one.changes] == [_memory(x) for x in other.changes]
 
 
 def _memory(layer: Any) -> set[tuple[int, float]]:
-    """Addresses of the acting adapters' weights. A tied LoRA shares them transposed, so their order does not count."""
+    """Returns the addresses of the acting adapters' weights. A tied LoRA shares them transposed, so their order does
+    not count."""
     if hasattr(layer, "trainable_tokens_delta"):
         return {(delta.data_ptr(), 1.0) for delta in layer.trainable_tokens_delta.values()}
     found = set()

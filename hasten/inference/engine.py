@@ -29,6 +29,6 @@ STOCK = StockEngine()
 
 
 def engine_of(model: Any) -> Engine:
-    """The engine chosen for the model, `StockEngine` where none was."""
+    """Returns the engine chosen for the model, `StockEngine` where none was."""
     state = find_state(model)
     return STOCK if state is None or state.engine is None else state.engine

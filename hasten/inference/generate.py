@@ -46,22 +46,22 @@ def generate(model: Any, stock_generate: Callable[..., Any], *args: Any, **kwarg
 
 
 def _setting(model: Any, named: dict[str, Any], name: str) -> Any:
-    """A generation parameter by transformers' precedence: the call, its generation_config, the model's."""
+    """Returns a generation parameter by transformers' precedence: the call, its generation_config, the model's."""
     if name in named:
         return named[name]
     return _asked(named, name) if _asked(named, name) is not None else getattr(model.generation_config, name, None)
 
 
 def _asked(named: dict[str, Any], name: str) -> Any:
-    """A generation parameter if this call sets it, by name or in its generation_config; else None."""
+    """Returns a generation parameter if this call sets it, by name or in its generation_config; else None."""
     if named.get(name) is not None:
         return named[name]
     return getattr(named.get("generation_config"), name, None)
 
 
 def _checked_length(model: Any, named: dict[str, Any], prompt: Prompt) -> dict[str, Any]:
-    """Arguments to change so that no sequence exceeds `max_seq_length`. Raises InputError where the caller asks for
-    more."""
+    """Returns the arguments to change so that no sequence exceeds `max_seq_length`. Raises InputError where the caller
+    asks for more."""
     limit = model.overlay_config.max_seq_length if isinstance(model, HeadOverlay) else None
     if limit is None:
         return {}
@@ -99,7 +99,8 @@ def _new_tokens(max_new_tokens: int | None, max_length: int | None, width: int) 
 
 
 def _shortened(named: dict[str, Any], by_new_tokens: bool, prompt: Prompt, room: int) -> dict[str, Any]:
-    """Arguments that allow `room` new tokens, in a copy of the caller's generation_config if there is one."""
+    """Returns the arguments that allow `room` new tokens, in a copy of the caller's generation_config if there is
+    one."""
     name, value = ("max_new_tokens", room) if by_new_tokens else ("max_length", prompt.width + room)
     config = named.get("generation_config")
     if config is None:

@@ -29,7 +29,7 @@ class Prompt:
         return int(self.mask_BS.sum(1).max())
 
     def needs_realigning(self) -> bool:
-        """Whether a sequence has padding after its first token (with a cache: after its last)."""
+        """Returns whether a sequence has padding after its first token (with a cache: after its last)."""
         if self.cached:
             return bool((self.mask_BS[:, -1] == 0).any())
         return bool((self.mask_BS[:, 1:] < self.mask_BS[:, :-1]).any())
@@ -99,7 +99,7 @@ def read_prompt(named: dict[str, Any], pad_token_id: Any, eos_token_id: Any) -> 
 
 
 def _inferred_mask(ids: torch.Tensor, pad: Any, eos: Any) -> torch.Tensor:
-    """(B, T), as `GenerationMixin._prepare_attention_mask_for_generation`."""
+    """Returns (B, T), as `GenerationMixin._prepare_attention_mask_for_generation`."""
     ones = torch.ones(ids.shape[:2], dtype=torch.long, device=ids.device)
     stops = torch.as_tensor([] if eos is None else eos).flatten().tolist()
     if pad is None or ids.ndim != 2 or int(pad) in stops:
@@ -108,7 +108,7 @@ def _inferred_mask(ids: torch.Tensor, pad: Any, eos: Any) -> torch.Tensor:
 
 
 def _by_position(named: dict[str, Any], ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The arguments that hold one entry per position of `ids`. Raises InputError for one of another length."""
+    """Returns the arguments that hold one entry per position of `ids`. Raises InputError for one of another length."""
     found = {}
     for name in ("inputs", "input_ids", "inputs_embeds", "position_ids", "token_type_ids"):
         tensor = named.get(name)

@@ -70,7 +70,7 @@ def attach(
 
 
 def _fetch(source: str, token: str | bool | None, revision: str | None) -> Path:
-    """The local folder with config and weights. Only these two files are ever fetched."""
+    """Returns the local folder with config and weights. Only these two files are ever fetched."""
     folder = Path(source)
     if not folder.is_dir():
         try:
@@ -113,7 +113,7 @@ def _read_header(path: Path) -> Shapes:
 
 
 def _expected(model: Any, config: PeftConfig) -> tuple[Shapes, Shapes]:
-    """(tensors that PEFT saves for this adapter, tensors that it may add when the vocabulary was resized).
+    """Returns (tensors that PEFT saves for this adapter, tensors that it may add when the vocabulary was resized).
 
     Read from a copy of the architecture on the meta device, wrapped by PEFT just as the model will be.
     """

@@ -23,7 +23,7 @@ class Findings:
         self.errors: list[HastenError] = []
 
     def add(self, error: HastenError) -> None:
-        """A problem of the checkpoint or tokenizer: raised as it is if it stays the only one."""
+        """Returns a problem of the checkpoint or tokenizer: raised as it is if it stays the only one."""
         self.errors.append(error)
 
     def refuse(self) -> None:
@@ -35,13 +35,13 @@ class Findings:
 
 
 def config_fields(options: LoadOptions) -> dict[str, Any]:
-    """The keyword arguments that name fields of the config, low_cpu_mem_usage (always so here) left out."""
+    """Returns the keyword arguments that name fields of the config, low_cpu_mem_usage (always so here) left out."""
     known = HUB_ARGUMENTS | MODEL_ARGUMENTS | {"low_cpu_mem_usage", *formats.load_arguments()}
     return {name: value for name, value in options.extra.items() if name not in known}
 
 
 def read_config(source: Source, options: LoadOptions) -> Any:
-    """The checkpoint's config, or the caller's own. Raises CheckpointError where it cannot be read."""
+    """Returns the checkpoint's config, or the caller's own. Raises CheckpointError where it cannot be read."""
     own = options.extra.get("config")
     if own is not None:
         return copy.deepcopy(own)
@@ -68,7 +68,8 @@ def set_fields(config: Any, options: LoadOptions) -> list[str]:
 
 
 def build_empty(config: Any, options: LoadOptions, dtype: torch.dtype) -> PreTrainedModel:
-    """The model without weights (meta device). Raises CheckpointError or OptionError where transformers has no class."""
+    """Returns the model without weights (meta device). Raises CheckpointError or OptionError where transformers has no
+    class."""
     attention = {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
     try:
         with torch.device("meta"), warnings.catch_warnings():
@@ -83,7 +84,7 @@ def build_empty(config: Any, options: LoadOptions, dtype: torch.dtype) -> PreTra
 
 
 def config_problems(config: Any, family: Family | None, options: LoadOptions) -> list[str]:
-    """Arguments that do not go with this checkpoint."""
+    """Returns the arguments that do not go with this checkpoint."""
     found = []
     expected = options.expected_model_type
     if expected is not None and config.model_type != expected:
@@ -107,7 +108,8 @@ def config_problems(config: Any, family: Family | None, options: LoadOptions) ->
 
 
 def softcapped(config: Any, family: Family | None) -> bool:
-    """Whether scores are softcapped, which torch's fused attention cannot do (older transformers drop it silently)."""
+    """Returns whether scores are softcapped, which torch's fused attention cannot do (older transformers drop it
+    silently)."""
     field = family.attention.softcap if family is not None else None
     return field is not None and getattr(config, field) is not None
 

@@ -22,13 +22,13 @@ def default_dtype(fp16_safe: bool, half: bool = False) -> torch.dtype:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bf16 matrices itself: AVX512-BF16 or AMX on x86, BF16 on ARM."""
+    """Returns whether the CPU multiplies bf16 matrices itself: AVX512-BF16 or AMX on x86, BF16 on ARM."""
     capabilities = torch.cpu.get_capabilities()
     return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
 def resolve_device_map(device_map: Any) -> tuple[Any, list[str]]:
-    """(what transformers gets, notes). Without CUDA everything is on the CPU.
+    """Returns (what transformers gets, notes). Without CUDA everything is on the CPU.
 
     Under torchrun every process takes the GPU of its local rank, since each has a whole model.
     """
@@ -44,5 +44,5 @@ def resolve_device_map(device_map: Any) -> tuple[Any, list[str]]:
 
 
 def is_all_cpu(device_map: Any) -> bool:
-    """Whether a resolved device map puts nothing on an accelerator."""
+    """Returns whether a resolved device map puts nothing on an accelerator."""
     return isinstance(device_map, Mapping) and all(str(device) in ("cpu", "disk") for device in device_map.values())

@@ -47,7 +47,7 @@ class HostEmbedding(nn.Embedding):
 
 @functools.cache
 def _on_host(stock: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of `stock` and HostEmbedding, named as `stock`."""
+    """Returns a subclass of `stock` and HostEmbedding, named as `stock`."""
     if stock is nn.Embedding:
         return HostEmbedding
     names = {"__module__": stock.__module__, "__doc__": stock.__doc__}

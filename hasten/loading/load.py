@@ -130,7 +130,7 @@ def _prepare(source: Source, options: LoadOptions, findings: checks.Findings) ->
 
 
 def _attempt(findings: checks.Findings, step: Any, *args: Any) -> Any:
-    """The step's result, or None with its error among the findings."""
+    """Returns the step's result, or None with its error among the findings."""
     try:
         return step(*args)
     except OptionError as error:

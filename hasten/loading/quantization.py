@@ -41,7 +41,7 @@ def stored_name(config: Any) -> str | None:
 
 
 def stored_problems(config: Any, empty: PreTrainedModel, on_cpu: bool, options: LoadOptions) -> list[str]:
-    """Why a checkpoint that is stored quantised cannot be loaded as asked."""
+    """Returns why a checkpoint that is stored quantised cannot be loaded as asked."""
     stored = stored_name(config)
     if stored is None:
         return []
@@ -101,7 +101,7 @@ def plan_storage(
 
 
 def missing_package(options: LoadOptions, config: Any) -> MissingExtraError | None:
-    """An error where the format that is wanted or found needs a package that is not installed."""
+    """Returns an error where the format that is wanted or found needs a package that is not installed."""
     for one in (_asked(options), formats.stored_format(_record(config))):
         if one is None or one.package is None or importlib.util.find_spec(one.package) is not None:
             continue
@@ -112,7 +112,8 @@ def missing_package(options: LoadOptions, config: Any) -> MissingExtraError | No
 
 
 def _asked(options: LoadOptions) -> WeightFormat | None:
-    """The format that the arguments ask for; None = the caller's own quantization_config, or no quantisation."""
+    """Returns the format that the arguments ask for; None = the caller's own quantization_config, or no
+    quantisation."""
     if options.own_quantization or options.weight_format is None:
         return None
     return formats.named(options.weight_format)

@@ -53,7 +53,7 @@ class Reading:
 
 
 def read_model(reading: Reading) -> PreTrainedModel:
-    """The model in evaluation mode. Raises CheckpointError where the checkpoint has no values for a weight."""
+    """Returns the model in evaluation mode. Raises CheckpointError where the checkpoint has no values for a weight."""
     with seeded(reading.options.random_state):
         if reading.goes_by_rows:
             attention = reading.options.attn_implementation
@@ -75,7 +75,7 @@ def read_model(reading: Reading) -> PreTrainedModel:
 
 
 def _one_device(device_map: Any) -> torch.device:
-    """The single device of a device map; the first GPU for a map that transformers would spread."""
+    """Returns the single device of a device map; the first GPU for a map that transformers would spread."""
     places = set(map(str, device_map.values())) if isinstance(device_map, Mapping) else {"cuda:0"}
     if len(places) > 1:
         raise CheckpointError(

@@ -33,7 +33,7 @@ def read_rows(
     storage: Storage,
     stored: Mapping[str, StoredTensor],
 ) -> PreTrainedModel:
-    """The quantised model on the CPU, in evaluation mode, as transformers' loader would return it.
+    """Returns the quantised model on the CPU, in evaluation mode, as transformers' loader would return it.
 
     attention: attn_implementation, None = transformers' choice. storage: with a transformers config, or with a format of
     hasten's own. stored: the headers of the safetensors in `folder`. Raises CheckpointError where they have no values for
@@ -115,7 +115,7 @@ class _Shards:
             self.file = None
 
     def slice(self, file: str, key: str) -> Any:
-        """A tensor of a shard, of which nothing is read before it is indexed."""
+        """Returns a tensor of a shard, of which nothing is read before it is indexed."""
         if file != self.name:
             self._close()
             self.file, self.name = safe_open(self.folder / file, framework="pt"), file

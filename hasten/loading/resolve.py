@@ -79,7 +79,8 @@ def fetch_weights(source: Source, options: LoadOptions) -> None:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether `folder` has a vocabulary. Without one transformers makes an empty tokenizer of the model's kind."""
+    """Returns whether `folder` has a vocabulary. Without one transformers makes an empty tokenizer of the model's
+    kind."""
     return any(path.is_file() for pattern in TOKENIZER_FILES for path in folder.glob(pattern))
 
 
@@ -162,6 +163,6 @@ def _adapter_record(found: Source) -> dict[str, Any]:
 
 
 def _beside(base: str, adapter: Source) -> str:
-    """The base's name; a relative path may also be meant from the adapter's own folder."""
+    """Returns the base's name; a relative path may also be meant from the adapter's own folder."""
     beside = adapter.folder / base
     return str(beside) if not Path(base).is_dir() and beside.is_dir() else base

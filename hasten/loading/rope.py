@@ -60,7 +60,7 @@ def _rope_of(config: Any) -> dict[str, Any] | None:
 
 
 def _global(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-    """(the dict of the layers with full attention, whether it is one of several)."""
+    """Returns (the dict of the layers with full attention, whether it is one of several)."""
     nested = all(isinstance(value, dict) or value is None for value in parameters.values())
     if not nested:
         return parameters, False  # pyright: ignore[reportReturnType]
@@ -72,19 +72,20 @@ def _type_of(rope: Mapping[str, Any]) -> str:
 
 
 def _original(limit: int, rope: Mapping[str, Any], nested: bool) -> int:
-    """The length before any scaling."""
+    """Returns the length before any scaling."""
     if rope.get("original_max_position_embeddings"):
         return rope["original_max_position_embeddings"]
     return limit if _states_unscaled(_type_of(rope), nested) else round(limit / float(rope.get("factor") or 1.0))
 
 
 def _states_unscaled(kind: str, nested: bool) -> bool:
-    """Whether `max_position_embeddings` stays the length before scaling (transformers' dynamic formula needs it so)."""
+    """Returns whether `max_position_embeddings` stays the length before scaling (transformers' dynamic formula needs it
+    so)."""
     return kind == "dynamic" or (kind == "linear" and not nested)
 
 
 def _reach(limit: int, rope: Mapping[str, Any], nested: bool) -> int:
-    """The longest sequence, in tokens, that a checkpoint with this config supports."""
+    """Returns the longest sequence, in tokens, that a checkpoint with this config supports."""
     factor = float(rope.get("factor") or 1.0)
     if _type_of(rope) in ("default", "longrope"):
         return limit
@@ -182,7 +183,8 @@ def _plan_extension(
 
 
 def _only_near(config: Any, family: Family | None, limit: int) -> bool:
-    """Whether every layer with RoPE has a sliding window within the checkpoint's length, so that no extension is needed."""
+    """Returns whether every layer with RoPE has a sliding window within the checkpoint's length, so that no extension
+    is needed."""
     window = getattr(config, "sliding_window", None)
     if family is None or not window or window > limit:
         return False

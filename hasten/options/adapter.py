@@ -32,7 +32,7 @@ class AdapterOptions(AdapterFields):
         return dataclasses.replace(options, **tuples)
 
     def problems(self) -> list[str]:
-        """Every problem of the call that can be found without the model."""
+        """Returns every problem of the call that can be found without the model."""
         return [problem for check in ADAPTER_CHECKS for problem in check(self)]
 
     def validate(self) -> None:

@@ -13,7 +13,7 @@ R = TypeVar("R")
 
 
 def none_if_left_out(*names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """A decorator: an argument of `names` that the caller leaves out reaches the function as None.
+    """Returns a decorator: an argument of `names` that the caller leaves out reaches the function as None.
 
     So `load_in_4bit: bool = True` stays the signature that callers and `inspect.signature` see, and the function can
     still tell the default from an explicit True.

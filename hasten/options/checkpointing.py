@@ -10,7 +10,7 @@ CHECKPOINTING = (False, True, "offload", *PLANNED)
 
 
 def check(options: LoadFields | AdapterFields) -> list[str]:
-    """The mode is known; a budget can be read, and the mode plans for one."""
+    """Returns the mode is known; a budget can be read, and the mode plans for one."""
     mode = options.use_gradient_checkpointing
     if not isinstance(mode, bool | str) or mode not in CHECKPOINTING:
         known = "False, True, 'offload', 'unsloth', 'auto'"

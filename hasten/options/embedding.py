@@ -4,7 +4,7 @@ from hasten.options.fields import LoadFields
 
 
 def check(options: LoadFields) -> list[str]:
-    """An offloaded embedding is frozen."""
+    """Returns an offloaded embedding is frozen."""
     if options.full_finetuning and options.offload_embedding:
         return ["offload_embedding keeps a frozen embedding in CPU memory, full_finetuning trains it; drop one of them"]
     return []

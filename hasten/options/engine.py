@@ -29,7 +29,7 @@ class EngineOptions:
 
 
 def memory_fraction(value: Any) -> str | None:
-    """The rule for `gpu_memory_utilization`."""
+    """Returns the rule for `gpu_memory_utilization`."""
     fits = isinstance(value, int | float) and 0 < value <= 1
     return None if fits else "must be a fraction of the GPU's memory, above 0 and at most 1"
 

@@ -51,7 +51,7 @@ LOAD_CHECKS: tuple[Callable[[LoadFields], list[str]], ...] = (
 
 
 def bad_values(options: LoadFields) -> dict[str, str]:
-    """{argument: problem} for each argument whose value is invalid, whatever the other arguments are."""
+    """Returns {argument: problem} for each argument whose value is invalid, whatever the other arguments are."""
     return broken_rules(options, LOAD_RULES)
 
 
@@ -87,12 +87,13 @@ class LoadOptions(LoadFields):
         return EngineOptions.of(self)
 
     def readable(self) -> Self:
-        """A copy with invalid values replaced by their defaults, so that everything else can still be checked."""
+        """Returns a copy with invalid values replaced by their defaults, so that everything else can still be
+        checked."""
         defaults = type(self)()
         return dataclasses.replace(self, **{name: getattr(defaults, name) for name in bad_values(self)})
 
     def problems(self) -> list[str]:
-        """Every problem of the call that can be found without the checkpoint's config."""
+        """Returns every problem of the call that can be found without the checkpoint's config."""
         return [*bad_values(self).values(), *(problem for check in LOAD_CHECKS for problem in check(self))]
 
     def validate(self) -> None:

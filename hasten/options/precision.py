@@ -12,7 +12,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def compute_dtype(value: Any) -> str | None:
-    """The rule for `dtype`."""
+    """Returns the rule for `dtype`."""
     return None if value is None or value in DTYPES else f"must be None, {', '.join(map(str, DTYPES))}"
 
 

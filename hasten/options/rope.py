@@ -7,12 +7,12 @@ from hasten.options.values import Rule, is_integer
 
 
 def sequence_length(value: Any) -> str | None:
-    """The rule for `max_seq_length`."""
+    """Returns the rule for `max_seq_length`."""
     return None if is_integer(value, 1) else "must be a positive integer, the longest sequence in tokens"
 
 
 def scaling(value: Any) -> str | None:
-    """The rule for `rope_scaling`."""
+    """Returns the rule for `rope_scaling`."""
     fits = value is None or isinstance(value, Mapping)
     return None if fits else "must be a dict such as {'rope_type': 'linear', 'factor': 2.0}"
 

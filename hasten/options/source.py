@@ -7,7 +7,7 @@ from hasten.options.values import Rule, seed
 
 
 def hub_id_or_folder(value: Any) -> str | None:
-    """The rule for `model_name`."""
+    """Returns the rule for `model_name`."""
     return None if isinstance(value, str) and value.strip() else "must be a hub id or the path of a folder, as a string"
 
 

@@ -10,7 +10,7 @@ MIN_TILE = 16
 
 
 def tile(value: Any) -> str | None:
-    """The rule for `unsloth_tiled_mlp`."""
+    """Returns the rule for `unsloth_tiled_mlp`."""
     if isinstance(value, bool) or value == "auto" or is_integer(value, MIN_TILE):
         return None
     return f"must be False, True, 'auto' or an integer of at least {MIN_TILE}, the tokens of a tile"

@@ -7,7 +7,7 @@ from hasten.options.values import Rule, is_integer
 
 
 def vocabulary_size(value: Any) -> str | None:
-    """The rule for `resize_model_vocab`."""
+    """Returns the rule for `resize_model_vocab`."""
     return (
         None if value is None or is_integer(value, 1) else "must be None or a positive integer, the vocabulary's size"
     )

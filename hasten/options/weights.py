@@ -13,7 +13,7 @@ PLANNED_ARGUMENTS: Mapping[str, str] = {"load_in_fp8": "use load_in_4bit, load_i
 
 
 def asked_storage(options: LoadFields) -> list[str]:
-    """The arguments with which the caller asked for a weight format, or for a quantiser of transformers."""
+    """Returns the arguments with which the caller asked for a weight format, or for a quantiser of transformers."""
     known = formats.load_arguments()
     arguments = [*known, *(name for name in PLANNED_ARGUMENTS if name not in known)]
     own = [OWN_ARGUMENT] if options.extra.get(OWN_ARGUMENT) is not None else []
@@ -21,8 +21,8 @@ def asked_storage(options: LoadFields) -> list[str]:
 
 
 def weight_format(options: LoadFields) -> str | None:
-    """The name of the format that was asked for, or of the default; None where weights stay as the checkpoint stores them
-    and where the caller's quantization_config decides.
+    """Returns the name of the format that was asked for, or of the default; None where weights stay as the checkpoint
+    stores them and where the caller's quantization_config decides.
 
     Meaningful for options without problems.
     """

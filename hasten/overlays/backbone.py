@@ -81,7 +81,7 @@ class BackboneOverlay(Overlay):
         )
 
     def uses_own_attention(self, inputs: torch.Tensor, kwargs: dict[str, Any]) -> bool:
-        """Whether hasten's own attention serves these inputs, rather than transformers' attention interface."""
+        """Returns whether hasten's own attention serves these inputs, rather than transformers' attention interface."""
         overlay_config = self.overlay_config
         if backend_for(inputs) != "triton" or overlay_config.replaces != self.config._attn_implementation:
             return False
@@ -91,7 +91,7 @@ class BackboneOverlay(Overlay):
         return not (self.config.output_attentions if asked is None else asked)
 
     def _must_isolate(self, attention_mask: torch.Tensor | None, position_ids: torch.Tensor, cache: bool) -> bool:
-        """Whether the sequences are packed, so that transformers' backend needs mask and cache left out.
+        """Returns whether the sequences are packed, so that transformers' backend needs mask and cache left out.
 
         Raises InputError where documents would be mixed: with padding in the mask, or with a cache that was asked for.
         """
@@ -121,6 +121,6 @@ def _is_empty(past: Cache | None) -> bool:
 
 
 def _is_per_token(inputs: torch.Tensor, attention_mask: Any, position_ids: torch.Tensor | None) -> bool:
-    """Whether mask and positions, where given, hold one entry per token of the inputs (B, T, ...)."""
+    """Returns whether mask and positions, where given, hold one entry per token of the inputs (B, T, ...)."""
     fits = attention_mask is None or getattr(attention_mask, "shape", None) == inputs.shape[:2]
     return fits and (position_ids is None or position_ids.shape[1:] == inputs.shape[1:2])

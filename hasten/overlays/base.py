@@ -31,7 +31,7 @@ class Overlay(nn.Module):
 
 
 def runs_overlay(module: nn.Module, overlay: type[Overlay]) -> bool:
-    """Whether calling `module` runs `overlay.forward`: nobody put a class with another forward over it."""
+    """Returns whether calling `module` runs `overlay.forward`: nobody put a class with another forward over it."""
     return isinstance(module, overlay) and type(module).forward is overlay.forward
 
 

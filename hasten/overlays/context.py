@@ -125,7 +125,7 @@ class SpanAttention(AttentionContext):
 
 
 def placeholder_mask(like: torch.Tensor) -> torch.Tensor:
-    """(1, 1, 0, 0) bool on the device of `like`: keeps transformers from building a mask. Fits no scores, so an
+    """Returns (1, 1, 0, 0) bool on the device of `like`: keeps transformers from building a mask. Fits no scores, so an
     attention that reads it fails loudly."""
     return torch.empty(1, 1, 0, 0, dtype=torch.bool, device=like.device)
 

@@ -18,7 +18,7 @@ from hasten.weights import read_linear
 def fused_input(
     x: torch.Tensor, modules: tuple[Any, ...], training: bool
 ) -> tuple[torch.Tensor, tuple[LoraLinear, ...]] | None:
-    """(x in the matmul's dtype, the linears), or None where the modules' own forwards must run."""
+    """Returns (x in the matmul's dtype, the linears), or None where the modules' own forwards must run."""
     if backend_for(x) != "triton":
         return None
     found = []

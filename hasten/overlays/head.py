@@ -39,7 +39,8 @@ class HeadOverlay(Overlay):
     runs = "fused loss"
 
     def _get_name(self) -> str:
-        """The stock name: transformers' Trainer looks it up to decide whether label smoothing shifts the labels."""
+        """Returns the stock name: transformers' Trainer looks it up to decide whether label smoothing shifts the
+        labels."""
         return type(self).__name__
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -54,7 +54,8 @@ def keep_positions(hidden_BTE: torch.Tensor, keep: int | torch.Tensor) -> torch.
 def targets_of(
     hidden_BTE: torch.Tensor, labels: torch.Tensor | None, shift_labels: torch.Tensor | None, ignored: int
 ) -> torch.Tensor:
-    """The label that each position predicts, (B, T): the next token's (none at a sequence's end), or `shift_labels`."""
+    """Returns the label that each position predicts, (B, T): the next token's (none at a sequence's end), or
+    `shift_labels`."""
     if shift_labels is not None:
         return shift_labels
     if labels is None:
@@ -75,7 +76,8 @@ def shifted(
 def head_operands(
     lm_head: nn.Module, training: bool, hidden: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, LoraHead | None] | str:
-    """(hidden in `dtype` on the head's device, weight, bias, LoRA), or the reason why the module itself must run."""
+    """Returns (hidden in `dtype` on the head's device, weight, bias, LoRA), or the reason why the module itself must
+    run."""
     head = read_head(lm_head, training)
     if isinstance(head, str):
         return head

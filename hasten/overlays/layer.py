@@ -94,7 +94,7 @@ class LayerOverlay(Overlay):
         return hidden_states + self._scaled(mlp(self.post_attention_layernorm(hidden_states)))
 
     def _can_fuse(self, hidden_states: torch.Tensor) -> bool:
-        """Whether residual adds can be fused: every part runs its overlay's forward and has no hooks."""
+        """Returns whether residual adds can be fused: every part runs its overlay's forward and has no hooks."""
         if backend_for(hidden_states) != "triton":
             return False
         if compute_dtype(hidden_states) != hidden_states.dtype:

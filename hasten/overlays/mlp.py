@@ -67,7 +67,7 @@ class MLPOverlay(Overlay):
         return self.down_proj(glu(self.gate_proj(x), self.up_proj(x), self.overlay_config.activation))
 
     def _projections_are_hooked(self) -> bool:
-        """Whether a projection has forward hooks: they need all tokens at once (PEFT passes each sequence's adapter
-        name by such hooks)."""
+        """Returns whether a projection has forward hooks: they need all tokens at once (PEFT passes each sequence's
+        adapter name by such hooks)."""
         below = (module for module in self.modules() if module is not self)
         return any(module._forward_hooks or module._forward_pre_hooks for module in below)

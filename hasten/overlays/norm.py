@@ -16,8 +16,8 @@ class NormOverlay(Overlay):
         return norm(hidden_states, self.weight, self.overlay_config)
 
     def with_residual(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, NormInput]:
-        """(normed, hidden_states, the norm's input); the two gradients of hidden_states are summed in the norm's
-        backward."""
+        """Returns (normed, hidden_states, the norm's input); the two gradients of hidden_states are summed in the
+        norm's backward."""
         normed, residual = norm_with_residual(hidden_states, self.weight, self.overlay_config)
         return normed, residual, NormInput(hidden_states.detach(), self.weight.detach(), self.overlay_config)
 

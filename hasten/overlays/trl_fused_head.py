@@ -103,7 +103,7 @@ def fused_scores(
 
 
 def _score(model: Any, hidden_NE: torch.Tensor, labels_N: torch.Tensor, rule: ScoreConfig, fp32: bool) -> TokenScores:
-    """The op on a plain, trained or LoRA head; through the head's module where only PEFT can compute it."""
+    """Returns the op on a plain, trained or LoRA head; through the head's module where only PEFT can compute it."""
     dtype = torch.float32 if fp32 else compute_dtype(hidden_NE)
     operands = head_operands(model.lm_head, model.training, hidden_NE, dtype)
     if isinstance(operands, str):

@@ -89,7 +89,7 @@ def patched(model: nn.Module, family: Family | None = None) -> Iterator[nn.Modul
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether any module of `model` has an overlay."""
+    """Returns whether any module of `model` has an overlay."""
     return any(isinstance(module, Overlay) for module in causal_lm_of(model).modules())
 
 

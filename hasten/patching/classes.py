@@ -35,24 +35,24 @@ def overlay_class(stock: type, overlay: type[Overlay], overlay_config: Any, meth
 
 
 def installed_overlay(kind: type) -> type[Overlay] | None:
-    """The `overlay_class` that `kind` is, or that others' classes are over; None without an overlay."""
+    """Returns the `overlay_class` that `kind` is, or that others' classes are over; None without an overlay."""
     return next((cls for cls in kind.__mro__ if issubclass(cls, Overlay) and "stock_class" in cls.__dict__), None)
 
 
 def stock_class(module: nn.Module) -> type[nn.Module]:
-    """The module's own class, under an overlay or not, and under classes that others made at run time."""
+    """Returns the module's own class, under an overlay or not, and under classes that others made at run time."""
     ours = installed_overlay(type(module))
     return ours.stock_class if ours is not None else _under_runtime_classes(type(module))
 
 
 def methods_of(module: nn.Module) -> type | None:
-    """The mixin that the module's overlay was made with."""
+    """Returns the mixin that the module's overlay was made with."""
     ours = installed_overlay(type(module))
     return ours.__bases__[0] if ours is not None and len(ours.__bases__) == 3 else None
 
 
 def with_base(module: nn.Module, base: type) -> type:
-    """The class for `module` with `base` (an `overlay_class` or the stock class) in place of what it has.
+    """Returns the class for `module` with `base` (an `overlay_class` or the stock class) in place of what it has.
 
     Classes that others put over it are rebuilt. Raises PatchError naming the one that cannot be.
     """
@@ -72,7 +72,7 @@ def _under_runtime_classes(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _is_runtime_class(kind: type) -> bool:
-    """Whether the class cannot be found under its own name: made by `type(...)` or inside a function."""
+    """Returns whether the class cannot be found under its own name: made by `type(...)` or inside a function."""
     found: Any = sys.modules.get(kind.__module__)
     for part in kind.__qualname__.split("."):
         found = getattr(found, part, None)
@@ -112,7 +112,8 @@ def _own_names(kind: type) -> dict[str, Any]:
 
 
 def _for_class(value: Any, old: type, made: CellType) -> Any:
-    """A class attribute whose functions find the new class where they found `old` in a closure (as `super()` does)."""
+    """Returns a class attribute whose functions find the new class where they found `old` in a closure (as `super()`
+    does)."""
     if isinstance(value, FunctionType):
         return _function_for_class(value, old, made)
     if isinstance(value, (classmethod, staticmethod)):

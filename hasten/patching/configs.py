@@ -10,7 +10,7 @@ from hasten.overlays import AttentionConfig, BackboneConfig, HeadConfig, LayerCo
 
 
 def _field(config: Any, name: str) -> Any:
-    """A field that the family's data file names. Raises ContractError where the config has no such field."""
+    """Returns a field that the family's data file names. Raises ContractError where the config has no such field."""
     if not hasattr(config, name):
         raise ContractError(f"{type(config).__name__} has no field {name!r}, which the family's data file names")
     return getattr(config, name)

@@ -27,14 +27,15 @@ def role_of(module: nn.Module, recorded: Classes) -> str | None:
 
 
 def extends_recorded_class(module: nn.Module, recorded: Classes) -> str | None:
-    """The recorded class that the module's own class extends; None where it is that class, or none of them."""
+    """Returns the recorded class that the module's own class extends; None where it is that class, or none of them."""
     names = {getattr(recorded, role) for role in ("causal_lm", "layer", "attention", "mlp", "norm")}
     above = stock_class(module).__mro__[1:]
     return next((cls.__name__ for cls in above if cls.__module__ == recorded.module and cls.__name__ in names), None)
 
 
 def forward_in_the_way(module: nn.Module) -> str | None:
-    """Why the instance's own `forward` prevents an overlay; None also for accelerate's hooks, which stay in use."""
+    """Returns why the instance's own `forward` prevents an overlay; None also for accelerate's hooks, which stay in
+    use."""
     own = module.__dict__.get("forward")
     if own is None or (hasattr(module, "_hf_hook") and hasattr(module, "_old_forward")):
         return None

@@ -64,7 +64,7 @@ class Plan:
 
 
 def family_of(model: nn.Module) -> Family | None:
-    """The data file for the model's `config.model_type`, or None."""
+    """Returns the data file for the model's `config.model_type`, or None."""
     return FAMILIES.get(causal_lm_of(model).config.model_type)
 
 

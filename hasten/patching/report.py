@@ -74,7 +74,8 @@ def report(model: nn.Module) -> Report:
 
 
 def _attention(base: Any) -> tuple[str, str]:
-    """(attention backend, why): hasten's own attention, or transformers' attention interface by the config's name."""
+    """Returns (attention backend, why): hasten's own attention, or transformers' attention interface by the config's
+    name."""
     name = getattr(base.config, "_attn_implementation", None)
     backbone = getattr(base, "model", None)
     if not isinstance(backbone, BackboneOverlay):

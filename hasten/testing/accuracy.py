@@ -29,7 +29,7 @@ class Comparison:
         self.rows.append((name, relative_error(ours, reference), limit))
 
     def worst(self, prefix: str = "") -> float:
-        """The largest error among the rows whose name starts with `prefix`."""
+        """Returns the largest error among the rows whose name starts with `prefix`."""
         return max((error for name, error, _ in self.rows if name.startswith(prefix)), default=0.0)
 
     def check(self) -> "Comparison":

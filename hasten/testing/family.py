@@ -65,7 +65,7 @@ def _compare_forward(ours: Any, stock: Any, seen: Comparison) -> None:
 
 
 def _compare_decoding(ours: Any, stock: Any, seen: Comparison) -> None:
-    """A prefill of all but five tokens, then one token at a time, against the full forward."""
+    """Returns a prefill of all but five tokens, then one token at a time, against the full forward."""
     ids = _ids()
     full = stock(ids).logits
     past, steps = None, []
@@ -119,7 +119,7 @@ def _causal(tokens: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _with_lora(model: Any) -> Any:
-    """A PEFT LoRA on every Linear, the same at every call; B is not zero, so that A gets a gradient."""
+    """Returns a PEFT LoRA on every Linear, the same at every call; B is not zero, so that A gets a gradient."""
     from peft import LoraConfig, get_peft_model
 
     state = torch.random.get_rng_state()

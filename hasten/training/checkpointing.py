@@ -72,7 +72,8 @@ def _switch_on(base: Any) -> None:
 
 
 def is_on(base: Any) -> bool:
-    """Whether any layer is checkpointed. (transformers' own property was renamed in 5.23; the old name warns there.)"""
+    """Returns whether any layer is checkpointed. (transformers' own property was renamed in 5.23; the old name warns
+    there.)"""
     return any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
 
 

@@ -14,7 +14,7 @@ from hasten.weights import base_layer_of, dequantize, formats
 
 
 def problems(model: Any, config: dict[str, Any]) -> list[str]:
-    """Why LoftQ cannot run on `model` as asked; empty = it can."""
+    """Returns why LoftQ cannot run on `model` as asked; empty = it can."""
     found = []
     unknown = sorted(set(config) - {"loftq_bits", "loftq_iter"})
     if unknown:

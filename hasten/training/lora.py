@@ -60,7 +60,7 @@ def build(model: Any, options: AdapterOptions, read_dense: Callable[[str], torch
 
 
 def trains_embedding(options: AdapterOptions) -> bool:
-    """Whether the adapter trains (a copy of) the input embedding."""
+    """Returns whether the adapter trains (a copy of) the input embedding."""
     names = [
         *(options.modules_to_save or []),
         *([] if isinstance(options.target_modules, str) else options.target_modules),

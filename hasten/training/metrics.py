@@ -57,7 +57,7 @@ class TokenCounter:
         )  # the first token is predicted from nothing
 
     def take(self) -> tuple[int, int]:
-        """(tokens, tokens with a label) since the last call."""
+        """Returns (tokens, tokens with a label) since the last call."""
         taken = int(self._tokens), int(self._learned)
         self._tokens = self._learned = 0
         return taken
@@ -81,7 +81,7 @@ class MetricsFile:
         self.path = path
 
     def rows(self) -> list[dict[str, Any]]:
-        """The lines written so far. Training has `loss`, evaluation `eval_loss`; both have `step`."""
+        """Returns the lines written so far. Training has `loss`, evaluation `eval_loss`; both have `step`."""
         if not self.path.exists():
             return []
         return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
@@ -103,7 +103,7 @@ class MetricsFile:
 
 
 def losses(rows: Sequence[Mapping[str, Any]], name: str = "loss") -> list[tuple[int, float]]:
-    """(step, value) of every line of metrics.jsonl that has a finite `name`."""
+    """Returns (step, value) of every line of metrics.jsonl that has a finite `name`."""
     return [(row["step"], row[name]) for row in rows if row.get(name) is not None and math.isfinite(row[name])]
 
 

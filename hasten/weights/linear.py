@@ -11,7 +11,8 @@ from hasten.weights.peft_layers import base_layer_of
 
 
 def dequantize(linear: nn.Module, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The weight as an (out, in) matrix of `dtype`; None = its own dtype if dense, the compute dtype if quantised.
+    """Returns the weight as an (out, in) matrix of `dtype`; None = its own dtype if dense, the compute dtype if
+    quantised.
 
     A dense weight of the right dtype is returned itself, not copied. Raises TypeError for an unknown format.
     """
@@ -19,7 +20,8 @@ def dequantize(linear: nn.Module, dtype: torch.dtype | None = None) -> torch.Ten
 
 
 def holds(linear: nn.Module, dense: torch.Tensor) -> bool:
-    """Whether storing `dense` (out, in) in the layer's format gives its weight, i.e. the weight did not change since.
+    """Returns whether storing `dense` (out, in) in the layer's format gives its weight, i.e. the weight did not change
+    since.
 
     A dense weight must equal `dense` cast to its dtype, bit for bit; of quantised ones the codes are compared.
     """
@@ -27,7 +29,8 @@ def holds(linear: nn.Module, dense: torch.Tensor) -> bool:
 
 
 def linear_bytes(linear: Any) -> int:
-    """Bytes of the stored weight, its scales and the bias; of a format that hasten does not know, of what the module holds."""
+    """Returns the bytes of the stored weight, its scales and the bias; of a format that hasten does not know, of what
+    the module holds."""
     found = find_format(linear)
     if found is None:
         return tensor_bytes(*linear.parameters(), *linear.buffers())

@@ -30,6 +30,7 @@ def pack_weights(modules: Sequence[Any]) -> bool:
 
 
 def is_packed(modules: Sequence[Any]) -> bool:
-    """Whether one matmul over these Linears copies no dense weight: they are packed into one tensor, or none is dense."""
+    """Returns whether one matmul over these Linears copies no dense weight: they are packed into one tensor, or none is
+    dense."""
     held = [base.weight if type(base) is nn.Linear else None for base in map(base_layer_of, modules)]
     return all(weight is None for weight in held) or stacked_view(held) is not None  # pyright: ignore[reportArgumentType]

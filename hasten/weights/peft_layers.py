@@ -19,7 +19,7 @@ class LoraPair:
 
 
 def unwrap(module: Any) -> tuple[nn.Module, list[Any]]:
-    """(the stock layer that PEFT wrapped, the adapter layers around it, innermost first).
+    """Returns (the stock layer that PEFT wrapped, the adapter layers around it, innermost first).
 
     Where `modules_to_save` made a trained copy and the copy is active, the copy is the stock layer; an inactive copy
     (another adapter's, or adapters disabled) is ignored. Adapter layers are returned whether or not they are active.
@@ -42,12 +42,14 @@ def unwrap(module: Any) -> tuple[nn.Module, list[Any]]:
 
 
 def base_layer_of(module: Any) -> nn.Module:
-    """The layer that PEFT wrapped, through any number of wrappers; a trained copy where `modules_to_save` made one."""
+    """Returns the layer that PEFT wrapped, through any number of wrappers; a trained copy where `modules_to_save` made
+    one."""
     return unwrap(module)[0]
 
 
 def active_adapters(layer: nn.Module) -> list[str]:
-    """The names of the active adapters of an adapter layer, in PEFT's order; none while adapters are disabled."""
+    """Returns the names of the active adapters of an adapter layer, in PEFT's order; none while adapters are
+    disabled."""
     if getattr(layer, "disable_adapters", False):
         return []
     names = getattr(layer, "active_adapters", [])
@@ -55,7 +57,8 @@ def active_adapters(layer: nn.Module) -> list[str]:
 
 
 def read_lora(module: Any, training: bool) -> tuple[LoraPair | None, str | None]:
-    """(pair, None) for a plain LoRA, (None, None) where no adapter is active, (None, reason) for what must go through PEFT.
+    """Returns (pair, None) for a plain LoRA, (None, None) where no adapter is active, (None, reason) for what must go
+    through PEFT.
 
     training: dropout acts. Reasons: several adapters, DoRA or another variant, dropout, a bias on B, hooks on A or B,
     single trained token rows, another kind of adapter.
@@ -79,7 +82,8 @@ def read_adapters(layers: list[Any], training: bool) -> tuple[LoraPair | None, s
 
 
 def _acting_copy(wrapper: Any) -> nn.Module | None:
-    """The trained copy that a `modules_to_save` wrapper runs, by the wrapper's own rule: all active names must be its own."""
+    """Returns the trained copy that a `modules_to_save` wrapper runs, by the wrapper's own rule: all active names must
+    be its own."""
     names = active_adapters(wrapper)
     copies = wrapper.modules_to_save
     return copies[names[0]] if names and all(name in copies for name in names) else None

@@ -13,8 +13,9 @@ from hasten.weights.watched import is_watched
 
 
 def read_linear(module: Any, training: bool, moves_input: bool = False) -> LoraLinear | str:
-    """The Linear `module`, under PEFT or not, where weight, bias and at most one plain LoRA are all that it computes; else
-    the reason why its own forward must run. Called at each forward, since adapters and hooks come and go.
+    """Returns the Linear `module`, under PEFT or not, where weight, bias and at most one plain LoRA are all that it
+    computes; else the reason why its own forward must run. Called at each forward, since adapters and hooks come and
+    go.
 
     training: dropout acts. moves_input: see `is_watched`.
     """

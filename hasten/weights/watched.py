@@ -6,7 +6,8 @@ from accelerate.hooks import AlignDevicesHook
 
 
 def is_watched(module: Any, moves_input: bool = False) -> bool:
-    """Whether the module's own forward must run: it has forward or backward hooks, parametrizations, or its own forward.
+    """Returns whether the module's own forward must run: it has forward or backward hooks, parametrizations, or its own
+    forward.
 
     moves_input: the caller brings the input to the weight's device itself, so that accelerate's hook, where it does
     nothing else, need not run.

@@ -50,7 +50,8 @@ def row_spans(
 
 
 def document_starts(position_ids_BT: torch.Tensor, real_BT: torch.Tensor | None) -> torch.Tensor:
-    """(B, T) bool: where a document starts, except the first of each sequence. real: False = padding; None = no mask given."""
+    """Returns (B, T) bool: where a document starts, except the first of each sequence. real: False = padding; None = no
+    mask given."""
     before = position_ids_BT.roll(1, 1)
     if real_BT is None:
         starts = position_ids_BT != before + 1
@@ -64,7 +65,8 @@ def document_starts(position_ids_BT: torch.Tensor, real_BT: torch.Tensor | None)
 
 
 def visible_keys(tokens: int, window: int | None, spans_BT3: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    """The dense mask (B or 1, T, T), True = visible: causal, within the window (which counts the token itself) and the spans."""
+    """Returns the dense mask (B or 1, T, T), True = visible: causal, within the window (which counts the token itself)
+    and the spans."""
     query, key = torch.arange(tokens, device=device)[:, None], torch.arange(tokens, device=device)
     visible = key <= query
     if window is not None:

@@ -154,13 +154,14 @@ def _fetched_ahead(layers: Sequence[_LayerCosts]) -> list[int]:
 
 
 def moments(shape: ModelShape, optimizer: Optimizer) -> int:
-    """Bytes of Adam's two moments on the device: in the weights' dtype, or 8-bit codes with one fp32 scale per 256."""
+    """Returns the bytes of Adam's two moments on the device: in the weights' dtype, or 8-bit codes with one fp32 scale
+    per 256."""
     eight_bit = round(shape.moment_numbers * 2 * (1 + FP32 / 256))
     return {"adamw": 2 * shape.gradients, "adamw_8bit": eight_bit, "paged": 0}[optimizer]
 
 
 def with_tile(actions: Sequence[ActivationAction], tile: int | None) -> tuple[ActivationAction, ...]:
-    """The actions once MLPs run in tiles: a layer that would save all activations recomputes its MLP."""
+    """Returns the actions once MLPs run in tiles: a layer that would save all activations recomputes its MLP."""
     return tuple(
         ActivationAction.RECOMPUTE_MLP if tile and one is ActivationAction.SAVE_ALL else one for one in actions
     )

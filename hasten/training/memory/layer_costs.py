@@ -79,7 +79,7 @@ def _saved_by_mlp(layer: LayerShape, n: int, e: int) -> int:
 
 
 def _saved_by_branch_norm(layer: LayerShape, n: int, e: int) -> int:
-    """A branch's output, saved by the norm after it (sandwich norms)."""
+    """Returns a branch's output, saved by the norm after it (sandwich norms)."""
     return n * (layer.hidden * e + STATISTICS) if layer.overlay_config.residual == "sandwich" else 0
 
 
@@ -90,7 +90,7 @@ def _adapters(linears: Linears, n: int, e: int) -> int:
 
 
 def _dense_copy(linears: Linears, e: int) -> int:
-    """The dense weight of one matmul, where it cannot read the weight as stored (quantised, or not packed)."""
+    """Returns the dense weight of one matmul, where it cannot read the weight as stored (quantised, or not packed)."""
     return 0 if all(one.dense for one in linears) else sum(one.rows * one.columns for one in linears) * e
 
 
@@ -117,7 +117,7 @@ def _scaled_branch(layer: LayerShape, n: int, e: int) -> int:
 
 
 def _mlp_forward(layer: LayerShape, saves_all: bool, n: int, tile: int | None, e: int) -> int:
-    """The MLP's input and its norm, gate, up, their activation, the output."""
+    """Returns the MLP's input and its norm, gate, up, their activation, the output."""
     hidden = n * layer.hidden * e
     wide = n * layer.intermediate * e
     if tile is not None and not saves_all:

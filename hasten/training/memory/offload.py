@@ -149,7 +149,7 @@ class OffloadedLayer:
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     def _offloads(self, tensor: torch.Tensor) -> bool:
-        """Whether the tensor holds values per token, belongs to this layer alone and is large enough."""
+        """Returns whether the tensor holds values per token, belongs to this layer alone and is large enough."""
         if tensor.device != self.memory.device or tensor.layout != torch.strided or tensor.dim() < 2:
             return False
         storage = tensor.untyped_storage()
@@ -224,5 +224,5 @@ class OffloadedLayer:
 
 
 def _is_weight(tensor: torch.Tensor) -> bool:
-    """Whether the memory is a parameter's; saved-tensor hooks see a parameter as a view of itself."""
+    """Returns whether the memory is a parameter's; saved-tensor hooks see a parameter as a view of itself."""
     return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)

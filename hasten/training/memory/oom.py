@@ -117,7 +117,8 @@ class OomAdvisor:
 
 
 def _tensors(outputs: Any) -> Iterator[torch.Tensor]:
-    """The tensors of a model's outputs, not those inside of nested tuples (hidden states, attentions, caches)."""
+    """Yields the tensors of a model's outputs, not those inside of nested tuples (hidden states, attentions,
+    caches)."""
     if isinstance(outputs, torch.Tensor):
         yield outputs
         return

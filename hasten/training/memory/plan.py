@@ -64,7 +64,7 @@ class LayerPlan:
 def uniform_plan(
     shape: ModelShape, batch: int, length: int, action: ActivationAction, tile: int | None = None
 ) -> LayerPlan:
-    """The plan that gives every layer the same action."""
+    """Returns the plan that gives every layer the same action."""
     actions = (action,) * len(shape.layers)
     return LayerPlan(actions, tile, peak(shape, batch, length, actions, tile))
 
@@ -98,7 +98,7 @@ def plan_layers(
 
 
 def tile_sizes(tokens: int) -> list[int]:
-    """Tile sizes to try: all tokens, half of them, and so on down to MIN_TILE."""
+    """Returns the tile sizes to try: all tokens, half of them, and so on down to MIN_TILE."""
     sizes = [tokens]
     while sizes[-1] > MIN_TILE:
         sizes.append(max(MIN_TILE, -(-sizes[-1] // 2)))
@@ -131,8 +131,8 @@ class _Search:
         return mixes
 
     def _offloaded_fraction(self, speed: DeviceSpeed) -> float:
-        """The fraction of layers that can offload their attention's activations while all others offload their input, so that
-        the copies take no longer than the layers' forward."""
+        """Returns the fraction of layers that can offload their attention's activations while all others offload their
+        input, so that the copies take no longer than the layers' forward."""
         tokens, shape = self.batch * self.length, self.shape
         rest = ActivationAction.RECOMPUTE_MLP_OFFLOAD_REST
         largest = max(shape.layers, key=lambda layer: self._offloaded_bytes(layer, rest))

@@ -96,7 +96,7 @@ class Planner:
         )
 
     def devices(self) -> set[torch.device]:
-        """The devices of the layers. Over several no plan is made, and every layer gets OFFLOAD."""
+        """Returns the devices of the layers. Over several no plan is made, and every layer gets OFFLOAD."""
         return {next(layer.parameters()).device for layer in self.layers}
 
     def model_shape(self) -> ModelShape | None:
@@ -109,13 +109,14 @@ class Planner:
             return None
 
     def _tiles(self) -> tuple[int | None, ...]:
-        """Tile sizes that a plan may use; () = any. None of them where tiles would change dropout's random numbers."""
+        """Returns the tile sizes that a plan may use; () = any. None of them where tiles would change dropout's random
+        numbers."""
         if any(not isinstance(layer.mlp, MLPOverlay) or _has_active_dropout(layer.mlp) for layer in self.layers):
             return (None,)
         return () if self.tile is None else (self.tile,)
 
     def _device_bytes(self, device: torch.device) -> int:
-        """Bytes of the device's memory that this process may use."""
+        """Returns the bytes of the device's memory that this process may use."""
         if self.budget is not None:
             return self.budget
         if device.type == "cuda":
@@ -125,12 +126,12 @@ class Planner:
 
 
 def _pinnable_bytes() -> int:
-    """Bytes of CPU memory that this process may pin, beyond what it has pinned."""
+    """Returns the bytes of CPU memory that this process may pin, beyond what it has pinned."""
     return int(psutil.virtual_memory().available * MAX_PINNED_FRACTION / local_processes())
 
 
 def _bytes_besides(model: Any, shape: ModelShape, device: torch.device) -> int:
-    """Bytes allocated on a GPU besides the model's weights and gradients; 0 on a CPU."""
+    """Returns the bytes allocated on a GPU besides the model's weights and gradients; 0 on a CPU."""
     if device.type != "cuda":
         return 0
     gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)

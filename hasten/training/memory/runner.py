@@ -86,7 +86,8 @@ class LayerRunner:
         return out
 
     def _run_layer(self, tile: int | None, function: Callable[..., Any], *args: Any) -> Any:
-        """The layer with its MLP in tiles. Bound to this step's tile: the recomputation must not follow a later plan."""
+        """Returns the layer with its MLP in tiles. Bound to this step's tile: the recomputation must not follow a later
+        plan."""
         with self.advisor.advising(self.advisor.batch_shape):
             return function(*args, mlp_tile=tile)
 

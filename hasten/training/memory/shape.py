@@ -114,8 +114,9 @@ class ModelShape:
 
     @classmethod
     def of_model(cls, model: Any, dtype: torch.dtype | None = None) -> "ModelShape":
-        """A live model, with or without an adapter, as it is stored and trains now. dtype: the compute dtype; None = that
-        of the hidden states. Weights on another device than the layers (an offloaded embedding) do not count.
+        """Returns a live model, with or without an adapter, as it is stored and trains now. dtype: the compute dtype;
+        None = that of the hidden states. Weights on another device than the layers (an offloaded embedding) do not
+        count.
 
         Raises CheckpointError as `of_config`.
         """

@@ -32,13 +32,13 @@ class Dense(WeightFormat):
         return DenseWeight(weight)
 
     def dequantize(self, linear: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The weight itself where the dtype is right, not a copy. None = its own dtype."""
+        """Returns the weight itself where the dtype is right, not a copy. None = its own dtype."""
         weight: torch.Tensor = linear.weight
         dense = weight if weight.requires_grad else weight.detach()
         return dense if dtype is None else dense.to(dtype)
 
     def holds(self, linear: Any, dense: torch.Tensor) -> bool:
-        """The weight must equal `dense` cast to its dtype, bit for bit."""
+        """Returns the weight must equal `dense` cast to its dtype, bit for bit."""
         weight: torch.Tensor = linear.weight
         return tuple(weight.shape) == tuple(dense.shape) and torch.equal(dense.to(weight.device, weight.dtype), weight)
 

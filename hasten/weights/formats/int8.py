@@ -61,7 +61,7 @@ class INT8(WeightFormat):
         return LoadPlan(BitsAndBytesConfig(load_in_8bit=True), notes=("quantisation: LLM.int8",))
 
     def fill(self, linear: Any, matrix: Matrix) -> None:
-        """Output channels are quantised independently, so the codes are exactly bitsandbytes' own."""
+        """Returns the output channels are quantised independently, so the codes are exactly bitsandbytes' own."""
         import bitsandbytes as bnb
         from bitsandbytes.functional import int8_vectorwise_quant
 
@@ -93,7 +93,8 @@ class INT8(WeightFormat):
 
 
 def _codes_and_scale(linear: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes (out, in) int8, scale (out,) fp32). bitsandbytes moves both to `linear.state` on the first forward."""
+    """Returns (codes (out, in) int8, scale (out,) fp32). bitsandbytes moves both to `linear.state` on the first
+    forward."""
     weight = linear.weight
     scale = getattr(weight, "SCB", None)
     scale = scale if scale is not None else linear.state.SCB

@@ -71,7 +71,7 @@ class _FourBit(WeightFormat):
         return (weight if state is None else state).quant_type == self.name
 
     def dequantize(self, linear: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The values that the layer computes with: rounded to its compute dtype first, then cast."""
+        """Returns the values that the layer computes with: rounded to its compute dtype first, then cast."""
         import bitsandbytes.functional as bnb
 
         dense = bnb.dequantize_4bit(*_plain_state(linear))
@@ -257,7 +257,7 @@ def _settings(kind: str, dtype: torch.dtype, kept_dense: list[str] | None) -> An
 
 
 def _misread_on_cpu(empty: nn.Module) -> list[str]:
-    """Linears whose input channels are not a whole number of blocks.
+    """Returns the linears whose input channels are not a whole number of blocks.
 
     bitsandbytes' CPU code starts each output channel at a new scale, though blocks continue across them (seen in 0.50:
     relative error 0.28 instead of 0.09, and a RuntimeError in the first forward in eval mode).
@@ -271,7 +271,7 @@ def _misread_on_cpu(empty: nn.Module) -> list[str]:
 
 
 def _plain_state(linear: Any) -> tuple[torch.Tensor, Any]:
-    """(packed codes, quant state) in the plain layout; the layer's own stay as they are.
+    """Returns (packed codes, quant state) in the plain layout; the layer's own stay as they are.
 
     On a CPU with AVX512-BF16 the first forward in eval mode repacks a layer's codes for its kernel and rounds the block
     scales to bf16; a copy of the codes is put back in order here.

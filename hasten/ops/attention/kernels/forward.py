@@ -109,7 +109,7 @@ def _attention_fwd(
 def attention_fwd(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: torch.Tensor | None, config: ScoreMaskConfig, tiles: Tiles
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out (B, T, H, D), lse (B, H, T) fp32 in base 2, 0 for a query without a visible key)."""
+    """Returns (out (B, T, H, D), lse (B, H, T) fp32 in base 2, 0 for a query without a visible key)."""
     batch, tokens, heads, channels = q.shape
     out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
     lse = torch.empty(batch, heads, tokens, device=q.device, dtype=torch.float32)
