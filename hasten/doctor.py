@@ -44,8 +44,8 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """The facts about a machine. installed: distribution name -> version. driver: an NVIDIA driver is loaded, whether or not
-    torch sees a GPU.
+    """The facts about a machine. installed: distribution name -> version. driver: an NVIDIA driver is loaded, whether
+    or not torch sees a GPU.
 
     needs: None where hasten's own requirements could not be read (neither installed nor run from its source folder).
     """

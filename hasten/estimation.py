@@ -1,4 +1,5 @@
-"""Estimates the peak memory of one training step, and plans recomputation and offloading, from a checkpoint's config alone.
+"""Estimates the peak memory of one training step, and plans recomputation and offloading, from a checkpoint's config
+alone.
 
 Nothing is allocated. The formulas are in `training.memory.costs`; docs/memory.md compares them with measured peaks.
 """
@@ -23,14 +24,15 @@ from hasten.units import format_bytes, parse_bytes
 from hasten.weights import formats
 
 ASSUMED = DeviceSpeed(bytes_per_s=25e9, flops_per_s=2e14)
-"""Assumed where no GPU is available: 16 lanes of PCIe 4 and 200 TFLOP/s in 16 bits. Decides which transfers overlap with compute,
-not how many bytes are needed."""
+"""Assumed where no GPU is available: 16 lanes of PCIe 4 and 200 TFLOP/s in 16 bits. Decides which transfers overlap
+with compute, not how many bytes are needed."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """peak: bytes by part when most is allocated. plan: in words, which layers save, recompute or offload their activations.
-    fits: whether `total` is within the budget that was given. savings: what would lower `total`, largest gain first."""
+    """peak: bytes by part when most is allocated. plan: in words, which layers save, recompute or offload their
+    activations. fits: whether `total` is within the budget that was given. savings: what would lower `total`, largest
+    gain first."""
 
     peak: Peak
     plan: str
@@ -75,9 +77,9 @@ def estimate(  # noqa: PLR0913
     """Estimates torch.cuda.max_memory_allocated over a step of `FastLanguageModel` on one GPU.
 
     config: a transformers config, or a folder that holds one. rank: LoRA rank on all seven Linears of every layer.
-    quantization: a choice of `weights.formats` ("4bit", "8bit", ...), None = dense. dtype: the compute dtype, and that of
-    weights that are not quantised. checkpointing: as `use_gradient_checkpointing`: False, True, "offload", or "auto" (=
-    "unsloth"), which plans each layer for memory_budget (bytes, or a text such as "24GiB"; None = the memory of the
+    quantization: a choice of `weights.formats` ("4bit", "8bit", ...), None = dense. dtype: the compute dtype, and that
+    of weights that are not quantised. checkpointing: as `use_gradient_checkpointing`: False, True, "offload", or "auto"
+    (= "unsloth"), which plans each layer for memory_budget (bytes, or a text such as "24GiB"; None = the memory of the
     first GPU). tiled_mlp: as `unsloth_tiled_mlp`. optimizer: "adamw",
     "adamw_8bit" or "paged", see `costs.peak`.
 

@@ -45,10 +45,11 @@ class OverlayPlan(Protocol):
 
 
 class MemoryAdvisor(Protocol):
-    """What a causal LM's forward asks of `training.memory`, so that out-of-memory errors say which changes would free memory.
+    """What a causal LM's forward asks of `training.memory`, so that out-of-memory errors say which changes would free
+    memory.
 
-    advising: the context of a forward over (sequences, tokens per sequence). watch_backward: the same for the backward through
-    the forward's outputs.
+    advising: the context of a forward over (sequences, tokens per sequence). watch_backward: the same for the backward
+    through the forward's outputs.
     """
 
     def advising(self, batch_shape: tuple[int, int] | None) -> AbstractContextManager[None]: ...

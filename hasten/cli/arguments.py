@@ -1,4 +1,5 @@
-"""Arguments that several commands share. Choices come from the registries, which are imported only when they are needed."""
+"""Arguments that several commands share. Choices come from the registries, which are imported only when they are
+needed."""
 
 from collections.abc import Callable
 from enum import StrEnum

@@ -46,8 +46,8 @@ def check_dataset(
 
     dataset: of examples with `input_ids` (and `labels` or TRL's masks), or of text or messages together with the
     SFTTrainer that was made for it, whose own preparation then tokenises them and whose config gives `max_length`.
-    Without a trainer such examples are only checked for being there at all. Call it before `trainer.train()`; it changes
-    neither. Truncated and masked examples are also logged as a warning, which names the dataset by `name`.
+    Without a trainer such examples are only checked for being there at all. Call it before `trainer.train()`; it
+    changes neither. Truncated and masked examples are also logged as a warning, which names the dataset by `name`.
     """
     if dataset is None:
         raise DatasetError(f"the {name} dataset is None; pass one with at least one example")

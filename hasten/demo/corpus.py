@@ -42,7 +42,8 @@ SENTENCE = re.compile(r"[A-Z][a-z]+ .*?[a-z0-9)\"'`]\.(?= |$)")
 
 @dataclass(frozen=True)
 class Fact:
-    """A documented function, class or method. name: dotted. answer: first sentence of the docstring. text: its start."""
+    """A documented function, class or method. name: dotted. answer: first sentence of the docstring. text: its
+    start."""
 
     name: str
     answer: str

@@ -18,7 +18,8 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class BaseCheckpoint:
-    """Lazy view of a safetensors checkpoint. `names`: tensor names in the order of the files; `config`: its config.json."""
+    """Lazy view of a safetensors checkpoint. `names`: tensor names in the order of the files; `config`: its
+    config.json."""
 
     def __init__(self, origin: str, config: dict[str, Any], files: dict[str, Path]) -> None:
         self.origin = origin

@@ -1,4 +1,5 @@
-"""`Exporter`: one way of writing a trained model, and the registry of all of them. `save_method` is an exporter's name."""
+"""`Exporter`: one way of writing a trained model, and the registry of all of them. `save_method` is an exporter's
+name."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -29,8 +30,8 @@ class Exporter(ABC):
 
     @abstractmethod
     def write(self, request: ExportRequest, plan: Any) -> tuple[int, float | None]:
-        """Writes the folder, whole or not at all. plan: from `preflight`. Returns (bytes of the weights, mean KL divergence
-        from the 16-bit merge in nats per token, None where the two are one)."""
+        """Writes the folder, whole or not at all. plan: from `preflight`. Returns (bytes of the weights, mean KL
+        divergence from the 16-bit merge in nats per token, None where the two are one)."""
 
 
 def _measures_nothing(request: ExportRequest) -> list[str]:

@@ -15,8 +15,8 @@ from hasten.weights import active_adapters, dequantize, holds
 from hasten.weights.formats import is_quantized
 
 TIED_TO_LIVE_WEIGHT = ("loftq", "pissa", "olora", "corda", "lora_ga")
-"""Initialisations that moved a part of the base weight, or of its quantisation error, into the adapter: such an adapter fits
-only the model's own weight. A dense weight that they changed is found by comparing it with the base."""
+"""Initialisations that moved a part of the base weight, or of its quantisation error, into the adapter: such an adapter
+fits only the model's own weight. A dense weight that they changed is found by comparing it with the base."""
 
 
 class Merger:

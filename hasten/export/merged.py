@@ -1,4 +1,5 @@
-"""Plans and writes the merged model as a checkpoint in the base's own layout: which tensors, in what order, and its config."""
+"""Plans and writes the merged model as a checkpoint in the base's own layout: which tensors, in what order, and its
+config."""
 
 import copy
 import json

@@ -37,7 +37,8 @@ def check_layout(plan: MergePlan) -> None:
 
 
 def write_quantized(plan: MergePlan, into: WeightFormat, request: ExportRequest) -> tuple[int, float]:
-    """Writes the folder and returns (bytes of the weights, mean KL divergence from the 16-bit merge in nats per token)."""
+    """Writes the folder and returns (bytes of the weights, mean KL divergence from the 16-bit merge in nats per
+    token)."""
     kept = _kept_dense(plan)
     linears = _quantizable(plan, kept)
     config = config_of(plan)

@@ -43,8 +43,8 @@ def attach(
     """Returns PEFT's model around the causal LM `model`, with the adapter of a folder or hub repository.
 
     trainable: False freezes the adapter and sets eval mode. Raises CheckpointError, with the model unchanged, for
-    missing, unexpected or misshapen tensors (all are listed), for a pickled adapter, and where there is no adapter. Only
-    warns of a base other than the one that the adapter was trained on: it may be a copy under another name.
+    missing, unexpected or misshapen tensors (all are listed), for a pickled adapter, and where there is no adapter.
+    Only warns of a base other than the one that the adapter was trained on: it may be a copy under another name.
     """
     causal_lm = causal_lm_of(model)
     if causal_lm is not model or getattr(model, "peft_config", None):

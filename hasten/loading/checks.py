@@ -115,7 +115,8 @@ def softcapped(config: Any, family: Family | None) -> bool:
 
 
 def vocabulary_error(needed: int, base: int, rows: int, options: LoadOptions) -> HastenError | None:
-    """needed: embedding rows for every id of the tokenizer; base: for its vocabulary without added tokens; rows: the model's."""
+    """needed: embedding rows for every id of the tokenizer; base: for its vocabulary without added tokens; rows: the
+    model's."""
     asked = options.resize_model_vocab
     if asked is not None and asked < needed:
         return OptionError(

@@ -16,12 +16,13 @@ from hasten.ops.host_rows import host_rows
 class HostEmbedding(nn.Embedding):
     """An embedding whose weight stays in pinned CPU memory when its model moves; outputs are on the ids' device.
 
-    The weight is frozen: a gradient is refused. What a family's own class does with the output (a scale) still runs, since
-    this class is inserted between that one and torch's.
+    The weight is frozen: a gradient is refused. What a family's own class does with the output (a scale) still runs,
+    since this class is inserted between that one and torch's.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """input: token ids of any shape. Returns (..., E) on their device. Raises InputError for a weight that trains."""
+        """input: token ids of any shape. Returns (..., E) on their device. Raises InputError for a weight that
+        trains."""
         if self.weight.requires_grad and torch.is_grad_enabled():
             raise InputError(
                 "offload_embedding keeps a frozen embedding in CPU memory, and this one trains; load the model without "
@@ -71,16 +72,16 @@ def keep_embedding_on_host(model: PreTrainedModel) -> str:
 
 
 def leave_out_of_ddp(model: nn.Module) -> None:
-    """Excludes the offloaded weight from DDP, which refuses weights on several devices; it is frozen, so it has no gradient to
-    reduce. model: what DDP will wrap."""
+    """Excludes the offloaded weight from DDP, which refuses weights on several devices; it is frozen, so it has no
+    gradient to reduce. model: what DDP will wrap."""
     names = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, HostEmbedding)]
     if names:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 
 
 def _stay(model: PreTrainedModel, embedding: Any) -> None:
-    """Changes the embedding's class, and moves it behind its siblings: transformers, and others, take the device of the first
-    parameter for the model's."""
+    """Changes the embedding's class, and moves it behind its siblings: transformers, and others, take the device of the
+    first parameter for the model's."""
     stock = type(embedding)
     embedding.__class__ = _on_host(stock)
     if "_old_forward" in embedding.__dict__:  # accelerate's hooks call the forward that they found

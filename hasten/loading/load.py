@@ -55,8 +55,8 @@ class Preparation:
 def load(options: LoadOptions) -> Loaded:
     """Loads the model that `options` describe, or raises one error with every reason why not, before it reads a weight.
 
-    Raises OptionError (several problems, or one with the arguments), CheckpointError, TokenizerError, MissingExtraError.
-    Nothing here draws from the caller's random generators.
+    Raises OptionError (several problems, or one with the arguments), CheckpointError, TokenizerError,
+    MissingExtraError. Nothing here draws from the caller's random generators.
     """
     findings = checks.Findings(options.problems())
     if "model_name" in bad_values(options):
@@ -90,7 +90,8 @@ def load(options: LoadOptions) -> Loaded:
 
 
 def _prepare(source: Source, options: LoadOptions, findings: checks.Findings) -> Preparation | None:
-    """Reads config and tokenizer and plans rope, dtype and tokenizer fixes; None where one of the two cannot be read."""
+    """Reads config and tokenizer and plans rope, dtype and tokenizer fixes; None where one of the two cannot be
+    read."""
     config: Any = _attempt(findings, checks.read_config, source, options)
     if config is None:
         return None

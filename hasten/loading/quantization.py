@@ -1,4 +1,5 @@
-"""Decides how weights are stored: as the checkpoint stores them, or quantised while it is read. Asks `weights.formats`."""
+"""Decides how weights are stored: as the checkpoint stores them, or quantised while it is read. Asks
+`weights.formats`."""
 
 import importlib.util
 from collections.abc import Mapping, Sequence
@@ -19,9 +20,9 @@ from hasten.weights.formats import WeightFormat
 class Storage:
     """How the Linears' weights will be stored.
 
-    settings: the quantization_config that transformers gets to quantise while reading, None = none. own: the format whose
-    Linears hasten itself puts into the model, None = none. kept_dense: modules that `own` leaves dense. stored: the
-    checkpoint holds them in `own` already. notes: lines for the report.
+    settings: the quantization_config that transformers gets to quantise while reading, None = none. own: the format
+    whose Linears hasten itself puts into the model, None = none. kept_dense: modules that `own` leaves dense. stored:
+    the checkpoint holds them in `own` already. notes: lines for the report.
     """
 
     settings: Any = None
@@ -32,7 +33,8 @@ class Storage:
 
 
 def stored_name(config: Any) -> str | None:
-    """How the checkpoint's own weights are quantised: a format's name, another method's (e.g. "gptq"), None = not at all."""
+    """How the checkpoint's own weights are quantised: a format's name, another method's (e.g. "gptq"), None = not at
+    all."""
     record = _record(config)
     if not record:
         return None

@@ -1,4 +1,5 @@
-"""Reads the weights: through transformers' loader, or tensor by tensor where hasten quantises them itself (`read_rows`)."""
+"""Reads the weights: through transformers' loader, or tensor by tensor where hasten quantises them itself
+(`read_rows`)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,8 +39,8 @@ class Reading:
 
     @property
     def goes_by_rows(self) -> bool:
-        """Whether hasten reads the tensors itself: to quantise on the CPU from a dense checkpoint that transformers loads
-        name by name, or because only hasten knows the format in which the checkpoint is stored."""
+        """Whether hasten reads the tensors itself: to quantise on the CPU from a dense checkpoint that transformers
+        loads name by name, or because only hasten knows the format in which the checkpoint is stored."""
         storage, model = self.storage, self.empty
         if storage.stored:
             return True

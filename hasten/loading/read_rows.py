@@ -1,8 +1,9 @@
-"""Reads a safetensors checkpoint into CPU memory tensor by tensor, quantising dense weights some output channels at a time.
+"""Reads a safetensors checkpoint into CPU memory tensor by tensor, quantising dense weights some output channels at a
+time.
 
-transformers' loader quantises one whole tensor after the other. On a CPU bitsandbytes needs seven times a tensor's bytes for
-that, and the fragments it leaves in the allocator add up to more than the result. Here no dense matrix is ever whole in
-memory. Formats quantise blocks or output channels independently, so the result is bit-exact.
+transformers' loader quantises one whole tensor after the other. On a CPU bitsandbytes needs seven times a tensor's
+bytes for that, and the fragments it leaves in the allocator add up to more than the result. Here no dense matrix is
+ever whole in memory. Formats quantise blocks or output channels independently, so the result is bit-exact.
 """
 
 from collections.abc import Callable, Mapping
@@ -35,9 +36,9 @@ def read_rows(
 ) -> PreTrainedModel:
     """Returns the quantised model on the CPU, in evaluation mode, as transformers' loader would return it.
 
-    attention: attn_implementation, None = transformers' choice. storage: with a transformers config, or with a format of
-    hasten's own. stored: the headers of the safetensors in `folder`. Raises CheckpointError where they have no values for
-    a tensor.
+    attention: attn_implementation, None = transformers' choice. storage: with a transformers config, or with a format
+    of hasten's own. stored: the headers of the safetensors in `folder`. Raises CheckpointError where they have no
+    values for a tensor.
     """
     chosen = {"attn_implementation": attention} if attention is not None else {}
     with init_empty_weights(include_buffers=False):  # buffers that no checkpoint holds get their values here

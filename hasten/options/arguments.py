@@ -1,4 +1,4 @@
-"""Names of transformers' `from_pretrained` arguments that have no argument of ours, and what becomes of each."""
+"""Lists transformers' `from_pretrained` arguments that hasten passes on or refuses."""
 
 from collections.abc import Iterable, Mapping
 
@@ -35,7 +35,7 @@ REFUSED_ARGUMENTS: Mapping[str, str] = {
 
 
 def check(options: LoadFields) -> list[str]:
-    """Refuses arguments of transformers that contradict how weights are read here."""
+    """Refuses arguments of transformers that contradict how hasten reads weights."""
     found = [
         f"{name} is not supported: {REFUSED_ARGUMENTS[name]}" for name in options.extra if name in REFUSED_ARGUMENTS
     ]

@@ -36,7 +36,7 @@ LOAD_RULES: Mapping[str, Rule] = {
     **tiling.RULES,
     **engine.RULES,
 }
-"""Argument -> the rule for its value alone."""
+"""Argument -> the validator of its value."""
 
 LOAD_CHECKS: tuple[Callable[[LoadFields], list[str]], ...] = (
     checkpointing.check,
@@ -47,21 +47,21 @@ LOAD_CHECKS: tuple[Callable[[LoadFields], list[str]], ...] = (
     qat.check,
     arguments.check,
 )
-"""One per feature; each returns the problems that it finds, with what to do instead."""
+"""One check per feature; each returns the problems that it finds, with what to do instead."""
 
 
 def bad_values(options: LoadFields) -> dict[str, str]:
-    """Returns {argument: problem} for each argument whose value is invalid, whatever the other arguments are."""
+    """Returns {argument: problem} for each argument whose value is invalid, independently of the other arguments."""
     return broken_rules(options, LOAD_RULES)
 
 
 @dataclass(frozen=True)
 class LoadOptions(LoadFields):
-    """The arguments of `from_pretrained` (see `LoadFields`) and what follows from them."""
+    """The arguments of `from_pretrained` (see `LoadFields`) and values derived from them."""
 
     @classmethod
     def from_call(cls, *args: Any, extra: Mapping[str, Any] | None = None, **named: Any) -> Self:
-        """As the constructor; names among `extra` or `named` that are fields become fields, the rest `extra`."""
+        """Builds the options; names among `extra` or `named` that are fields become fields, the rest `extra`."""
         return cls(**fields_from_call(cls, args, {**named, **(extra or {})}))
 
     @property
@@ -76,8 +76,8 @@ class LoadOptions(LoadFields):
 
     @property
     def weight_format(self) -> str | None:
-        """The name of the weight format that was asked for, or of the default; None where weights stay as the checkpoint
-        stores them, and with `own_quantization`. Meaningful once validated.
+        """The name of the weight format that was asked for, or of the default; None where weights stay as the
+        checkpoint stores them, and with `own_quantization`. Meaningful once validated.
         """
         return weights.weight_format(self)
 

@@ -1,8 +1,8 @@
 """Makes the attention context of a forward: packed documents and padding become spans instead of dense masks.
 
 On a GPU, for full sequences (an empty cache), hasten's own attention runs. Everything else (decoding over a cache, 4-D
-masks of the caller, an attention backend that the user named) goes through transformers' attention interface, whose two
-gaps in packing are closed here.
+masks of the caller, an attention backend that the user named) goes through transformers' attention interface. That
+ignores packing in two cases, which are handled or refused here.
 """
 
 from dataclasses import dataclass
@@ -46,7 +46,8 @@ class BackboneOverlay(Overlay):
         attention_context: AttentionContext | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the stock backbone's. attention_context: the caller's own, used as it is; None = made here.
+        """Makes the attention context and runs the stock backbone's forward. attention_context: the caller's own, used
+        as it is; None = made here.
 
         Raises InputError for packed sequences whose documents the attention in use would mix.
         """
@@ -81,7 +82,8 @@ class BackboneOverlay(Overlay):
         )
 
     def uses_own_attention(self, inputs: torch.Tensor, kwargs: dict[str, Any]) -> bool:
-        """Returns whether hasten's own attention serves these inputs, rather than transformers' attention interface."""
+        """Returns whether hasten's own attention runs for these inputs, rather than transformers' attention
+        interface."""
         overlay_config = self.overlay_config
         if backend_for(inputs) != "triton" or overlay_config.replaces != self.config._attn_implementation:
             return False
@@ -116,7 +118,7 @@ class BackboneOverlay(Overlay):
 
 
 def _is_empty(past: Cache | None) -> bool:
-    """No cache, or one of the kind that returns exactly the keys that it is first given."""
+    """Returns whether there is no cache, or an empty one that returns exactly the keys of its first update."""
     return past is None or (type(past) is DynamicCache and past.get_seq_length() == 0)
 
 

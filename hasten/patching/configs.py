@@ -44,7 +44,8 @@ def _head_dim(config: Any) -> int:
 
 
 def backbone_config(family: Family, config: Any, asked: str | None) -> BackboneConfig:
-    """asked: the attention backend that the user named, which then runs; None = hasten chooses on a GPU.
+    """Builds the backbone's config. asked: the attention backend that the user named, which then runs; None = hasten
+    chooses on a GPU.
 
     Replaces only transformers' own default: sdpa, and eager where scores have a softcap.
     """

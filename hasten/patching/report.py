@@ -105,7 +105,7 @@ GROUPS = {
 
 
 def _fused_projections(base: nn.Module) -> dict[str, tuple[str, str, str]]:
-    """Path -> line of each projection that a fused op computes, or that only a sibling keeps from it."""
+    """Returns {path: line} of each projection that a fused op computes, or would compute but for a sibling."""
     rows: dict[str, tuple[str, str, str]] = {}
     if backend_for(base.get_output_embeddings().weight) != "triton":  # pyright: ignore[reportCallIssue]
         return rows

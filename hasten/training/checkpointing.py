@@ -1,4 +1,5 @@
-"""Switches activation checkpointing: save everything, recompute every layer, or let the memory policy plan (`memory.policy`)."""
+"""Switches activation checkpointing: save everything, recompute every layer, or let the memory policy plan
+(`memory.policy`)."""
 
 from typing import Any
 
@@ -13,13 +14,14 @@ OFFLOADED = f"{RECOMPUTED} from its input, which is offloaded to CPU memory"
 
 
 def enable(model: Any, mode: bool | str, budget: int | None = None) -> list[str]:
-    """Sets the activation checkpointing of `model` (a causal LM or the PeftModel around it) and returns notes for the report.
+    """Sets the activation checkpointing of `model` (a causal LM or the PeftModel around it) and returns notes for the
+    report.
 
-    mode: False saves all activations; True saves each layer's input and recomputes the layer in the backward; "offload" also
-    offloads these inputs to pinned CPU memory; "auto" and "unsloth" plan per layer, when the first batch of a shape comes.
-    budget: bytes on the device that "auto" may use in all, None = what is free at that time. Goes through transformers' own
-    switch, so that a trainer that sets it as well finds what it expects. Raises OptionError for any other mode, and for a model
-    class that transformers cannot checkpoint; the model is then unchanged.
+    mode: False saves all activations; True saves each layer's input and recomputes the layer in the backward; "offload"
+    also offloads these inputs to pinned CPU memory; "auto" and "unsloth" plan per layer, when the first batch of a
+    shape comes. budget: bytes on the device that "auto" may use in all, None = what is free at that time. Goes through
+    transformers' own switch, so that a trainer that sets it as well finds what it expects. Raises OptionError for any
+    other mode, and for a model class that transformers cannot checkpoint; the model is then unchanged.
     """
     _check(model, mode)
     base = causal_lm_of(model)

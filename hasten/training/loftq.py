@@ -1,4 +1,5 @@
-"""LoftQ (Li et al. 2023, arXiv:2310.08659), one iteration: initialises LoRA as the best low-rank fit of the quantisation error.
+"""LoftQ (Li et al. 2023, arXiv:2310.08659), one iteration: initialises LoRA as the best low-rank fit of the
+quantisation error.
 
 With Q the model's quantised weight and W the checkpoint's: scale * B @ A is the rank-r truncated SVD of W - Q. Q is not
 changed, so the same checkpoint and adapter give the same model again.

@@ -69,10 +69,11 @@ def trains_embedding(options: AdapterOptions) -> bool:
 
 
 def set_dtypes(peft_model: Any, fp32: bool) -> dict[str, torch.dtype]:
-    """Casts trained weights to fp32 (True) or to the model's dtype (False); returns {name: dtype} of every trained weight.
+    """Casts trained weights to fp32 (True) or to the model's dtype (False); returns {name: dtype} of every trained
+    weight.
 
-    Casts LoRA weights, and the trained copies of embedding and head, whose outputs and inputs stay in the model's dtype.
-    Other trained copies (of a norm, say) keep the dtype of the module that they replace.
+    Casts LoRA weights, and the trained copies of embedding and head, whose outputs and inputs stay in the model's
+    dtype. Other trained copies (of a norm, say) keep the dtype of the module that they replace.
     """
     base = peft_model.get_base_model()
     compute = base.config.dtype if isinstance(base.config.dtype, torch.dtype) else base.dtype

@@ -1,4 +1,5 @@
-"""Metrics of a training run: one line of metrics.jsonl per logged step, tokens counted from the batches of the model."""
+"""Metrics of a training run: one line of metrics.jsonl per logged step, tokens counted from the batches of the
+model."""
 
 import json
 import math
@@ -40,7 +41,8 @@ class StepMetrics:
 
 
 class TokenCounter:
-    """A forward pre-hook that counts the tokens of training batches. Sums stay on the device until `take`: no sync per step."""
+    """A forward pre-hook that counts the tokens of training batches. Sums stay on the device until `take`: no sync per
+    step."""
 
     def __init__(self) -> None:
         self._tokens: int | torch.Tensor = 0
@@ -75,7 +77,8 @@ def counting(model: torch.nn.Module) -> Iterator[TokenCounter]:
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object per line, each written immediately, so that a killed run keeps all logged steps."""
+    """metrics.jsonl: one JSON object per line, each written immediately, so that a killed run keeps all logged
+    steps."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

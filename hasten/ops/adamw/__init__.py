@@ -4,10 +4,9 @@ m = m + (1 - beta1) * (g - m)          v = v + (1 - beta2) * (g * g - v)        
 w = (1 - lr * weight_decay) * w - lr / (1 - beta1 ** t) * m / (sqrt(v) / sqrt(1 - beta2 ** t) + eps)
 
 Tensors stored in bf16 are computed in fp32 and rounded up or down at random, so that the stored value is right on
-average
-(Zamirai et al. 2020, arXiv:2010.06192). The neighbours of 1.0 in bf16 are 0.4% away: round-to-nearest would lose most
-updates of a fine-tuning, and the second moment's decay of 0.1% per step. The random bits are a hash of a key and an
-element's index, so they are the same on every backend and device.
+average (Zamirai et al. 2020, arXiv:2010.06192). The neighbours of 1.0 in bf16 are 0.4% away: round-to-nearest would
+lose most updates of a fine-tuning, and the second moment's decay of 0.1% per step. The random bits are a hash of a key
+and an element's index, so they are the same on every backend and device.
 """
 
 from dataclasses import dataclass

@@ -26,8 +26,8 @@ def _load_fp32(ptr, at, mask, HALF: tl.constexpr):
 
 @triton.jit
 def _store(ptr, at, mask, x, random_bits, HALF: tl.constexpr):
-    """Stores fp32, or bf16 (HALF) stochastically rounded by the lowest 16 bits of `random_bits`. NaN is not rounded: its
-    bits would overflow."""
+    """Stores fp32, or bf16 (HALF) stochastically rounded by the lowest 16 bits of `random_bits`. NaN is not rounded:
+    its bits would overflow."""
     if HALF:
         bits = x.to(tl.uint32, bitcast=True)
         bits = tl.where(x == x, bits + (random_bits & 0xFFFF), bits)

@@ -52,8 +52,7 @@ def attend(
 
 CUDNN_LENGTH_MULTIPLE = 64
 """Tokens. In 16 bits torch's attention runs cuDNN, which takes about 60 ms to plan each new sequence length, so it is
-used
-only for lengths that are a multiple of this."""
+used only for lengths that are a multiple of this."""
 
 
 def attention_backend(
@@ -62,8 +61,7 @@ def attention_backend(
     """Selects the fastest exact backend on a GPU.
 
     "sdpa" (torch's fused attention) for plain causal attention; "triton" for a window, softcap or spans, which sdpa
-    takes
-    only as a dense mask, and for 16-bit lengths that cuDNN would have to plan anew (`CUDNN_LENGTH_MULTIPLE`).
+    takes only as a dense mask, and for 16-bit lengths that cuDNN would have to plan anew (`CUDNN_LENGTH_MULTIPLE`).
     """
     planned = dtype == torch.float32 or tokens % CUDNN_LENGTH_MULTIPLE == 0
     return "sdpa" if _is_plain(tokens, window, softcap, spans) and planned else "triton"
@@ -90,8 +88,7 @@ def attention(  # noqa: PLR0913
     window: number of keys that a token attends to, itself included; None = all. spans: (B, T, 3) int32 of `row_spans`,
     for
     packed documents and padding; None = neither. Scores are scaled, then softcapped; the softmax is in fp32. A query
-    without
-    a visible key (padding) gets zeros. backend: None = by device and need (`attention_backend`).
+    without a visible key (padding) gets zeros. backend: None = by device and need (`attention_backend`).
     Returns (B, T, H, D) in q's dtype. Gradients: q, k, v; deterministic, without atomic adds.
     Raises ValueError for shapes that do not match, a window below 1, and options that the named backend cannot compute.
     """

@@ -1,8 +1,8 @@
 """Fuses act(gate) * up into one pass, forward and backward; the backward recomputes the activation from gate and up.
 
 Memory traffic: the forward reads gate and up and writes the output; the backward reads gate, up and the output's
-gradient and
-writes the gradients of both. gate and up may be the two halves of one buffer: strided rows, contiguous channels.
+gradient and writes the gradients of both. gate and up may be the two halves of one buffer: strided rows, contiguous
+channels.
 """
 
 from __future__ import annotations
@@ -107,8 +107,7 @@ def glu_bwd(
     """Writes the gradients of gate and up into `into`, and the recomputed act(gate) * up into `out` if given.
 
     Channels must be contiguous. In place is allowed, for buffers that the caller allocated: `into` may be gate and up,
-    `out`
-    may be d.
+    `out` may be d.
     """
     rows, width = gate_NF.shape
     grid, meta = _grid(rows, width)

@@ -78,16 +78,14 @@ def linear_cross_entropy(
 
     hidden_NE: (N, E). weight_VE: (V, E). labels_N: (N,) int64, in [0, V) or config.ignore_index. bias_V: (V,).
     All on one device. Weight, bias and LoRA are cast to hidden's dtype for the matmuls; their gradients are summed
-    over chunks
-    in fp32 and returned in their own dtypes. Gradients: hidden, weight, bias, lora.a, lora.b; differentiable once. If
-    anything
-    but hidden trains, the backward recomputes all logits; `linear_cross_entropy_loss` does not.
-    Peak extra memory: the logits of a chunk (`ScoreConfig.chunk`) in hidden's dtype, in plain torch several fp32
-    copies of
-    them; if the weight trains, its fp32 gradient (V, E) and logits of the same size.
+    over chunks in fp32 and returned in their own dtypes. Gradients: hidden, weight, bias, lora.a, lora.b;
+    differentiable once. If anything but hidden trains, the backward recomputes all logits; `linear_cross_entropy_loss`
+    does not.
+
+    Peak extra memory: the logits of a chunk (`ScoreConfig.chunk`) in hidden's dtype, in plain torch several
+    fp32 copies of them; if the weight trains, its fp32 gradient (V, E) and logits of the same size.
     Raises ValueError for an unknown score name, IndexError for a label outside of the vocabulary (on a GPU, where the
-    check
-    would be a host sync, the scores of that token are NaN instead).
+    check would be a host sync, the scores of that token are NaN instead).
     """
     unknown = config.want - OPTIONAL_SCORES
     if unknown:
@@ -119,11 +117,9 @@ def linear_cross_entropy_loss(
     sync and without gradient; None = the number of labels that are not ignored (if there is none, the loss is NaN as
     torch's, and its gradients are zero). `config.want` is not used.
     The forward computes every gradient for an upstream gradient of 1, and the backward scales them; it can run any
-    number of
-    times. Without grad mode no gradient is computed.
+    number of times. Without grad mode no gradient is computed.
     Peak extra memory, in the forward: the logits of a chunk and the gradient of hidden, in hidden's dtype; if the
-    weight
-    trains, its fp32 gradient (V, E), and logits of that size instead of a chunk's. The gradients live until the
+    weight trains, its fp32 gradient (V, E), and logits of that size instead of a chunk's. The gradients live until the
     backward.
     """
     score_rows, kept = _backend(hidden_NE, weight_VE, labels_N, config, backend)

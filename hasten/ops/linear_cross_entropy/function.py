@@ -1,8 +1,7 @@
 """The loop of the fused head over chunks of tokens, and the two autograd Functions that run it, for both backends.
 
 Per chunk: one matmul writes the logits, the backend's `score_rows` turns them into scores and overwrites them with
-their
-gradient, and matmuls turn that into the gradients of the operands.
+their gradient, and matmuls turn that into the gradients of the operands.
 - `LossFunction` computes every gradient in its forward, for an upstream gradient of 1, and its backward only scales
 them. So
   logits are computed once.
@@ -59,8 +58,7 @@ class ScoreRows(Protocol):
         """Scores one chunk of raw logits.
 
         scores: (6, N), filled in the order of SCORES if given. upstream: if given, returns the gradient of raw (N, V),
-        which
-        may overwrite raw.
+        which may overwrite raw.
         """
         ...
 
@@ -70,8 +68,7 @@ def tokens_at_once(config: ScoreConfig, hidden_NE: torch.Tensor, weight_trains: 
     as its fp32 gradient.
 
     Every chunk reads and writes that gradient once, so few and large chunks are faster: at this size that traffic
-    takes a
-    tenth of the matmul's time on an H200, and the logits take no more memory than the gradient.
+    takes a tenth of the matmul's time on an H200, and the logits take no more memory than the gradient.
     """
     return max(config.chunk, 4 * hidden_NE.shape[1] // hidden_NE.element_size()) if weight_trains else config.chunk
 

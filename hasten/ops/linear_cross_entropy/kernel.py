@@ -1,10 +1,9 @@
 """Fuses softmax, scores and the gradient of the logits into one kernel. No host sync.
 
 One program takes the logits of one token (a row): it reads them once for the scores and a second time for the
-gradient, which
-overwrites them. Online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867): each thread keeps the running maximum
-and sums
-of its own columns, eight neighbouring ones at a time, and they are reduced once, at the end of the row.
+gradient, which overwrites them. Online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867): each thread keeps the
+running maximum and sums of its own columns, eight neighbouring ones at a time, and they are reduced once, at the end of
+the row.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Dequantises NF4 to bf16 in one pass, double quantisation included: reads half a byte per element, writes two.
 
 A thread reads one 32-bit word of eight codes and writes eight neighbouring values: 16 bytes in 16 bits, coalesced with
-its
-neighbours. Scales are looked up once per word. There is no division.
+its neighbours. Scales are looked up once per word. There is no division.
 """
 
 from __future__ import annotations

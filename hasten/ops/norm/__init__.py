@@ -24,8 +24,7 @@ def norm(x: torch.Tensor, weight: torch.Tensor, config: NormConfig, backend: Bac
 
     x: (..., D), any floating dtype. weight: (D,), or (H, D) for one weight per head with x (..., H, D).
     Returns x's shape; x's dtype, or the promotion of both dtypes where config.fp32_weight is False (as transformers
-    does).
-    Gradients: x, weight. backend: None = by x's device.
+    does). Gradients: x, weight. backend: None = by x's device.
     """
     if backend_for(x, backend) == "triton":
         from hasten.ops.norm import kernel
@@ -74,8 +73,7 @@ class NormInput:
     backward.
 
     The residual stream is saved anyway, so the norm's output takes no memory. x: (..., D), weight and config: as in
-    `norm`;
-    both tensors detached.
+    `norm`; both tensors detached.
     """
 
     x: torch.Tensor

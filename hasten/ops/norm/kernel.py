@@ -2,8 +2,7 @@
 
 Memory traffic: the forward reads x (and a residual) and writes y; the backward reads dy and x (and the gradient of the
 residual stream) and writes dx. Saved: x and one or two fp32 statistics per row. The weight's gradient, where it
-trains, is
-summed per program in fp32; a second, small pass sums over the programs.
+trains, is summed per program in fp32; a second, small pass sums over the programs.
 """
 
 from __future__ import annotations

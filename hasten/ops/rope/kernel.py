@@ -2,8 +2,7 @@
 
 One program takes one token and a block of heads, of q or of k, and reads the token's cos and sin once per block.
 Memory traffic: the forward reads and writes q and k once; the backward reads the gradients (with a norm also q and k)
-and
-writes once.
+and writes once.
 """
 
 from __future__ import annotations
@@ -60,8 +59,8 @@ def _store_pairs(base, x1, x2, row_mask, D, INTERLEAVED: tl.constexpr, HEADS: tl
 @triton.jit
 def _rotate(x1, x2, cos, sin, kind: tl.constexpr, ROUND: tl.constexpr):
     """Computes (x1 * cos + x2 * sin, x2 * cos - x1 * sin). ROUND: rounds the result of each multiplication to 16 bits,
-    as torch does without
-    an fp32 cast. Launched with enable_fp_fusion=False then: a fused multiply-add would round once."""
+    as torch does without an fp32 cast. Launched with enable_fp_fusion=False then: a fused multiply-add would round
+    once."""
     a1, a2, b1, b2 = x1 * cos, x2 * cos, x2 * sin, x1 * sin
     if ROUND:
         a1, a2 = a1.to(kind).to(tl.float32), a2.to(kind).to(tl.float32)

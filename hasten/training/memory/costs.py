@@ -1,6 +1,8 @@
-"""Predicts the peak memory of a training step: saved activations, working memory of each phase, trained state. Bytes on one device.
+"""Predicts the peak memory of a training step: saved activations, working memory of each phase, trained state. Bytes on
+one device.
 
-Symbols as in `layer_costs`; L layers, V vocabulary size. Phases follow `ops.linear_cross_entropy.function` and torch's autograd.
+Symbols as in `layer_costs`; L layers, V vocabulary size. Phases follow `ops.linear_cross_entropy.function` and torch's
+autograd.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,8 +38,8 @@ SCORES = 7
 class Peak:
     """Bytes on the device in the phase of a step that allocates most. `total` is their sum.
 
-    when: that phase. optimizer: Adam's moments. layers: saved activations of all layers. working: what the phase needs besides.
-    host: pinned CPU memory, not part of `total`.
+    when: that phase. optimizer: Adam's moments. layers: saved activations of all layers. working: what the phase needs
+    besides. host: pinned CPU memory, not part of `total`.
     """
 
     when: str
@@ -54,7 +56,8 @@ class Peak:
 
 
 _Phase = tuple[str, int, int, int]
-"""A phase of a step: its name, and bytes of gradients, of the saved activations of all layers, and of what it needs besides."""
+"""A phase of a step: its name, and bytes of gradients, of the saved activations of all layers, and of what it needs
+besides."""
 
 
 class _LayerCosts(NamedTuple):
@@ -77,10 +80,11 @@ def peak(
 ) -> Peak:
     """Predicts torch.cuda.max_memory_allocated of one training step: forward under autocast, backward, optimizer step.
 
-    batch, length: sequences and tokens per sequence. actions: one per layer, or one for all. tile: tokens per tile of MLPs that
-    are recomputed; None = the whole batch. optimizer: "adamw" has two moments in each trained weight's dtype, "adamw_8bit"
-    bitsandbytes' 8-bit codes, "paged" moments in pages that move to the CPU when the device is full. accumulates: gradients of
-    earlier micro-batches are present from the start. Raises ValueError unless there is one action per layer.
+    batch, length: sequences and tokens per sequence. actions: one per layer, or one for all. tile: tokens per tile of
+    MLPs that are recomputed; None = the whole batch. optimizer: "adamw" has two moments in each trained weight's dtype,
+    "adamw_8bit" bitsandbytes' 8-bit codes, "paged" moments in pages that move to the CPU when the device is full.
+    accumulates: gradients of earlier micro-batches are present from the start. Raises ValueError unless there is one
+    action per layer.
     """
     plan = [actions] * len(shape.layers) if isinstance(actions, ActivationAction) else list(actions)
     if len(plan) != len(shape.layers):
@@ -99,7 +103,8 @@ def peak(
 def _layer_costs(
     shape: ModelShape, batch: int, length: int, plan: Sequence[ActivationAction], tile: int | None
 ) -> list[_LayerCosts]:
-    """Computed once for layers that are the same object: a planner asks for hundreds of peaks of the same few layers."""
+    """Computed once for layers that are the same object: a planner asks for hundreds of peaks of the same few
+    layers."""
     n, e = batch * length, shape.itemsize
     known: dict[tuple[int, ActivationAction], _LayerCosts] = {}
     for layer, action in zip(shape.layers, plan, strict=True):
@@ -140,8 +145,8 @@ def _backward_phases(shape: ModelShape, n: int, layers: Sequence[_LayerCosts], a
 
 
 def _fetched_ahead(layers: Sequence[_LayerCosts]) -> list[int]:
-    """For each layer's backward, the last layer first: bytes already fetched for the offloaded layer before it. The first
-    offloaded layer that is fetched starts this (`offload.OffloadedLayer`)."""
+    """For each layer's backward, the last layer first: bytes already fetched for the offloaded layer before it. The
+    first offloaded layer that is fetched starts this (`offload.OffloadedLayer`)."""
     before, last = [], 0
     for layer in layers:
         before.append(last)

@@ -1,8 +1,10 @@
-"""Bytes and FLOPs of one decoder layer: what each action saves for the backward, what runs need besides, what is recomputed.
+"""Bytes and FLOPs of one decoder layer: what each action saves for the backward, what runs need besides, what is
+recomputed.
 
-Symbols: N tokens of a step, T tokens per sequence, E hidden size, Q and K widths of queries and of keys (or values), F width of the
-MLP, R LoRA rank, e bytes of the compute dtype. docs/memory.md has the formulas in words. The order of allocations is that of
-`overlays.layer` and `ops.lora`; each `max` below runs over the points at which most is allocated.
+Symbols: N tokens of a step, T tokens per sequence, E hidden size, Q and K widths of queries and of keys (or values), F
+width of the MLP, R LoRA rank, e bytes of the compute dtype. docs/memory.md has the formulas in words. The order of
+allocations is that of `overlays.layer` and `ops.lora`; each `max` below runs over the points at which most is
+allocated.
 """
 
 from dataclasses import dataclass
@@ -11,8 +13,9 @@ from hasten.training.memory.actions import ActivationAction
 from hasten.training.memory.layer_shape import FP32, LayerShape, Linears
 
 UNFUSED_BYTES = 9
-"""Bytes that plain torch and PEFT save for each number that the fused path saves: casts, norms in fp32, results of matmuls before
-and after an addition. An upper bound, compared with measured bytes by tests/training/test_memory_costs.py."""
+"""Bytes that plain torch and PEFT save for each number that the fused path saves: casts, norms in fp32, results of
+matmuls before and after an addition. An upper bound, compared with measured bytes by
+tests/training/test_memory_costs.py."""
 SCORE = 8
 """Bytes that attention in plain torch saves per score: softcapped, in fp32, and as an attention weight."""
 STATISTICS = 2 * FP32
@@ -66,7 +69,8 @@ def _saved_by_attention(layer: LayerShape, n: int, length: int, e: int) -> int:
 
 
 def _saved_mlp_input(layer: LayerShape, n: int, e: int) -> int:
-    """Hidden states before the MLP (in a parallel block they are attention's own), and the MLP's output if a norm follows."""
+    """Hidden states before the MLP (in a parallel block they are attention's own), and the MLP's output if a norm
+    follows."""
     e = _bytes_per_number(layer, e)
     own = 0 if layer.overlay_config.residual == "parallel" else n * (layer.hidden * e + STATISTICS)
     return own + _saved_by_branch_norm(layer, n, e)
@@ -84,7 +88,8 @@ def _saved_by_branch_norm(layer: LayerShape, n: int, e: int) -> int:
 
 
 def _adapters(linears: Linears, n: int, e: int) -> int:
-    """x A^T of the LoRAs of one (packed) matmul, and their A and B in the compute dtype: A stacked, B block-diagonal."""
+    """x A^T of the LoRAs of one (packed) matmul, and their A and B in the compute dtype: A stacked, B
+    block-diagonal."""
     rank = sum(one.rank for one in linears)
     return rank * (n + linears[0].columns + sum(one.rows for one in linears)) * e
 
@@ -112,7 +117,8 @@ def forward_bytes(
 
 
 def _scaled_branch(layer: LayerShape, n: int, e: int) -> int:
-    """Attention's output before its residual multiplier, which no backward needs and the forward still refers to in the MLP."""
+    """Attention's output before its residual multiplier, which no backward needs and the forward still refers to in the
+    MLP."""
     return n * layer.hidden * e if layer.overlay_config.multiplier != 1.0 else 0
 
 
@@ -131,8 +137,8 @@ def _mlp_forward(layer: LayerShape, saves_all: bool, n: int, tile: int | None, e
 def backward_bytes(
     layer: LayerShape, action: ActivationAction, tokens: int, length: int, tile: int | None, itemsize: int
 ) -> tuple[int, int]:
-    """Returns the most that the backward of a layer's MLP, and of its attention, hold: activations saved or recomputed, the
-    gradient of the output, buffers. Gradients of weights are not included."""
+    """Returns the most that the backward of a layer's MLP, and of its attention, hold: activations saved or recomputed,
+    the gradient of the output, buffers. Gradients of weights are not included."""
     n, e = tokens, itemsize
     hidden = n * layer.hidden * e
     by_attention = _saved_by_attention(layer, n, length, e)
@@ -159,7 +165,8 @@ def backward_bytes(
 
 
 def _tile_backward(layer: LayerShape, tokens: int, e: int) -> int:
-    """Gate and up, their activation or its gradient, the tile's input and output, dense weights; weight gradients summed in fp32."""
+    """Gate and up, their activation or its gradient, the tile's input and output, dense weights; weight gradients
+    summed in fp32."""
     trained = sum(one.rows * one.columns for one in (*layer.gate_up, *layer.down) if one.trained)
     return tokens * (3 * layer.intermediate + 2 * layer.hidden) * e + _mlp_dense_copies(layer, e) + trained * FP32
 
@@ -171,8 +178,9 @@ def _mlp_dense_copies(layer: LayerShape, e: int) -> int:
 def _attention_backward(layer: LayerShape, n: int, length: int, e: int) -> int:
     """Beyond what attention saved and the gradient of its output projection's result.
 
-    Gradients of attention's output and of q, k, v; cuDNN sums dq in fp32 and, with grouped queries, makes dk and dv per query head.
-    Then, with attention's saved activations freed, the two buffers of the QKV projection and the gradient of its input.
+    Gradients of attention's output and of q, k, v; cuDNN sums dq in fp32 and, with grouped queries, makes dk and dv per
+    query head. Then, with attention's saved activations freed, the two buffers of the QKV projection and the gradient
+    of its input.
     """
     q, qkv = n * layer.queries, n * (layer.queries + 2 * layer.keys)
     attention = (q + qkv) * e + n * layer.heads * FP32

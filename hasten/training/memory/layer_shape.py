@@ -1,4 +1,5 @@
-"""The sizes of one decoder layer that the memory formulas need, read from modules: on the meta device or of a live model."""
+"""The sizes of one decoder layer that the memory formulas need, read from modules: on the meta device or of a live
+model."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace

@@ -1,4 +1,5 @@
-"""Decides which plan a batch gets: how much memory there is, what else the process holds, and a cache of plans per batch shape."""
+"""Decides which plan a batch gets: how much memory there is, what else the process holds, and a cache of plans per
+batch shape."""
 
 from __future__ import annotations
 
@@ -35,12 +36,13 @@ PLAN_CACHE_SIZE = 256
 
 
 class Planner:
-    """Makes and caches the plans of one model. `latest`: the plan of the running or last step, None before the first one."""
+    """Makes and caches the plans of one model. `latest`: the plan of the running or last step, None before the first
+    one."""
 
     def __init__(self, model: Any, mode: bool | str, budget: int | None, tile: int | None) -> None:
-        """model: a causal LM. mode: False, True, "offload" or "auto". budget: bytes on the device that the process may use,
-        None = what is free when a plan is made. tile: tokens per tile of MLPs if the user asked for tiles, None = the plan
-        chooses."""
+        """model: a causal LM. mode: False, True, "offload" or "auto". budget: bytes on the device that the process may
+        use, None = what is free when a plan is made. tile: tokens per tile of MLPs if the user asked for tiles, None =
+        the plan chooses."""
         self.model = model
         self.mode = mode
         self.budget = budget
@@ -49,7 +51,8 @@ class Planner:
         self.plans: dict[tuple[int, int, PlanKey], LayerPlan] = {}
         self.latest: LayerPlan | None = None
         self.other_bytes: int | None = None
-        """Of what the process held besides the model before its first step: batches, other models. None = not measured yet."""
+        """Of what the process held besides the model before its first step: batches, other models. None = not measured
+        yet."""
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: drops what was measured in this process."""
@@ -100,7 +103,8 @@ class Planner:
         return {next(layer.parameters()).device for layer in self.layers}
 
     def model_shape(self) -> ModelShape | None:
-        """Reads the model as it is now; None for layers that the formulas do not know, such as an MLP of the user's own."""
+        """Reads the model as it is now; None for layers that the formulas do not know, such as an MLP of the user's
+        own."""
         try:
             return ModelShape.of_model(self.model, compute_dtype(next(self.layers[0].parameters()).device))
         except CheckpointError as error:

@@ -1,7 +1,8 @@
-"""Runs each decoder layer by its ActivationAction: saves, recomputes or offloads its activations, with its MLP in tiles.
+"""Runs each decoder layer by its ActivationAction: saves, recomputes or offloads its activations, with its MLP in
+tiles.
 
-transformers calls `layer._gradient_checkpointing_func(function, hidden)` in training. An installed `LayerCheckpoint` takes that
-call, and stays installed whatever function a trainer sets, so nothing of transformers or torch is patched.
+transformers calls `layer._gradient_checkpointing_func(function, hidden)` in training. An installed `LayerCheckpoint`
+takes that call, and stays installed whatever function a trainer sets, so nothing of transformers or torch is patched.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ OFFLOADED = (ActivationAction.RECOMPUTE_MLP_OFFLOAD_REST, ActivationAction.OFFLO
 
 
 class LayerRunner:
-    """Runs the layers of one model. host: pinned CPU memory, per device. outgoing: per device, the last offloaded layer, whose
-    copies to the CPU may still run. previous: per device, the last offloaded layer of the running forward."""
+    """Runs the layers of one model. host: pinned CPU memory, per device. outgoing: per device, the last offloaded
+    layer, whose copies to the CPU may still run. previous: per device, the last offloaded layer of the running
+    forward."""
 
     def __init__(self, planner: Planner, advisor: OomAdvisor) -> None:
         self.planner = planner
@@ -59,7 +61,8 @@ class LayerRunner:
         return sum(memory.allocated for memory in self.host.values())
 
     def run(self, index: int, function: Callable[..., Any], *args: Any) -> Any:
-        """Runs the forward of layer `index`. function: the layer with its keyword arguments bound. args[0]: hidden states (B, T, E)."""
+        """Runs the forward of layer `index`. function: the layer with its keyword arguments bound. args[0]: hidden
+        states (B, T, E)."""
         hidden = args[0]
         if not torch.is_grad_enabled():
             return function(*args)

@@ -29,11 +29,11 @@ from hasten.weights.formats.base import tensor_bytes
 class ModelShape:
     """A causal LM. Bytes are those of one device.
 
-    itemsize: of the compute dtype, which is that of the hidden states. weights: all weights and buffers, trained ones and
-    adapters included. embedding, head: bytes of their gradients, 0 where they do not train; where the two are tied, head
-    has them. head_itemsize: of the head's stored weight. head_adapter: bytes of a LoRA on it. norm: bytes of the last
-    norm's gradient. moment_numbers: number of weights that train. lookup: bytes of an input embedding that could be
-    offloaded to CPU memory: frozen, untied, on the device.
+    itemsize: of the compute dtype, which is that of the hidden states. weights: all weights and buffers, trained ones
+    and adapters included. embedding, head: bytes of their gradients, 0 where they do not train; where the two are tied,
+    head has them. head_itemsize: of the head's stored weight. head_adapter: bytes of a LoRA on it. norm: bytes of the
+    last norm's gradient. moment_numbers: number of weights that train. lookup: bytes of an input embedding that could
+    be offloaded to CPU memory: frozen, untied, on the device.
     """
 
     layers: tuple[LayerShape, ...]
@@ -69,9 +69,9 @@ class ModelShape:
         dtype: torch.dtype = torch.bfloat16,
         offload_embedding: bool = False,
     ) -> "ModelShape":
-        """As `FastLanguageModel` would load the model on a GPU, with a LoRA of `rank` on all seven Linears of each layer,
-        or with every weight training. quantization: a choice of `weights.formats`, None = dense. dtype: the compute
-        dtype, and that of weights that are not quantised.
+        """As `FastLanguageModel` would load the model on a GPU, with a LoRA of `rank` on all seven Linears of each
+        layer, or with every weight training. quantization: a choice of `weights.formats`, None = dense. dtype: the
+        compute dtype, and that of weights that are not quantised.
 
         Raises CheckpointError for an architecture whose layers do not have these seven Linears.
         """

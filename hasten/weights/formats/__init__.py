@@ -1,4 +1,4 @@
-"""Storage formats of a Linear's weight, and the registry. Every decision that depends on the format asks it."""
+"""Storage formats of a Linear's weight, and the registry. Code that depends on the format looks it up here."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from hasten.weights.formats.int8 import INT8
 from hasten.weights.formats.nf4 import FP4, NF4
 
 FORMATS: tuple[WeightFormat, ...] = (NF4(), FP4(), INT8(), Dense())
-"""In the order in which they are asked. `Dense` comes last: it matches any floating-point weight."""
+"""The registry, in the order in which `matches` is called. `Dense` is last: it matches any floating-point weight."""
 
 
 def find_format(linear: nn.Module) -> WeightFormat | None:
@@ -24,11 +24,11 @@ def find_format(linear: nn.Module) -> WeightFormat | None:
 
 
 def format_of(linear: nn.Module) -> WeightFormat:
-    """As `find_format`. Raises TypeError for a module without a weight of a known format."""
+    """Returns the result of `find_format`. Raises TypeError for a module without a weight of a known format."""
     found = find_format(linear)
     if found is None:
         kind = type(getattr(linear, "weight", None)).__name__
-        raise TypeError(f"{type(linear).__name__} holds no weight that hasten can read (found {kind})")
+        raise TypeError(f"{type(linear).__name__} has no weight that hasten can read (found {kind})")
     return found
 
 

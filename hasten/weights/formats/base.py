@@ -11,9 +11,11 @@ from torch import nn
 from hasten.ops.lora import Weight
 
 CHUNK = 2**16
-"""Weights quantised at a time by `WeightFormat.fill`: small enough for the allocator to reuse the same memory."""
+"""Number of weights that `WeightFormat.fill` quantises at a time: small enough for the allocator to reuse the same
+memory."""
 SKIPPED = "modules_to_not_convert"
-"""The field of a `quantization_config` that lists modules left dense, where the format has no name of its own for it."""
+"""The field of a `quantization_config` that lists modules left dense, where the format has no name of its own for
+it."""
 
 
 class Matrix(Protocol):
@@ -53,8 +55,8 @@ class QuantizedTensor:
 class LoadPlan:
     """How a dense checkpoint is quantised while it is read.
 
-    config: the quantization_config for transformers' from_pretrained; None = hasten replaces the Linears itself, through
-    `WeightFormat.empty` and `fill`. kept_dense: names of modules that stay dense. notes: lines for the report.
+    config: the quantization_config for transformers' from_pretrained; None = hasten replaces the Linears itself,
+    through `WeightFormat.empty` and `fill`. kept_dense: names of modules that stay dense. notes: lines for the report.
     """
 
     config: Any = None
@@ -63,17 +65,17 @@ class LoadPlan:
 
 
 class WeightFormat(ABC):
-    """A stateless description of one storage format; every method takes the Linear or the tensor that it is about.
+    """A stateless description of one storage format; every method takes the Linear or tensor that it works on.
 
     A Linear in this format is an nn.Linear (or a subclass) that stores its codes as `weight`, a parameter or a buffer.
 
-    name: in reports and notes. load_argument: the `from_pretrained` argument that asks for it, None = no argument does.
-    by_default: used where no argument asks for a format. stored_argument: the load argument that may also be given for a
+    name: in reports and notes. load_argument: the `from_pretrained` argument that selects it, None = none does.
+    by_default: used if no argument selects a format. stored_argument: the load argument that may also be given for a
     checkpoint stored in this format (None = load_argument). choice: the spelling in `hasten ... --load` and
-    `estimate(quantization=)`, None = not offered. save_method: the spelling in `save_pretrained_merged`, None = cannot be
-    written. bits: per weight, without scales. exact: a dense checkpoint's values survive. trainable: the weight itself
-    can train. fused: `weight` returns an operand of `ops.lora`; False = the module's own forward always runs. package,
-    extra: the package that must be installed, and the extra of hasten that installs it.
+    `estimate(quantization=)`, None = not offered. save_method: the spelling in `save_pretrained_merged`, None = cannot
+    be written. bits: per weight, without scales. exact: a dense checkpoint's values survive. trainable: the weight
+    itself can train. fused: `weight` returns an operand of `ops.lora`; False = the module's own forward always runs.
+    package, extra: the package that must be installed, and the extra of hasten that installs it.
     """
 
     name: ClassVar[str]
@@ -140,8 +142,8 @@ class WeightFormat(ABC):
         return list(record.get(SKIPPED) or ())
 
     def fits(self, shape: tuple[int, ...], dtype: str, numbers: int, suffixes: Collection[str]) -> bool:
-        """Returns whether a stored tensor can be the codes of a weight of `numbers` values whose own shape is another
-        one.
+        """Returns whether a stored tensor can be the codes of a weight of `numbers` values, which have another shape
+        than the weight.
 
         shape, dtype: from the safetensors header ("U8", "BF16", ...). suffixes: the rest of the names of all tensors
         whose name starts with the weight's.
@@ -154,12 +156,13 @@ class WeightFormat(ABC):
         return []
 
     def plan_load(self, empty: nn.Module, dtype: torch.dtype, on_cpu: bool) -> LoadPlan:
-        """How to quantise a dense checkpoint into this format while it is read. empty: the model on the meta device."""
+        """Plans how to quantise a dense checkpoint into this format while it is read. empty: the model on the meta
+        device."""
         return LoadPlan(kept_dense=kept_dense_by_default(empty), notes=(f"quantisation: {self.name}",))
 
     def empty(self, linear: nn.Linear) -> nn.Module:
         """Returns a Linear of this format on the meta device, of the shape of `linear`."""
-        raise NotImplementedError(f"{self.name} has no Linear of its own to load into")
+        raise NotImplementedError(f"{self.name} cannot be loaded into: this format has no Linear class of its own")
 
     def fill(self, linear: Any, matrix: Matrix) -> None:
         """Quantises a stored matrix into an empty Linear of this format on the CPU, some output channels at a time.
@@ -183,7 +186,7 @@ class WeightFormat(ABC):
     # Export
 
     def quantize(self, dense: torch.Tensor) -> QuantizedTensor:
-        """`dense` (out, in) as this format stores it in a checkpoint."""
+        """Quantises `dense` (out, in) to the tensors that this format stores in a checkpoint."""
         raise NotImplementedError(f"{self.name} cannot be written")
 
     def export_config(self, dtype: torch.dtype, kept_dense: Sequence[str]) -> dict[str, Any] | None:
@@ -206,7 +209,7 @@ def tensor_bytes(*tensors: torch.Tensor) -> int:
 
 
 def kept_dense_by_default(empty: Any) -> list[str]:
-    """transformers' choice of modules to leave dense: the head, what is tied, the last module."""
+    """Returns transformers' choice of modules to leave dense: the head, tied modules, the last module."""
     from transformers.quantizers.base import get_keys_to_not_convert
 
     return get_keys_to_not_convert(empty)

@@ -1,8 +1,7 @@
 """Backward of FlashAttention-2: delta = rowsum(dO * O), then dK and dV per block of keys, dQ per block of queries.
 
 The attention weights are recomputed from the scores and the forward's lse. The dK/dV kernel loops over the query heads
-of a
-group, so K and V are never expanded, and there are no atomic adds: equal inputs give equal bits.
+of a group, so K and V are never expanded, and there are no atomic adds: equal inputs give equal bits.
 """
 
 from __future__ import annotations

@@ -2,10 +2,8 @@
 
 Forward: writes base + xa @ b, onto which the base matmul then accumulates (addmm, beta = 1).
 Backward: computes d_xa = dy @ b.T and d_b = dy.T @ xa from one read of dy. A program owns a strip of columns and walks
-down
-the rows: d_b is summed in registers, the partial d_xa of each strip is stored in fp32. Partial sums are added
-afterwards in
-a fixed order, so results are deterministic.
+down the rows: d_b is summed in registers, the partial d_xa of each strip is stored in fp32. Partial sums are added
+afterwards in a fixed order, so results are deterministic.
 
 N tokens (rows), F output channels (columns), R rank.
 """

@@ -1,12 +1,9 @@
 """The gated MLP on a GPU: gate and up share one buffer, and the backward overwrites it with their gradients.
 
 Two autograd Functions. `LoraGluFunction` runs everything up to the last matmul, saves all tensors and runs the whole
-backward.
-`DownFunction` runs the last matmul and saves nothing. torch's activation checkpointing stops recomputing a layer once
-every
-saved tensor is there, so the last matmul is not recomputed. Between the two runs a `grad_anchor`: a tensor of the
-output's
-shape without storage of its own, whose gradient is the gradient of the output.
+backward. `DownFunction` runs the last matmul and saves nothing. torch's activation checkpointing stops recomputing a
+layer once every saved tensor is there, so the last matmul is not recomputed. Between the two runs a `grad_anchor`: a
+tensor of the output's shape without storage of its own, whose gradient is the gradient of the output.
 
 N tokens, E hidden size, F intermediate size. h = act(gate) * up (N, F), the input of down. xa, a, b: see
 `kernels.linear`;

@@ -4,14 +4,12 @@ Two autograd Functions, as in `kernels.mlp`, but in reverse order. `TiledBackwar
 nothing: it saves the input and runs the whole backward, which recomputes gate and up tile by tile.
 `TiledForwardFunction`
 computes the output and saves nothing. So activation checkpointing, which stops at the last saved tensor, does not run
-the
-MLP's forward a second time before the backward recomputes it anyway. Weights are dequantised once per pass, for all
+the MLP's forward a second time before the backward recomputes it anyway. Weights are dequantised once per pass, for all
 tiles.
 
 One tensor goes from forward to backward outside of autograd: down_xa (h @ A.T of down, R numbers per token), which
-spares
-the backward the activation and a matmul over F. Autograd does not free it, so the backward does; a second backward
-through
+spares the backward the activation and a matmul over F. Autograd does not free it, so the backward does; a second
+backward through
 the same graph (retain_graph=True) recomputes it.
 
 Names as in `kernels.mlp`.
