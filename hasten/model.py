@@ -10,7 +10,7 @@ from hasten.export.base import find_base
 from hasten.inference import for_inference
 from hasten.loading import load
 from hasten.loading.adapter import attach
-from hasten.loading.embedding import leave_out_of_ddp
+from hasten.loading.embedding import exclude_from_ddp
 from hasten.methods import CausalLMMethods, PeftMethods
 from hasten.options import ALL_LINEAR, AdapterOptions, LoadOptions, none_if_left_out
 from hasten.patching import apply, plan
@@ -184,7 +184,7 @@ def _with_peft_methods(peft_model: Any, loaded: LoadOptions | None) -> Any:
     peft_model.__class__ = overlay_class(type(peft_model), PeftMethods, None)
     wants_fp32 = loaded is None or loaded.float32_mixed_precision is not False
     state_of(peft_model).trained_dtypes = lora.set_dtypes(peft_model, wants_fp32)
-    leave_out_of_ddp(peft_model)
+    exclude_from_ddp(peft_model)
     peft_model.train()
     return peft_model
 

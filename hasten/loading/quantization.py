@@ -1,4 +1,4 @@
-"""Decides how weights are stored: as the checkpoint stores them, or quantised while it is read. Asks
+"""Decides how weights are stored: as in the checkpoint, or quantised while it is read. Formats are in
 `weights.formats`."""
 
 import importlib.util
@@ -33,8 +33,8 @@ class Storage:
 
 
 def stored_name(config: Any) -> str | None:
-    """How the checkpoint's own weights are quantised: a format's name, another method's (e.g. "gptq"), None = not at
-    all."""
+    """Returns how the checkpoint's own weights are quantised: a format's name, another method's (e.g. "gptq"), None =
+    dense."""
     record = _record(config)
     if not record:
         return None
@@ -50,7 +50,7 @@ def stored_problems(config: Any, empty: PreTrainedModel, on_cpu: bool, options: 
     record = _record(config)
     found = formats.stored_format(record)
     if stored == "fp8" and found is None:
-        return ["the checkpoint holds fp8 weights, which a later version of hasten reads; use its dense original"]
+        return ["the checkpoint has fp8 weights, which this version of hasten does not read; use its dense original"]
     fits = None if found is None else found.stored_argument or found.load_argument
     other = [name for name in options.asked_storage if name != fits]
     default = str(formats.default().load_argument)
@@ -61,7 +61,7 @@ def stored_problems(config: Any, empty: PreTrainedModel, on_cpu: bool, options: 
     problems = []
     if other:
         problems.append(
-            f"{', '.join(other)} was asked for, but the checkpoint is stored as {stored} already; leave it out to load it "
+            f"{', '.join(other)} was asked for, but the checkpoint is already stored as {stored}; leave it out to load it "
             "as it is, or pass the dense original"
         )
     if found is not None:
@@ -82,7 +82,7 @@ def _record(config: Any) -> Mapping[str, Any]:
 def plan_storage(
     config: Any, empty: PreTrainedModel, dtype: torch.dtype, on_cpu: bool, options: LoadOptions
 ) -> Storage:
-    """How the weights will be stored, with notes for the report. empty: the model on the meta device."""
+    """Plans how the weights will be stored, with notes for the report. empty: the model on the meta device."""
     if options.own_quantization:
         own = options.extra["quantization_config"]
         return Storage(own, notes=["quantisation: by the caller's quantization_config"])

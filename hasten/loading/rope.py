@@ -1,9 +1,9 @@
-"""Plans RoPE scaling: as the caller asks, or as a `max_seq_length` beyond the checkpoint's needs.
+"""Plans RoPE scaling: as the caller asks, or as needed for a `max_seq_length` beyond the checkpoint's.
 
-transformers keeps the parameters in `config.rope_parameters`: one dict, or one per kind of layer (Gemma 3). What two
-fields mean depends on the scaling type, by convention of the published checkpoints:
+transformers keeps the parameters in `config.rope_parameters`: one dict, or one per kind of layer (Gemma 3). The meaning
+of `max_position_embeddings` depends on the scaling type, by convention of the published checkpoints:
 - "dynamic", and "linear" in one dict for all layers: `max_position_embeddings` stays the length before scaling;
-- the others, and "linear" in a dict per kind of layer: it is the length after scaling.
+- all other types, and "linear" in a dict per kind of layer: it is the length after scaling.
 """
 
 import copy
@@ -23,7 +23,7 @@ GLOBAL = "full_attention"
 
 @dataclass
 class RopePlan:
-    """changes: fields to set on the config. notes: for the report. problems: why it cannot be done."""
+    """changes: fields to set on the config. notes: for the report. problems: why the scaling is impossible."""
 
     changes: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -31,7 +31,7 @@ class RopePlan:
 
 
 def plan_rope(config: Any, family: Family | None, scaling: Mapping[str, Any] | None, max_seq_length: int) -> RopePlan:
-    """What must change in the (text) config for `scaling` and `max_seq_length`. Does not change it."""
+    """Plans the changes of the (text) config for `scaling` and `max_seq_length`. Does not change the config."""
     plan = RopePlan()
     limit = getattr(config, "max_position_embeddings", None)
     parameters = _rope_of(config)
@@ -153,7 +153,7 @@ def _plan_extension(
     reach = _reach(limit, rope, nested)
     if length <= reach:
         return
-    if _only_near(config, family, limit):
+    if _all_windowed(config, family, limit):
         plan.changes = {"max_position_embeddings": length}
         plan.notes.append(
             f"rope: unchanged for max_seq_length={length} (checkpoint: {limit}); every rotated layer has a window"
@@ -182,7 +182,7 @@ def _plan_extension(
     plan.notes.append(f"rope: extended from {reach} to {length} positions, {_described(rope)}")
 
 
-def _only_near(config: Any, family: Family | None, limit: int) -> bool:
+def _all_windowed(config: Any, family: Family | None, limit: int) -> bool:
     """Returns whether every layer with RoPE has a sliding window within the checkpoint's length, so that no extension
     is needed."""
     window = getattr(config, "sliding_window", None)

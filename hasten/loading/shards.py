@@ -1,4 +1,5 @@
-"""Reads the headers of safetensors files, to refuse a damaged or unfitting checkpoint before any weight is read.
+"""Reads the headers of safetensors files, to refuse a checkpoint that is damaged or does not fit before any weight is
+read.
 
 Format: 8 bytes little-endian length N, N bytes of JSON {tensor: {dtype, shape, data_offsets}}, then the tensors' bytes
 (https://huggingface.co/docs/safetensors).
@@ -137,7 +138,7 @@ def _read_index(path: Path) -> dict[str, str]:
     outside = [name for name in mapped.values() if not isinstance(name, str) or Path(name).name != name]
     if outside or not mapped:
         raise CheckpointError(
-            f"{path} names no shard, or files outside of its folder: {outside[:3]}. Download it again"
+            f"{path} lists no shard, or files outside of its folder: {outside[:3]}. Download it again"
         )
     return mapped
 
@@ -146,7 +147,7 @@ def _no_weights(folder: Path, single: str, index: str) -> str:
     pickles = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickles:
         return (
-            f"{folder} holds its weights as pickle only ({', '.join(pickles[:3])}), which can run code when it is read. "
+            f"{folder} has its weights only as pickle ({', '.join(pickles[:3])}), which can run code when it is read. "
             "Use a safetensors copy, or pass use_safetensors=False if you trust where it comes from"
         )
     return f"{folder} has neither {single} nor {index}. Pass a folder with the weights in it"

@@ -37,7 +37,7 @@ class TokenizerPlan:
 
 
 def read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """Returns the tokenizer in `folder`; nothing is asked of the network. Raises TokenizerError if there is none to
+    """Returns the tokenizer in `folder`, without network access. Raises TokenizerError if there is none or it cannot be
     read."""
     if not has_tokenizer(folder) and not trust_remote_code:
         raise TokenizerError(
@@ -71,14 +71,14 @@ def generation_eos_ids(folder: Path) -> list[int]:
 def plan_fixes(
     tokenizer: PreTrainedTokenizerBase, rows: int, eos_ids: Iterable[int], pad_id: int | None
 ) -> TokenizerPlan:
-    """Which fixes are needed. Changes nothing.
+    """Plans the fixes that are needed. Does not change the tokenizer.
 
     rows: of the model's embedding. eos_ids: all ids at which the model stops. pad_id: the config's.
     """
     plan = TokenizerPlan(rows_needed=rows_needed(tokenizer))
     taken = {*as_ids(tokenizer.eos_token_id), *as_ids(tokenizer.bos_token_id), *eos_ids}
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id in taken:
-        was = "none" if tokenizer.pad_token is None else f"{tokenizer.pad_token}, which also begins or ends sequences"
+        was = "none" if tokenizer.pad_token is None else f"{tokenizer.pad_token}, which is also BOS or EOS"
         plan.pad = _spare_token(tokenizer, rows, taken, pad_id)
         if plan.pad is None:
             plan.pad = next(name for name in NEW_PAD if name not in tokenizer.get_vocab())

@@ -41,7 +41,7 @@ def replaced_forward(module: nn.Module) -> str | None:
     if own is None or (hasattr(module, "_hf_hook") and hasattr(module, "_old_forward")):
         return None
     owner = getattr(getattr(own, "__func__", own), "__qualname__", type(own).__name__)
-    return f"its forward was replaced on the instance by {owner}; apply overlays before {owner} replaces the forward"
+    return f"its forward was replaced on the instance by {owner}; apply overlays before it is replaced"
 
 
 def check_norm(module: nn.Module, config: NormConfig) -> list[str]:
