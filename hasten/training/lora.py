@@ -18,11 +18,12 @@ EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
 def build(model: Any, options: AdapterOptions, read_dense: Callable[[str], torch.Tensor] | None = None) -> Any:
-    """Returns PEFT's model around `model`, LoRA A drawn from `options.random_state`; the caller's RNG is untouched.
+    """Returns PEFT's model around `model`, LoRA A drawn from `options.random_state`; the caller's random generators do
+    not change.
 
     read_dense: reads a dense tensor of the base checkpoint by name, for LoftQ (None = there is no such checkpoint).
-    Embedding and head in `target_modules` are trained fully instead (moved to `modules_to_save`); tied weights stay
-    tied. Raises OptionError for names that match nothing, before the model is changed.
+    If `target_modules` names embedding or head, they are trained fully instead (moved to `modules_to_save`); tied
+    weights stay tied. Raises OptionError for names that match nothing, before the model is changed.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -122,7 +123,8 @@ def _check(
         problems += loftq.problems(model, dict(options.loftq_config))
         if read_dense is None:
             problems.append(
-                "loftq_config needs the dense checkpoint that the base was quantised from, and there is none"
+                "loftq_config needs the dense checkpoint that the base was quantised from, and none was found; load the base from a "
+                "dense checkpoint, or leave loftq_config out"
             )
     if problems:
         raise OptionError("get_peft_model", problems)

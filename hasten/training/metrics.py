@@ -1,5 +1,5 @@
-"""Metrics of a training run: one line of metrics.jsonl per logged step, tokens counted from the batches of the
-model."""
+"""Records the metrics of a training run: one line of metrics.jsonl per logged step, tokens counted from the model's
+batches."""
 
 import json
 import math
@@ -54,9 +54,7 @@ class TokenCounter:
             return
         mask = kwargs.get("attention_mask")
         self._tokens = self._tokens + (labels.numel() if mask is None else mask.sum())
-        self._learned = (
-            self._learned + (labels[:, 1:] != IGNORE_INDEX).sum()
-        )  # the first token is predicted from nothing
+        self._learned = self._learned + (labels[:, 1:] != IGNORE_INDEX).sum()  # no position predicts the first token
 
     def take(self) -> tuple[int, int]:
         """Returns (tokens, tokens with a label) since the last call."""
@@ -67,7 +65,7 @@ class TokenCounter:
 
 @contextmanager
 def counting(model: torch.nn.Module) -> Iterator[TokenCounter]:
-    """Counts the tokens of the batches that `model` gets in training mode, inside the context."""
+    """Counts the tokens of the batches that `model` gets in training mode, inside the block."""
     counter = TokenCounter()
     handle = model.register_forward_pre_hook(counter, with_kwargs=True)
     try:
@@ -111,7 +109,8 @@ def losses(rows: Sequence[Mapping[str, Any]], name: str = "loss") -> list[tuple[
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak bytes that torch allocated on the GPU, or the peak resident size of this process where there is none."""
+    """Returns the peak bytes that torch allocated on the GPU, or without a GPU the peak resident size of this
+    process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB, on macOS in bytes

@@ -1,4 +1,5 @@
-"""Follows a Trainer: progress line, metrics.jsonl, loss curve, and a stop at the first gradient or loss that is not finite."""
+"""Monitors a Trainer: progress line, metrics.jsonl, loss curve, and a stop at the first gradient or loss that is not
+finite."""
 
 import math
 import time
@@ -102,7 +103,8 @@ class TrainingMonitor(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Writes one line of metrics and updates the progress line. Raises TrainingError where the loss is not finite."""
+        """Writes one line of metrics and updates the progress line. Raises TrainingError where the loss is not
+        finite."""
         logs = logs or {}
         if "loss" in logs and not math.isfinite(logs["loss"]):
             raise self._not_finite(f"the loss ({logs['loss']})", state.global_step)
@@ -152,6 +154,6 @@ class TrainingMonitor(TrainerCallback):
         written = [row["step"] for row in self.file.rows()] if self._main else []
         last = f"the last good step is {written[-1]}" if written else "no step before it was logged"
         return TrainingError(
-            f"step {step}: {what} is not finite; {last}. Training stopped, and nothing was saved after it. Lower the "
+            f"step {step}: {what} is not finite; {last}. Training stopped, and no later checkpoint was saved. Lower the "
             "learning rate, set max_grad_norm, or use bfloat16 or float32 instead of float16"
         )

@@ -1,5 +1,4 @@
-"""The sizes of one decoder layer that the memory formulas need, read from modules: on the meta device or of a live
-model."""
+"""Reads the sizes of one decoder layer for the memory formulas from modules: on the meta device or of a live model."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -92,7 +91,7 @@ class LayerShape:
         return sum(one.adapter + one.trained for one in (*self.gate_up, *self.down))
 
     def sdpa(self, length: int) -> bool:
-        """Returns whether unpacked, unpadded sequences of `length` tokens take torch's fused attention on a GPU."""
+        """Returns whether unpacked, unpadded sequences of `length` tokens run torch's fused attention on a GPU."""
         return attention_backend(length, self.attention.window, self.attention.softcap, spans=False) == "sdpa"
 
 
@@ -100,7 +99,7 @@ def read_layers(
     model: Any, read: Callable[[Any], LinearShape], fused: bool, trained_itemsize: int | None
 ) -> tuple[LayerShape, ...]:
     """Returns every decoder layer, each Linear through `read`. trained_itemsize: bytes of an element of the norms'
-    gradients (0 = they do not train); None = a live model, which says itself what trains."""
+    gradients (0 = they do not train); None = a live model, where `requires_grad` says it."""
     family, config = family_of(model), model.config
     found = []
     for index, layer in enumerate(decoder_layers(model)):
@@ -114,7 +113,7 @@ def read_layers(
         missing = [name for owner, names in groups for name in names if not hasattr(owner, name)]
         if missing:
             raise CheckpointError(
-                f"memory cannot be estimated for {type(layer).__name__}: it has no {', '.join(missing)}"
+                f"memory cannot be estimated for {type(layer).__name__}, which has no {', '.join(missing)}"
             )
         modules = [[getattr(owner, name) for name in names] for owner, names in groups]
         shapes = [tuple(map(read, group)) for group in modules]
@@ -144,7 +143,7 @@ def decoder_layers(model: Any) -> Any:
     layers = getattr(model.get_decoder(), "layers", None)
     if layers is None:
         raise CheckpointError(
-            f"memory cannot be estimated for {type(model).__name__}: it has no list of decoder layers"
+            f"memory cannot be estimated for {type(model).__name__}, which has no list of decoder layers"
         )
     return layers
 
@@ -171,7 +170,7 @@ def live_linear(module: Any, dtype: torch.dtype) -> LinearShape:
 
 
 def _unless_packed(modules: list[Any], shapes: Linears) -> Linears:
-    """`shapes`, none of them dense where one matmul over all must first copy their weights into one tensor."""
+    """Returns `shapes`, marked as not dense if one matmul over all must first copy their weights into one tensor."""
     if len(modules) == 1 or is_packed(modules):
         return shapes
     return tuple(replace(one, dense=False) for one in shapes)
@@ -196,8 +195,7 @@ def bytes_when_loaded(linear: nn.Linear, weight_format: WeightFormat, itemsize: 
 
 
 def model_bytes(model: nn.Module, device: torch.device) -> int:
-    """Returns the bytes of all weights, scales and buffers of a live model on one device; what is shared (tied) counts
-    once."""
+    """Returns the bytes of all weights, scales and buffers of a live model on one device; tied tensors count once."""
     seen: set[int] = set()
     total = 0
     for module in model.modules():

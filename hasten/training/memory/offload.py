@@ -32,7 +32,7 @@ class HostChunk:
 
 
 class HostMemory:
-    """Chunks of CPU memory for one device, reused from step to step; pinned if the device is a GPU. free: not in use.
+    """Chunks of CPU memory for one device, reused in later steps; pinned if the device is a GPU. free: not in use.
     allocated: bytes of all chunks. to_host, to_device: the streams of the copies, None on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
@@ -46,7 +46,7 @@ class HostMemory:
     def take(self, size: int) -> list[HostChunk]:
         """Returns chunks for `size` bytes, allocating those that are missing."""
         count = -(-size // CHUNK)
-        while len(self.free) < count:  # before any is taken, so that none is lost if the allocation fails
+        while len(self.free) < count:  # before any chunk is taken, so that none is lost if the allocation fails
             self.free.append(HostChunk(torch.empty(CHUNK, dtype=torch.uint8, pin_memory=self.to_host is not None)))
             self.allocated += CHUNK
         return [self.free.pop() for _ in range(count)]
@@ -184,7 +184,7 @@ class OffloadedLayer:
         self.storages = dict(enumerate(self.storages.values()))  # data pointers may be reused from here on
 
     def fetch(self) -> None:
-        """Starts the copies back to the device of all storages that are not there."""
+        """Starts the copies back to the device of all storages that are not on the device."""
         for stored in self.storages.values():
             if stored.fetched is None and stored.uses:
                 if stored.outgoing is not None:  # of the last layer, never released; its copy may still read it
@@ -216,9 +216,8 @@ class OffloadedLayer:
         return tensor
 
     def __del__(self) -> None:
-        """Returns the CPU memory to the pool. Device memory must not be reused while a copy that nobody waited for uses
-        it; since this may run in any stream, thread or garbage collection, the allocator does the waiting
-        (`outlive`)."""
+        """Returns the CPU memory to the pool. Device memory must not be reused while an unfinished copy uses it. Since
+        this may run in any stream or thread, or in garbage collection, the allocator does the waiting (`outlive`)."""
         if sys.is_finalizing():
             return
         for stored in self.storages.values():

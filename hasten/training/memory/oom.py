@@ -1,8 +1,8 @@
 """Explains out-of-memory errors of a training step: what the step was, and which changes would lower its peak.
 
 A forward, and a layer that is recomputed, run inside `OomAdvisor.advising`, which adds a note to the error. The rest of
-a backward runs without any Python frame of ours; there torch's observer of failed allocations logs the same text just
-before the error.
+a backward has no Python code of hasten on its stack; there torch's observer of failed allocations logs the same text
+just before the error.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class OomAdvisor:
         self._is_attached = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies: drops what belongs to a running step, and to this process's observer."""
+        """Drops the state of a running step and of this process's observer from copies."""
         return {**self.__dict__, "_depth": 0, "_graph_task": NO_BACKWARD, "_is_attached": False}
 
     @contextlib.contextmanager
     def advising(self, batch_shape: tuple[int, int] | None) -> Iterator[None]:
-        """For a forward over a batch of this shape, or a part of it: an out-of-memory error gets the advice as a
-        note."""
+        """Adds the advice as a note to an out-of-memory error inside the block: a forward over a batch of this shape,
+        or a part of it."""
         self.batch_shape = batch_shape
         self._depth += 1
         try:
@@ -61,7 +61,7 @@ class OomAdvisor:
         """Describes the last step and every change that would lower its peak, in bytes; None for a model of unknown
         shape.
 
-        Makes no new plan: measuring the bandwidth would allocate memory that is not there.
+        Makes no new plan: measuring the bandwidth would allocate memory, of which there is none left.
         """
         planner = self.planner
         shape = planner.model_shape() if self.batch_shape is not None and planner.layers else None
@@ -81,8 +81,8 @@ class OomAdvisor:
     def watch_backward(self, outputs: Any) -> None:
         """Marks the backward through `outputs` (a tensor, or a tuple or mapping of them) as this model's own.
 
-        A hook on the graph remembers the id of the backward when it begins. Adds no node to the graph and keeps nothing
-        alive.
+        A hook on the graph remembers the id of the backward when it begins. Adds no node to the graph and keeps no
+        tensor alive.
         """
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return

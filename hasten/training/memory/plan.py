@@ -25,7 +25,7 @@ TILE_OVERHEAD = 300
 """Cost of each further tile, as tokens of an MLP's forward: weights are read again, small kernels are launched again
 (docs/log.md)."""
 SUSTAINED_FRACTION = 0.75
-"""Of the matmul speed of a short measurement, what a whole step sustains: a GPU under load lowers its clock."""
+"""Fraction of a short measurement's matmul speed that a whole step sustains: a GPU under load lowers its clock."""
 COPY_OVERHEAD = 0.02
 """Fraction of a hidden copy's time that still counts: copies and kernels compete for the device's memory bandwidth."""
 ON_DEVICE = (ActivationAction.RECOMPUTE, ActivationAction.RECOMPUTE_MLP, ActivationAction.SAVE_ALL)
@@ -37,7 +37,7 @@ DESCRIPTIONS = {
     ActivationAction.RECOMPUTE: "are recomputed from their input",
     ActivationAction.OFFLOAD: "are recomputed from their input, which is offloaded to CPU memory",
 }
-"""What layers do, as the end of a sentence."""
+"""Descriptions of the actions, to follow "n layers"."""
 Mix = Callable[[int], tuple[ActivationAction, ...]]
 """Number of layers -> their actions."""
 
@@ -149,8 +149,8 @@ class _Search:
         return saved_bytes(layer, action, self.batch * self.length, self.length, self.shape.itemsize).host
 
     def cost(self, plan: LayerPlan) -> float:
-        """Extra work of a step compared with saving everything: seconds where the device's speed is known, else
-        FLOPs."""
+        """Returns the extra work of a step compared with saving all activations: seconds where the device's speed is
+        known, else FLOPs."""
         tokens, cost = self.batch * self.length, 0.0
         for (layer, action), count in Counter(zip(self.shape.layers, plan.actions, strict=True)).items():
             flops = recompute_flops(layer, action, tokens, self.length)
@@ -164,8 +164,7 @@ class _Search:
         return cost
 
     def maximize(self, less: Mix, more: Mix, tile: int | None) -> LayerPlan:
-        """Gives as many layers as fit the mix that saves more, by bisection; none, whether that fits or not, if one is
-        too many."""
+        """Gives the mix that saves more to as many layers as fit, found by bisection; to none if one is too many."""
         layers = len(self.shape.layers)
 
         def plan(count: int) -> LayerPlan:
@@ -189,7 +188,7 @@ def _only(action: ActivationAction) -> Mix:
 def _interleave(
     mostly: ActivationAction, sometimes: ActivationAction, fraction: float, layers: int
 ) -> tuple[ActivationAction, ...]:
-    """`sometimes` for that fraction of the layers, evenly spread, `mostly` for the others."""
+    """Returns `sometimes` for that fraction of the layers, evenly spread, and `mostly` for the others."""
     return tuple(
         sometimes if math.floor((i + 1) * fraction) > math.floor(i * fraction) else mostly for i in range(layers)
     )

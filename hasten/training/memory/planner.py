@@ -1,5 +1,5 @@
-"""Decides which plan a batch gets: how much memory there is, what else the process holds, and a cache of plans per
-batch shape."""
+"""Chooses the plan of a batch from the available memory and what the process has allocated; caches plans per batch
+shape."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ALLOCATOR_FRACTION = 0.05
 MAX_PINNED_FRACTION = 0.6
 """Fraction of the free CPU memory that all processes of this machine together may pin."""
 UNKNOWN_PEAK = Peak("unknown", 0, 0, 0, 0, 0)
-"""Of a model whose layers the formulas do not know."""
+"""The plan of a model whose layers the formulas do not know."""
 MAX_EXACT_PLANS = 16
 """Number of plans made for the exact batch shape; after that, lengths are rounded up (`round_up_length`)."""
 PLAN_CACHE_SIZE = 256
@@ -51,11 +51,11 @@ class Planner:
         self.plans: dict[tuple[int, int, PlanKey], LayerPlan] = {}
         self.latest: LayerPlan | None = None
         self.other_bytes: int | None = None
-        """Of what the process held besides the model before its first step: batches, other models. None = not measured
-        yet."""
+        """Bytes that the process had allocated besides the model before its first step: batches, other models. None =
+        not measured yet."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies: drops what was measured in this process."""
+        """Drops measurements of this process from copies."""
         return {**self.__dict__, "plans": {}, "latest": None, "other_bytes": None}
 
     def plan(self, batch: int, length: int, pinned: int = 0) -> LayerPlan:
@@ -99,7 +99,7 @@ class Planner:
         )
 
     def devices(self) -> set[torch.device]:
-        """Returns the devices of the layers. Over several no plan is made, and every layer gets OFFLOAD."""
+        """Returns the devices of the layers. If there are several no plan is made, and every layer gets OFFLOAD."""
         return {next(layer.parameters()).device for layer in self.layers}
 
     def model_shape(self) -> ModelShape | None:
@@ -109,12 +109,14 @@ class Planner:
             return ModelShape.of_model(self.model, compute_dtype(next(self.layers[0].parameters()).device))
         except CheckpointError as error:
             if self.mode == "auto" and not self.plans:
-                logger.warning("no plan can be made, so every layer is recomputed and its input offloaded: %s", error)
+                logger.warning(
+                    "no memory plan can be made, so every layer is recomputed and its input offloaded: %s", error
+                )
             return None
 
     def _tiles(self) -> tuple[int | None, ...]:
-        """Returns the tile sizes that a plan may use; () = any. None of them where tiles would change dropout's random
-        numbers."""
+        """Returns the tile sizes that a plan may use: () = any, (None,) = none, since tiles would change dropout's
+        random numbers."""
         if any(not isinstance(layer.mlp, MLPOverlay) or _has_active_dropout(layer.mlp) for layer in self.layers):
             return (None,)
         return () if self.tile is None else (self.tile,)

@@ -2,7 +2,8 @@
 tiles.
 
 transformers calls `layer._gradient_checkpointing_func(function, hidden)` in training. An installed `LayerCheckpoint`
-takes that call, and stays installed whatever function a trainer sets, so nothing of transformers or torch is patched.
+takes that call, and stays installed even if a trainer sets another function, so neither transformers nor torch is
+patched.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class LayerRunner:
         self.previous: dict[torch.device, weakref.ref[OffloadedLayer]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies: drops what belongs to a running step."""
+        """Drops the state of a running step from copies."""
         return {**self.__dict__, "host": {}, "outgoing": {}, "previous": {}}
 
     def install(self) -> int:
@@ -85,12 +86,12 @@ class LayerRunner:
             self.outgoing[hidden.device] = offloaded
             self.previous[hidden.device] = weakref.ref(offloaded)
         if index == len(planner.layers) - 1:
-            self.advisor.watch_backward(out)  # of a model whose head is no overlay
+            self.advisor.watch_backward(out)  # the model's head has no overlay
         return out
 
     def _run_layer(self, tile: int | None, function: Callable[..., Any], *args: Any) -> Any:
-        """Returns the layer with its MLP in tiles. Bound to this step's tile: the recomputation must not follow a later
-        plan."""
+        """Returns the layer with its MLP in tiles. The tile is bound now: the recomputation must not use that of a
+        later plan."""
         with self.advisor.advising(self.advisor.batch_shape):
             return function(*args, mlp_tile=tile)
 
