@@ -1,4 +1,4 @@
-"""Checks whether hasten works on this machine: `look` gathers the facts, `examine` judges them."""
+"""Checks whether hasten works on this machine: `look` collects versions and hardware, `examine` finds the problems."""
 
 import os
 import platform
@@ -16,9 +16,9 @@ from packaging.specifiers import SpecifierSet
 Level = Literal["ok", "note", "problem"]
 
 NEEDED_DISK_GIB = 5.0
-"""Room for one 16-bit merge of a 1B model (2.5 GiB), twice: the finished model and the one being written."""
+"""Disk space in GiB for a 16-bit merge of a 1B model (2.5 GiB), twice: the finished model and the one being written."""
 OLDEST_CAPABILITY = (7, 5)
-"""The oldest GPU generation (Turing) that the CUDA builds of torch 2.11 and later hold kernels for."""
+"""The oldest GPU generation (Turing) that the CUDA builds of torch 2.11 and later support."""
 BF16_CAPABILITY = (8, 0)
 DEVELOPMENT = "test"
 WORTH_HAVING = ("triton", "vllm")
@@ -44,8 +44,8 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """The facts about a machine. installed: distribution name -> version. driver: an NVIDIA driver is loaded, whether
-    or not torch sees a GPU.
+    """Versions and hardware of a machine. installed: distribution name -> version. driver: an NVIDIA driver is loaded,
+    whether or not torch sees a GPU.
 
     needs: None where hasten's own requirements could not be read (neither installed nor run from its source folder).
     """
@@ -72,7 +72,8 @@ class Finding:
 
 
 def look(folder: Path | None = None) -> Machine:
-    """Gathers the facts of this machine. folder: where models are to be written (default: the working directory)."""
+    """Collects versions and hardware of this machine. folder: where models are to be written (default: the working
+    directory)."""
     import torch
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -97,7 +98,8 @@ def look(folder: Path | None = None) -> Machine:
 
 
 def own_requirements() -> tuple[SpecifierSet, tuple[Need, ...] | None]:
-    """hasten's bounds on Python and on packages: from its metadata if installed, else from its pyproject.toml."""
+    """Returns hasten's version bounds of Python and packages: from its metadata if installed, else from its
+    pyproject.toml."""
     try:
         facts = metadata.metadata("hasten")
         extras = facts.get_all("Provides-Extra") or []
@@ -115,7 +117,7 @@ def own_requirements() -> tuple[SpecifierSet, tuple[Need, ...] | None]:
 
 
 def examine(machine: Machine) -> list[Finding]:
-    """Returns every finding, in the order of the checks. Depends on nothing but `machine`."""
+    """Returns every finding, in the order of the checks. Depends only on `machine`."""
     findings = [_python(machine)]
     if machine.needs is None:
         findings.append(
@@ -135,7 +137,7 @@ def _python(machine: Machine) -> Finding:
         return Finding("python", "ok", machine.python)
     asked = machine.python_versions
     return Finding(
-        "python", "problem", f"{machine.python}, needs {asked}", f"make a virtual environment of Python {asked}"
+        "python", "problem", f"{machine.python}, needs {asked}", f"create a virtual environment with Python {asked}"
     )
 
 
@@ -197,13 +199,13 @@ def _version(name: str) -> str | None:
 
 
 def _can_write(folder: Path) -> bool:
-    """Returns whether files could be made under `folder`, which need not exist yet."""
+    """Returns whether files can be created under `folder`, which need not exist yet."""
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
 
 
 def _need(line: str, extras: Sequence[str] = ()) -> Need:
-    """Returns a requirement line. In installed metadata a marker (`extra == "train"`) says to which of `extras` it
+    """Parses a requirement line. In installed metadata a marker (`extra == "train"`) says to which of `extras` it
     belongs."""
     requirement = Requirement(line)
     marker = requirement.marker
@@ -214,5 +216,5 @@ def _need(line: str, extras: Sequence[str] = ()) -> Need:
 
 
 def _of_users(needs: Sequence[Need]) -> tuple[Need, ...]:
-    """Without what only hasten's own tests need."""
+    """Drops the requirements of hasten's own tests."""
     return tuple(need for need in needs if need.extra != DEVELOPMENT)

@@ -31,8 +31,8 @@ with compute, not how many bytes are needed."""
 @dataclass(frozen=True)
 class Estimate:
     """peak: bytes by part when most is allocated. plan: in words, which layers save, recompute or offload their
-    activations. fits: whether `total` is within the budget that was given. savings: what would lower `total`, largest
-    gain first."""
+    activations. fits: whether `total` is within the budget that was given. savings: changes that would lower `total`,
+    largest gain first."""
 
     peak: Peak
     plan: str
@@ -44,7 +44,7 @@ class Estimate:
         return self.peak.total
 
     def parts(self) -> dict[str, int]:
-        """Label of each part -> bytes; `total` is their sum."""
+        """Returns {label of each part: bytes}; `total` is their sum."""
         return {
             "weights": self.peak.weights,
             "gradients": self.peak.gradients,
@@ -83,10 +83,10 @@ def estimate(  # noqa: PLR0913
     first GPU). tiled_mlp: as `unsloth_tiled_mlp`. optimizer: "adamw",
     "adamw_8bit" or "paged", see `costs.peak`.
 
-    Not in it: the CUDA context, fragmentation by the allocator, `modules_to_save`, several GPUs.
+    Not included: the CUDA context, fragmentation by the allocator, `modules_to_save`, several GPUs.
 
-    Raises OptionError with every problem of the arguments, CheckpointError where there is no readable config or the
-    architecture has other layers than those that hasten knows.
+    Raises OptionError with every problem of the arguments, CheckpointError if there is no readable config or the
+    formulas do not cover the architecture's layers.
     """
     sizes = {"batch_size": batch_size, "seq_len": seq_len, "rank": rank}
     problems = [*_size_problems(sizes), *_storage_problems(quantization, full_finetuning)]
@@ -100,8 +100,10 @@ def estimate(  # noqa: PLR0913
         assert budget is not None
         speed = measure(torch.device("cuda")) if torch.cuda.is_available() else ASSUMED
         # The planner counts AdamW's moments.
-        room = budget + moments(shape, "adamw") - moments(shape, optimizer)
-        plan = plan_layers(shape, batch_size, seq_len, room, speed, (tile,) if tile and tiled_mlp != "auto" else ())
+        adamw_budget = budget + moments(shape, "adamw") - moments(shape, optimizer)
+        plan = plan_layers(
+            shape, batch_size, seq_len, adamw_budget, speed, (tile,) if tile and tiled_mlp != "auto" else ()
+        )
         actions, tile = plan.actions, plan.tile
     else:
         actions = with_tile([UNIFORM_ACTIONS[checkpointing]] * len(shape.layers), tile)
@@ -136,7 +138,7 @@ def _mode_problems(mode: bool | str, tiled: bool | int | str, optimizer: str) ->
     if mode not in CHECKPOINTING:
         problems.append(f"checkpointing={mode!r}: known are False, True, 'offload', 'auto' and 'unsloth'")
     if not (isinstance(tiled, bool) or tiled == "auto" or (isinstance(tiled, int) and tiled >= 1)):
-        problems.append(f"tiled_mlp={tiled!r}: pass False, True, 'auto' or a number of rows")
+        problems.append(f"tiled_mlp={tiled!r}: pass False, True, 'auto' or a number of tokens")
     if optimizer not in get_args(Optimizer):
         problems.append(f"optimizer={optimizer!r}: known are {', '.join(map(repr, get_args(Optimizer)))}")
     return problems

@@ -1,4 +1,4 @@
-"""FastLanguageModel: load a model, add a LoRA, switch between training and inference. Orchestration only."""
+"""Defines FastLanguageModel: load a model, add a LoRA, switch between training and inference. Orchestration only."""
 
 from typing import Any, ClassVar
 
@@ -22,7 +22,7 @@ from hasten.units import parse_bytes
 
 
 class FastLanguageModel:
-    """Loads causal language models of the Hugging Face ecosystem, with every overlay that applies."""
+    """A loader of Hugging Face causal language models, with every overlay that applies."""
 
     model_type: ClassVar[str | None] = None
 
@@ -208,7 +208,7 @@ def _adapter_problem(model: Any, options: AdapterOptions) -> str | None:
     if causal_lm_of(model) is not model:
         return _second_adapter(state.adapter_options, options)
     if loaded is not None and loaded.full_finetuning:
-        return "the model was loaded with full_finetuning=True, so all its weights train; load it without to add a LoRA"
+        return "the model was loaded with full_finetuning=True, so all its weights train; load it without full_finetuning to add a LoRA"
     if loaded is not None and loaded.offload_embedding and lora.trains_embedding(options):
         return "embed_tokens would train, and offload_embedding keeps it frozen in CPU memory; drop one of them"
     return None

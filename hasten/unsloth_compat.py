@@ -52,7 +52,7 @@ class _Submodules(importlib.abc.MetaPathFinder):
     """Raises for imports of submodules, with what hasten has instead."""
 
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> None:
-        """None for every other package. Raises DropInError for `unsloth.<name>`."""
+        """Returns None for every other package. Raises DropInError for `unsloth.<name>`."""
         if fullname.startswith(f"{NAME}.") and isinstance(sys.modules.get(NAME), _Unsloth):
             name = fullname.split(".")[1]
             raise DropInError(f"{fullname} was imported, but hasten is installed as {NAME}. {_instead(name)}")

@@ -1,4 +1,4 @@
-"""Arguments that several commands share. Choices come from the registries, which are imported only when they are
+"""Defines arguments that several commands share. Choices come from the registries, which are imported only when
 needed."""
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def save_methods() -> list[str]:
 
 
 class Checkpointing(StrEnum):
-    """As `use_gradient_checkpointing`."""
+    """The modes of `use_gradient_checkpointing`."""
 
     off = "false"
     on = "true"
@@ -51,7 +51,7 @@ class Checkpointing(StrEnum):
 
 
 class Optimizer(StrEnum):
-    """As in `estimate`."""
+    """The optimizers of `estimate`."""
 
     adamw = "adamw"
     eight_bit = "adamw_8bit"
@@ -69,4 +69,9 @@ Load = Annotated[
         help="Storage format of the weights: 16bit or a quantised one.",
     ),
 ]
-Method = Annotated[str, typer.Option(callback=one_of(save_methods), help="What to write, as save_pretrained_merged.")]
+Method = Annotated[
+    str,
+    typer.Option(
+        callback=one_of(save_methods), help="Form of the written model: save_method of save_pretrained_merged."
+    ),
+]

@@ -33,7 +33,8 @@ from hasten.training.metrics import MetricsFile, losses
 
 @dataclass(frozen=True)
 class Size:
-    """Amount of work. facts: of the standard library. epochs: of fine-tuning. batch: examples per fine-tuning step."""
+    """Size of the demo. facts: number of facts about the standard library. epochs: of fine-tuning. batch: examples per
+    fine-tuning step."""
 
     facts: int
     base: BaseSize
@@ -226,7 +227,7 @@ def _check(before: dict[str, Score], after: dict[str, Score], agreement: Agreeme
 
 
 def _model_options() -> dict[str, Any]:
-    """Sequences are short, so activation checkpointing is off."""
+    """Returns the loading arguments. Sequences are short, so activation checkpointing is off."""
     return {"max_seq_length": 128, "load_in_4bit": True, "use_gradient_checkpointing": False}
 
 

@@ -20,7 +20,7 @@ from hasten.weights import base_layer_of
 from hasten.weights.formats import WeightFormat
 
 SLACK = 1.15
-"""Times the bytes of codes and scales: what a format stores beside them."""
+"""Factor on the bytes of codes and scales, for everything else that a format stores."""
 SYNTHETIC_SEQUENCES, SYNTHETIC_LENGTH = 4, 64
 
 
@@ -75,7 +75,7 @@ def _bytes_of(plan: MergePlan, into: WeightFormat, name: str, slot: str | None, 
 
 
 def _quantizable(plan: MergePlan, kept_dense: list[str]) -> set[str]:
-    """Returns the slots of the weights that a loader will expect quantised: every Linear but the head."""
+    """Returns the slots of the weights that a loader will expect quantised: every Linear except the head."""
     return {
         name
         for name, slot in plan.slots.items()
@@ -100,8 +100,8 @@ def _kept_dense(plan: MergePlan) -> list[str]:
 def _kl(
     plan: MergePlan, dense: dict[str, torch.Tensor], changed: dict[str, torch.Tensor], rows: torch.Tensor | None
 ) -> float:
-    """Returns the mean KL(16-bit || quantised) over all positions, in nats; both models made of the tensors that were
-    written."""
+    """Computes the mean KL(16-bit || quantised) over all positions, in nats, of two models made of the written
+    tensors."""
     config = copy.deepcopy(plan.model.config)
     config.tie_word_embeddings = plan.tied
     if hasattr(config, "quantization_config"):

@@ -85,23 +85,24 @@ def _checked_length(model: Any, named: dict[str, Any], prompt: Prompt) -> dict[s
         return {}
     if prompt.longest == limit:
         raise InputError(
-            f"a prompt of {limit} tokens fills the max_seq_length={limit} that the model was loaded with, so nothing "
+            f"a prompt of {limit} tokens fills the max_seq_length={limit} that the model was loaded with, so no token "
             "can be generated. Load it with a longer max_seq_length, or shorten the prompt."
         )
     return _shortened(named, own.max_new_tokens is not None, prompt, limit - prompt.longest)
 
 
 def _new_tokens(max_new_tokens: int | None, max_length: int | None, width: int) -> int | None:
-    """New tokens that the two parameters allow after a prompt of `width`; max_new_tokens wins, as in transformers."""
+    """Returns the number of new tokens that the two parameters allow after a prompt of `width`; max_new_tokens wins, as
+    in transformers."""
     if max_new_tokens is not None:
         return max_new_tokens
     return None if max_length is None else max_length - width
 
 
-def _shortened(named: dict[str, Any], by_new_tokens: bool, prompt: Prompt, room: int) -> dict[str, Any]:
-    """Returns the arguments that allow `room` new tokens, in a copy of the caller's generation_config if there is
+def _shortened(named: dict[str, Any], by_new_tokens: bool, prompt: Prompt, allowed: int) -> dict[str, Any]:
+    """Returns the arguments that allow `allowed` new tokens, in a copy of the caller's generation_config if there is
     one."""
-    name, value = ("max_new_tokens", room) if by_new_tokens else ("max_length", prompt.width + room)
+    name, value = ("max_new_tokens", allowed) if by_new_tokens else ("max_length", prompt.width + allowed)
     config = named.get("generation_config")
     if config is None:
         return {name: value}

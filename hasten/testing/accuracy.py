@@ -9,7 +9,7 @@ from hasten.errors import AccuracyError
 
 
 def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    """||ours - reference|| / ||reference||, in fp64; inf for another shape or anything not finite."""
+    """Computes ||ours - reference|| / ||reference|| in fp64; inf if the shapes differ or a value is not finite."""
     if ours.shape != reference.shape:
         return float("inf")
     difference = (ours.detach().double() - reference.detach().double()).norm()

@@ -1,4 +1,5 @@
-"""Tiny models of every family, amplified so that a wrong factor or cast shows, and a byte tokenizer for them.
+"""Makes tiny models of every family, amplified so that a wrong factor or cast is visible, and a byte tokenizer for
+them.
 
 On a plain tiny random model a missing factor can shift logits by as little as 1e-7. So matrices are scaled up and
 vectors get noise, until every field of the data file changes the output measurably.
@@ -96,7 +97,7 @@ def tiny_model(
 
 
 def _exact_attention(config: Any, changes: dict[str, Any]) -> dict[str, str]:
-    """Older transformers choose sdpa by default even where it drops a softcap on scores."""
+    """Selects eager attention for a softcap on scores: older transformers choose sdpa by default, which ignores it."""
     softcapped = getattr(config, "attn_logit_softcapping", None) is not None
     chosen = changes.get("attn_implementation", "eager" if softcapped else None)
     return {"attn_implementation": chosen} if chosen is not None else {}
