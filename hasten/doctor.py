@@ -82,8 +82,8 @@ def look(folder: Path | None = None) -> Machine:
     cache = Path(HF_HUB_CACHE)
     gpus = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        facts = torch.cuda.get_device_properties(index)
-        gpus.append(Gpu(facts.name, (facts.major, facts.minor), facts.total_memory / 2**30))
+        gpu = torch.cuda.get_device_properties(index)
+        gpus.append(Gpu(gpu.name, (gpu.major, gpu.minor), gpu.total_memory / 2**30))
     return Machine(
         python=platform.python_version(),
         python_versions=python_versions,
@@ -101,10 +101,10 @@ def own_requirements() -> tuple[SpecifierSet, tuple[Need, ...] | None]:
     """Returns hasten's version bounds of Python and packages: from its metadata if installed, else from its
     pyproject.toml."""
     try:
-        facts = metadata.metadata("hasten")
-        extras = facts.get_all("Provides-Extra") or []
+        found = metadata.metadata("hasten")
+        extras = found.get_all("Provides-Extra") or []
         needs = tuple(_need(line, extras) for line in metadata.requires("hasten") or [])
-        return SpecifierSet(facts["Requires-Python"]), _of_users(needs)
+        return SpecifierSet(found["Requires-Python"]), _of_users(needs)
     except metadata.PackageNotFoundError:
         source = Path(__file__).parents[1] / "pyproject.toml"
     if not source.exists():

@@ -82,7 +82,7 @@ def install_as_unsloth() -> ModuleType:
 def run(path: str | Path, argv: Sequence[str] = ()) -> dict[str, Any]:
     """Runs a script written for unsloth as `python path *argv` would, and returns its globals.
 
-    Raises InputError if the file does not exist, and whatever the script raises.
+    Raises InputError if the file does not exist, and any error of the script.
     """
     script = Path(path)
     if not script.is_file():

@@ -65,9 +65,9 @@ def demo(
     """Pretrain a small language model, fine-tune it with QLoRA, evaluate it, merge it and check the merge. Needs no
     download."""
     quiet()
-    from hasten.demo.story import FULL, QUICK, tell
+    from hasten.demo.pipeline import FULL, QUICK, run_demo
 
-    tell(out, Console(), QUICK if quick else FULL)
+    run_demo(out, Console(), QUICK if quick else FULL)
 
 
 @app.command()

@@ -1,6 +1,6 @@
 """Merges one tensor at a time: W + scale * B @ A in fp32 over the base checkpoint's values, cast once.
 
-The sum runs on the CPU whatever device the model is on: the result is then bit-identical everywhere and takes no GPU
+The sum runs on the CPU for a model on any device: the result is then bit-identical everywhere and takes no GPU
 memory.
 """
 

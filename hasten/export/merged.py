@@ -68,7 +68,7 @@ class MergePlan:
 
 
 def plan_merge(model: nn.Module, dtype: torch.dtype | None) -> MergePlan:
-    """Reads the model and finds its base; raises ExportError for whatever cannot be merged. Nothing is changed.
+    """Reads the model and finds its base; raises ExportError for anything that cannot be merged. The model is not changed.
 
     `dtype`: None = each tensor keeps the dtype that it has in the base checkpoint.
     """

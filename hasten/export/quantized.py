@@ -107,18 +107,18 @@ def _kl(
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with init_empty_weights(include_buffers=False):
-        judge: Any = stock_class(plan.model)(config)
+        model: Any = stock_class(plan.model)(config)
     if rows is None:
         generator = torch.Generator().manual_seed(0)
         length = min(SYNTHETIC_LENGTH, config.get_text_config().max_position_embeddings)
         shape = (SYNTHETIC_SEQUENCES, length)
         rows = torch.randint(config.get_text_config().vocab_size, shape, generator=generator)
-    judge.load_state_dict(dense, strict=False, assign=True)
-    judge.tie_weights()
-    judge.eval()
-    before = [scores.clone() for scores in _log_probabilities(judge, rows)]
-    judge.load_state_dict(changed, strict=False, assign=True)
-    pairs = zip(before, _log_probabilities(judge, rows), strict=True)
+    model.load_state_dict(dense, strict=False, assign=True)
+    model.tie_weights()
+    model.eval()
+    before = [scores.clone() for scores in _log_probabilities(model, rows)]
+    model.load_state_dict(changed, strict=False, assign=True)
+    pairs = zip(before, _log_probabilities(model, rows), strict=True)
     return float(torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in pairs]).mean())
 
 

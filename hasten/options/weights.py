@@ -7,7 +7,7 @@ from hasten.options.values import not_yet
 from hasten.weights import formats
 
 OWN_ARGUMENT = "quantization_config"
-"""transformers' own argument: the caller chooses the quantiser, and no format of ours is used."""
+"""transformers' own argument: the caller chooses the quantiser, and none of hasten's formats is used."""
 PLANNED_ARGUMENTS: Mapping[str, str] = {"load_in_fp8": "use load_in_4bit, load_in_8bit or load_in_16bit"}
 """Arguments whose format is planned for later -> what to use until then."""
 

@@ -61,7 +61,7 @@ class BackboneOverlay(Overlay):
             elif position_ids is not None:
                 cache = past_key_values is not None or use_cache is True
                 if self._must_isolate(attention_mask, position_ids, cache):
-                    # transformers ignores packing beside a mask (here one without padding) or a cache.
+                    # transformers ignores packing if there is a mask (here one without padding) or a cache.
                     attention_mask, use_cache = None, False
             elif documents is not None and self.config._attn_implementation in MASKED:
                 raise InputError(

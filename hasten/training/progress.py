@@ -74,11 +74,11 @@ class TrainingMonitor(TrainerCallback):
             self._live = Progress(
                 TextColumn("step {task.completed}/{task.total}"),
                 BarColumn(bar_width=24),
-                TextColumn("{task.fields[facts]}"),
+                TextColumn("{task.fields[details]}"),
                 console=self._console,
                 refresh_per_second=4,
             )
-            self._task = self._live.add_task("", total=state.max_steps, completed=state.global_step, facts="")
+            self._task = self._live.add_task("", total=state.max_steps, completed=state.global_step, details="")
             self._live.start()
 
     def on_pre_optimizer_step(
@@ -144,11 +144,11 @@ class TrainingMonitor(TrainerCallback):
         if self._live is None:
             return
         minutes, seconds = divmod(round(row.eta_seconds), 60)
-        facts = (
+        details = (
             f"[bold]loss {row.loss:.3f}[/]  {row.tokens_per_second:,.0f} tokens/s  "
             f"ETA {minutes}:{seconds:02d}  {row.peak_memory_bytes / 2**30:.2f} GiB"
         )
-        self._live.update(self._task, completed=row.step, facts=facts)
+        self._live.update(self._task, completed=row.step, details=details)
 
     def _not_finite(self, what: str, step: int) -> TrainingError:
         written = [row["step"] for row in self.file.rows()] if self._main else []

@@ -148,7 +148,7 @@ def backward_bytes(
     if action is ActivationAction.SAVE_ALL or (recomputes and tile is None):
         wide = n * layer.intermediate * e
         most = base + _saved_by_mlp(layer, n, e)
-        # The activation's gradient; then gate's and up's overwrite gate and up, beside the input and its gradient.
+        # The activation's gradient; then gate's and up's overwrite gate and up; the input and its gradient exist too.
         most += max(wide + _dense_copy(layer.down, e), hidden + max(_dense_copy(layer.gate_up, e), hidden))
     else:
         most = base + max(hidden + _tile_backward(layer, min(n, tile or n), e), 2 * hidden)

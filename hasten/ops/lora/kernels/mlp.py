@@ -65,7 +65,7 @@ def gate_up_backward(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, list[torch.Tensor]]:
     """Overwrites `acts.gate_up` with the gradients of gate and up.
 
-    Returns what `parameter_gradients` of down needs beside dy: h (None unless `needs_h`), d_down_xa and d_b.
+    Returns what `parameter_gradients` of down needs in addition to dy: h (None unless `needs_h`), d_down_xa and d_b.
     """
     halves = acts.gate_up.chunk(2, dim=1)
     d_down_xa, d_b = lora_gradients(down, dy, acts.down_xa, acts.down_b)
