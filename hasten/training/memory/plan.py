@@ -121,7 +121,7 @@ class _Search:
     accumulates: bool
 
     def mixes(self, tiled: bool, always_tiled: bool) -> list[Mix]:
-        """Mixes from least to most device memory. tiled: MLPs can be recomputed on their own. always_tiled: all of them
+        """Returns the mixes, from least to most device memory. tiled: MLPs can be recomputed on their own. always_tiled: all of them
         are."""
         excluded = ActivationAction.RECOMPUTE_MLP if not tiled else ActivationAction.SAVE_ALL if always_tiled else None
         mixes: list[Mix] = [_only(action) for action in ON_DEVICE if action is not excluded]
