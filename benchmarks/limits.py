@@ -60,10 +60,11 @@ def attention_rates(batch: int = 4, heads: int = 32, length: int = 2048, width: 
 
 
 def _attention_ms(qkv: list[torch.Tensor]) -> dict[str, float]:
-    out = scaled_dot_product_attention(*qkv, is_causal=True)
+    q, k, v = qkv
+    out = scaled_dot_product_attention(q, k, v, is_causal=True)
     upstream = torch.randn_like(out)
     return {
-        "forward": milliseconds(lambda: scaled_dot_product_attention(*qkv, is_causal=True)),
+        "forward": milliseconds(lambda: scaled_dot_product_attention(q, k, v, is_causal=True)),
         "backward": milliseconds(lambda: torch.autograd.grad(out, qkv, upstream, retain_graph=True)),
     }
 

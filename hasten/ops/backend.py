@@ -1,4 +1,4 @@
-"""Selects the implementation of an op: by the tensor's device, or by name. Nothing is probed, and there is no silent fallback."""
+"""Selects the implementation of an op: by the tensor's device, or by name. There is no fallback at run time."""
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
@@ -10,7 +10,7 @@ Backend = Literal["reference", "triton"]
 
 
 def backend_for(x: torch.Tensor, wanted: Backend | None = None) -> Backend:
-    """`wanted` if given, else "triton" for a CUDA tensor and "reference" for any other."""
+    """Returns `wanted` if given, else "triton" for a CUDA tensor and "reference" for any other."""
     if wanted is not None:
         return wanted
     return "triton" if x.is_cuda else "reference"
@@ -23,7 +23,8 @@ def on_device(x: torch.Tensor) -> AbstractContextManager[Any]:
 
 @functools.cache
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one thread block may use. Without a GPU (Triton's interpreter) those of an H200: 227 KiB."""
+    """Returns the bytes of shared memory that one thread block may use. Without a GPU (Triton's interpreter) those of
+    an H200: 227 KiB."""
     if device.type != "cuda":
         return 227 * 2**10
     properties = torch.cuda.get_device_properties(device)

@@ -1,4 +1,4 @@
-"""Names of transformers' `from_pretrained` arguments that have no argument of ours, and what becomes of each."""
+"""Lists transformers' `from_pretrained` arguments that hasten passes on or refuses."""
 
 from collections.abc import Iterable, Mapping
 
@@ -35,7 +35,7 @@ REFUSED_ARGUMENTS: Mapping[str, str] = {
 
 
 def check(options: LoadFields) -> list[str]:
-    """Refuses arguments of transformers that contradict how weights are read here."""
+    """Refuses arguments of transformers that contradict how hasten reads weights."""
     found = [
         f"{name} is not supported: {REFUSED_ARGUMENTS[name]}" for name in options.extra if name in REFUSED_ARGUMENTS
     ]
@@ -45,7 +45,7 @@ def check(options: LoadFields) -> list[str]:
 
 
 def unknown_extra(options: LoadFields, config_fields: Iterable[str]) -> list[str]:
-    """A problem for each keyword argument that is no argument of transformers' and no field of the config."""
+    """Returns a problem for each keyword argument that is no argument of transformers' and no field of the config."""
     known = {*HUB_ARGUMENTS, *MODEL_ARGUMENTS, *REFUSED_ARGUMENTS, *load_arguments(), *config_fields}
     return unknown_names(
         options.extra, known | {"low_cpu_mem_usage"}, options.__dataclass_fields__, "a field of the config"
@@ -53,7 +53,7 @@ def unknown_extra(options: LoadFields, config_fields: Iterable[str]) -> list[str
 
 
 def unknown_names(given: Iterable[str], known: Iterable[str], arguments: Iterable[str], kind: str) -> list[str]:
-    """A problem for each of `given` that is not in `known`; `arguments` are suggested as well.
+    """Returns a problem for each of `given` that is not in `known`; `arguments` are suggested as well.
 
     kind: what the known names are, as in "neither an argument nor a LoraConfig field".
     """

@@ -1,4 +1,5 @@
-"""The arguments of `from_pretrained` and `get_peft_model`, their order and defaults. No rules: the checks import this file."""
+"""The arguments of `from_pretrained` and `get_peft_model`, their order and defaults. The checks are elsewhere, since
+they import this file."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -36,7 +36,7 @@ LOAD_RULES: Mapping[str, Rule] = {
     **tiling.RULES,
     **engine.RULES,
 }
-"""Argument -> the rule for its value alone."""
+"""Argument -> the validator of its value."""
 
 LOAD_CHECKS: tuple[Callable[[LoadFields], list[str]], ...] = (
     checkpointing.check,
@@ -47,21 +47,21 @@ LOAD_CHECKS: tuple[Callable[[LoadFields], list[str]], ...] = (
     qat.check,
     arguments.check,
 )
-"""One per feature; each returns the problems that it finds, with what to do instead."""
+"""One check per feature; each returns the problems that it finds, with what to do instead."""
 
 
 def bad_values(options: LoadFields) -> dict[str, str]:
-    """{argument: problem} for each argument whose value is invalid, whatever the other arguments are."""
+    """Returns {argument: problem} for each argument whose value is invalid, independently of the other arguments."""
     return broken_rules(options, LOAD_RULES)
 
 
 @dataclass(frozen=True)
 class LoadOptions(LoadFields):
-    """The arguments of `from_pretrained` (see `LoadFields`) and what follows from them."""
+    """The arguments of `from_pretrained` (see `LoadFields`) and values derived from them."""
 
     @classmethod
     def from_call(cls, *args: Any, extra: Mapping[str, Any] | None = None, **named: Any) -> Self:
-        """As the constructor; names among `extra` or `named` that are fields become fields, the rest `extra`."""
+        """Builds the options; names among `extra` or `named` that are fields become fields, the rest `extra`."""
         return cls(**fields_from_call(cls, args, {**named, **(extra or {})}))
 
     @property
@@ -76,8 +76,8 @@ class LoadOptions(LoadFields):
 
     @property
     def weight_format(self) -> str | None:
-        """The name of the weight format that was asked for, or of the default; None where weights stay as the checkpoint
-        stores them, and with `own_quantization`. Meaningful once validated.
+        """The name of the weight format that was asked for, or of the default; None where weights stay as the
+        checkpoint stores them, and with `own_quantization`. Meaningful once validated.
         """
         return weights.weight_format(self)
 
@@ -87,12 +87,13 @@ class LoadOptions(LoadFields):
         return EngineOptions.of(self)
 
     def readable(self) -> Self:
-        """A copy with invalid values replaced by their defaults, so that everything else can still be checked."""
+        """Returns a copy with invalid values replaced by their defaults, so that everything else can still be
+        checked."""
         defaults = type(self)()
         return dataclasses.replace(self, **{name: getattr(defaults, name) for name in bad_values(self)})
 
     def problems(self) -> list[str]:
-        """Every problem of the call that can be found without the checkpoint's config."""
+        """Returns every problem of the call that can be found without the checkpoint's config."""
         return [*bad_values(self).values(), *(problem for check in LOAD_CHECKS for problem in check(self))]
 
     def validate(self) -> None:

@@ -1,4 +1,4 @@
-"""Training: activation checkpointing and the memory policy, adapters, settings for TRL's trainers, and jobs."""
+"""Trains: activation checkpointing and the memory policy, adapters, settings for TRL's trainers, and jobs."""
 
 from hasten.training.modes import for_training
 from hasten.training.optimizers import StochasticAdamW, stochastic_adamw

@@ -40,5 +40,5 @@ def test_files_that_cannot_be_trained_on(tmp_path: Path) -> None:
         read_dataset(DataOptions(str(tmp_path / "data.txt")))
     with pytest.raises(DatasetError, match="data.text_field"):
         read_dataset(DataOptions(jsonl(tmp_path, [{"question": "a"}])))
-    with pytest.raises(DatasetError, match="1 examples have nothing in 'text'"):
+    with pytest.raises(DatasetError, match="1 examples have an empty 'text'"):
         read_dataset(DataOptions(jsonl(tmp_path, [{"text": "a"}, {"text": None}])))

@@ -225,7 +225,7 @@ def test_another_base_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixt
     shutil.copytree(tmp_path / "base", tmp_path / "copy")
     with caplog.at_level(logging.WARNING, "hasten"):
         attach(_base(tmp_path / "copy"), folder)
-    assert f"was trained on {tmp_path / 'base'}, and is attached to {tmp_path / 'copy'}" in caplog.text
+    assert f"was trained on {tmp_path / 'base'} and is attached to {tmp_path / 'copy'}" in caplog.text
 
 
 def test_a_second_adapter_is_refused(tmp_path: Path) -> None:

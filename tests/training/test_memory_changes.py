@@ -126,7 +126,7 @@ def test_a_model_of_unknown_shape_trains(mode: Any, action: ActivationAction, ca
     latest = policy_of(model).latest
     assert latest is not None and set(latest.actions) == {action} and "GiB" not in str(policy_of(model))
     assert torch.equal(found[0][0], found[1][0]) and gradients_apart(found[1][1], found[0][1]) < 1e-5
-    assert ("no plan can be made" in caplog.text) == (mode == "auto")
+    assert ("no memory plan can be made" in caplog.text) == (mode == "auto")
 
 
 def test_an_out_of_memory_error_of_such_a_model_stays_what_it_is() -> None:
