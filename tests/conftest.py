@@ -5,10 +5,12 @@ Every process of the tests, this one included, is kept offline and out of the wo
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from tiers import mark_full
 
 GUARD = str(Path(__file__).parent / "guard")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [GUARD, os.environ.get("PYTHONPATH")]))
@@ -25,14 +27,20 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_full(items)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
 
 
 @pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """hasten's own choice of backend, made "triton" for every tensor."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("hasten.") and hasattr(module, "backend_for"):
-            monkeypatch.setattr(module, "backend_for", lambda x, wanted=None: wanted or "triton")
+def kernels() -> Iterator[None]:
+    """hasten's choice of backend on a GPU, for CPU tensors too."""
+    from hasten.ops.backend import interpreted_kernels
+
+    with interpreted_kernels():
+        yield

@@ -73,6 +73,7 @@ def make_labels() -> torch.Tensor:
     return labels.to(DEVICE)
 
 
+@pytest.mark.grid(2)
 @both
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(("lora", "bias"), [(False, False), (True, False), (True, True)])

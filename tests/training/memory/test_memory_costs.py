@@ -35,19 +35,11 @@ def test_the_page_shows_what_is_predicted_now() -> None:
 @pytest.mark.skipif(
     torch.cuda.is_available(), reason="counts bytes in Triton's interpreter; a GPU's own are in the benchmarks"
 )
-@pytest.mark.parametrize(
-    ("family", "rank", "mode", "tile"),
-    [
-        ("llama", 2, False, None),
-        ("llama", 2, True, None),
-        ("llama", 2, False, 16),
-        ("llama", 2, True, 64),
-        ("llama", None, False, None),
-        ("gemma2", 2, False, None),
-        ("cohere", 2, True, None),
-        ("granite", 2, False, None),
-    ],
-)
+@pytest.mark.grid(1)
+@pytest.mark.parametrize("tile", [None, 16, 64])
+@pytest.mark.parametrize("mode", [False, True])
+@pytest.mark.parametrize("rank", [2, None])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "granite"])
 def test_a_step_of_the_fused_path_holds_what_is_predicted(
     family: str, rank: int | None, mode: bool, tile: int | None, kernels: None
 ) -> None:

@@ -1,5 +1,6 @@
 """The memory policy of a model that changes between steps, or during one; and of shapes that go on changing."""
 
+import contextlib
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -147,7 +148,7 @@ def actions() -> Iterator[list[ActivationAction]]:
     yield [ActivationAction.OFFLOAD, ActivationAction.RECOMPUTE_MLP_OFFLOAD_REST]
 
 
-@pytest.mark.parametrize("how", actions(), ids=str)
+@pytest.mark.parametrize("how", list(actions()), ids=str)
 def test_switching_while_a_backward_is_to_come(how: list[ActivationAction]) -> None:
     found = {}
     for switch in (False, True):
@@ -161,14 +162,16 @@ def test_switching_while_a_backward_is_to_come(how: list[ActivationAction]) -> N
     assert gradients_apart(found[True], found[False]) == 0
 
 
-@pytest.mark.parametrize("how", actions(), ids=str)
+@pytest.mark.parametrize("how", list(actions()), ids=str)
 def test_a_forward_that_fails_leaves_a_model_that_works(how: list[ActivationAction]) -> None:
     model = planned()
     fix_plan(model, how, 16)
     right = step(model, batch())
     model.zero_grad()
     hook = causal_lm_of(model).model.layers[1].mlp.down_proj.register_forward_pre_hook(_refuse)
-    with pytest.raises(RuntimeError, match="refused"):
+    tiled = how != [ActivationAction.SAVE_ALL]
+    told = pytest.warns(UserWarning, match="does not run in tiles") if tiled else contextlib.nullcontext()
+    with pytest.raises(RuntimeError, match="refused"), told:
         model(input_ids=batch(), labels=batch())
     hook.remove()
     mlps = [layer.mlp for layer in policy_of(model).layers]

@@ -63,6 +63,7 @@ def test_every_mode_gives_the_same_loss_and_gradients(kind: str, family: str) ->
         assert gradients_apart(found[mode][1], gradients) <= (0 if DEVICE == "cpu" else 1e-5)
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_action_gives_the_same_too(family: str, autocast: bool) -> None:
