@@ -25,6 +25,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 torch.set_num_threads(1)
+torch.set_warn_always(True)  # else once per process: which test fails by a warning would depend on those before it
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects

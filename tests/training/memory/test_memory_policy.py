@@ -30,7 +30,7 @@ def fix_plan(model: Any, actions: list[ActivationAction], tile: int | None = Non
     """Gives the layers these actions, whatever would fit."""
     planner = policy_of(model).planner
     plan = LayerPlan(tuple(actions[i % len(actions)] for i in range(len(planner.layers))), tile, NOWHERE)
-    object.__setattr__(planner, "_new_plan", lambda batch, length, pinned: plan)
+    planner.new_plan = lambda batch, length, pinned: plan
 
 
 def prepared(family: str, adapter: Any, nf4: bool = False, **changes: Any) -> Any:
