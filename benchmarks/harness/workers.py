@@ -1,5 +1,6 @@
 """A process that is started, asked and always ended: the other side of steps.py and longest.py's second process."""
 
+import contextlib
 import json
 import queue
 import subprocess
@@ -27,8 +28,9 @@ class Worker:
 
     def _read(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._lines.put(line)
+        with self._process.stdout as lines:
+            for line in lines:
+                self._lines.put(line)
         self._lines.put(None)
 
     def reply(self, timeout: float) -> dict[str, Any]:
@@ -40,6 +42,7 @@ class Worker:
             raise WorkerFailed(f"no answer within {timeout:.0f} s{self._tail()}") from None
         if line is None:
             code = self._process.wait()
+            self._close_stdin()
             raise WorkerFailed(f"died with exit code {code}{self._tail()}")
         answer = json.loads(line)
         if "error" in answer:
@@ -65,14 +68,18 @@ class Worker:
 
     def end(self) -> None:
         """Closes stdin, then kills the process if it does not end within 10 s. Safe to call twice."""
-        if self._process.poll() is None:
-            try:
-                assert self._process.stdin is not None
-                self._process.stdin.close()
-                self._process.wait(timeout=10)
-            except (subprocess.TimeoutExpired, BrokenPipeError):
-                self._kill()
+        self._close_stdin()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._kill()
+
+    def _close_stdin(self) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # the process is gone, and did not read what was sent
+            self._process.stdin.close()
 
     def _kill(self) -> None:
+        self._close_stdin()
         self._process.kill()
         self._process.wait()
