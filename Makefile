@@ -1,6 +1,6 @@
 # make demo   watch a small language model be trained, fine-tuned, merged and checked
 # make test   prove it: the test suite on the CPU
-# make test-full   what `make test` leaves out: exhaustive grids, compile tests
+# make test-full   what `make test` leaves out: the rest of the grids, compile tests
 # make docs   build the documentation into build/site, every warning an error
 PYTHON ?= python3
 BIN = .venv/bin
