@@ -8,6 +8,7 @@ changed.
 import copy
 import json
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,9 @@ def _fetch(source: str, token: str | bool | None, revision: str | None) -> Path:
 
 def _read_config(folder: Path) -> PeftConfig:
     try:
-        config = PeftConfig.from_pretrained(str(folder))
+        with warnings.catch_warnings():  # `attach` restores the field
+            warnings.filterwarnings("ignore", "`loftq_config` specified but will be ignored", UserWarning)
+            config = PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{folder / CONFIG} cannot be read: {error}") from error
     if config.is_prompt_learning or config.peft_type not in ("LORA", "TRAINABLE_TOKENS"):
