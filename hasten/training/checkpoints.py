@@ -7,11 +7,12 @@ import os
 import shutil
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from transformers import TrainerState
 
 from hasten.errors import TrainingError
 from hasten.export.durable import hidden_sibling, put_in_place, sync_tree
@@ -115,17 +116,17 @@ def examine(folder: Path) -> Checkpoint | list[str]:
         manifest = _manifest(folder)
         problems += _unlike(folder, manifest) if manifest is not None else _torn(folder)
         problems += [] if problems else _unreadable(folder)
-        state = {} if problems else json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
-        step = state.get("global_step") if isinstance(state, dict) else None
-    except (OSError, ValueError) as error:
-        return [f"it cannot be read ({error})"]
+        state = {} if problems else asdict(TrainerState.load_from_json(str(folder / TRAINER_STATE)))
+        step = state.get("global_step")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        return [f"it cannot be read ({type(error).__name__}: {error})"]
     if problems:
         return problems
     if not isinstance(step, int) or (folder.name.startswith(PREFIX) and folder.name != f"{PREFIX}{step}"):
         return [f"{TRAINER_STATE} is of step {step}"]
     if manifest is None:
         return Checkpoint(folder, step, state=state)
-    return Checkpoint(folder, step, manifest["fingerprint"], manifest.get("versions") or {}, state)
+    return Checkpoint(folder, step, manifest["fingerprint"], manifest["versions"], state)
 
 
 def set_aside_later(checkpoint: Checkpoint) -> None:
@@ -168,7 +169,8 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     content = json.loads(path.read_text(encoding="utf-8"))
-    fits = isinstance(content, dict) and all(isinstance(content.get(name), dict) for name in ("files", "fingerprint"))
+    parts = ("files", "fingerprint", "versions")
+    fits = isinstance(content, dict) and all(isinstance(content.get(name), dict) for name in parts)
     if not fits or not all(isinstance(facts, list) and len(facts) == 2 for facts in content["files"].values()):
         raise ValueError(f"{MANIFEST} is damaged")
     return content
@@ -179,7 +181,7 @@ def _unlike(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     problems = []
     for name, (size, digest) in manifest["files"].items():
         path = folder / name
-        if ".." in Path(name).parts or Path(name).is_absolute():
+        if not Path(name).parts or ".." in Path(name).parts or Path(name).is_absolute():
             problems.append(f"{MANIFEST} lists {name!r}, a file outside of the checkpoint")
         elif not path.is_file():
             problems.append(f"{name} is missing")
@@ -189,7 +191,9 @@ def _unlike(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
             problems.append(f"{name} was changed since it was written")
     listed = manifest["files"].keys()
     for what, names in NEEDED.items():
-        if not any(Path(name).parts[0] == path.name for name in listed for each in names for path in folder.glob(each)):
+        if not any(
+            Path(name).parts[:1] == (path.name,) for name in listed for each in names for path in folder.glob(each)
+        ):
             problems.append(f"{MANIFEST} lists no {what}")
     return problems
 

@@ -86,12 +86,33 @@ def resumable(trainer_class: type) -> Any:
             if self.args.should_save:
                 rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
 
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+            with _reading(resume_from_checkpoint, "weights"):
+                super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+            with _reading(checkpoint, "optimizer and scheduler"):
+                super()._load_optimizer_and_scheduler(checkpoint)
+
+        def _load_rng_state(self, checkpoint: str | None) -> None:
+            with _reading(checkpoint, "random state"):
+                super()._load_rng_state(checkpoint)
+
         def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
             if self.writing is None:  # while it is written the folder has another name
                 super()._push_from_checkpoint(checkpoint_folder)
 
     Resumable.__name__, Resumable.__qualname__ = trainer_class.__name__, trainer_class.__qualname__
     return Resumable
+
+
+@contextmanager
+def _reading(folder: str | None, what: str) -> Iterator[None]:
+    """Errors of torch, PEFT and safetensors about what a checkpoint holds become one that names it."""
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(f"the {what} of {folder} cannot be loaded ({type(error).__name__}: {error})") from error
 
 
 def resume_point(trainer: Any, asked: Any) -> Checkpoint | None:
@@ -122,12 +143,18 @@ def total_steps(trainer: Any) -> int:
 
 
 def load_weights(trainer: Any, checkpoint: Checkpoint) -> None:
-    """Gives the trainer's model the weights of `checkpoint`, without training."""
+    """Gives the trainer's model the weights that the run ended with: those of `checkpoint`, the last one, or of the best one
+    where that was asked for. Raises TrainingError where the best one is damaged."""
+    best = checkpoint.state.get("best_model_checkpoint")
+    if trainer.args.load_best_model_at_end and best:
+        checkpoint = _at(checkpoint.folder.parent / Path(best).name)
     trainer._load_from_checkpoint(str(checkpoint.folder))
 
 
 def refuse_used(folder: Path) -> None:
-    """Raises TrainingError if `folder` holds checkpoints, which a new run would mix with its own."""
+    """Raises TrainingError if `folder` holds checkpoints, which a new run would mix with its own, or is no folder."""
+    if folder.exists() and not folder.is_dir():
+        raise TrainingError(f"{folder} is a file; give another train.output_dir")
     if steps := steps_in(folder):
         raise TrainingError(
             f"{folder} holds checkpoints of an earlier run (steps {', '.join(map(str, steps[-5:]))}), and this would start a "
@@ -141,14 +168,16 @@ def sole_writer(folder: Path) -> Iterator[None]:
     if os.environ.get("RANK", "0") != "0":
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout as error:
         raise TrainingError(
             f"another process trains into {folder}; wait for it, or give another train.output_dir"
         ) from error
+    except OSError as error:
+        raise TrainingError(f"{folder} cannot be written ({error}); give another train.output_dir") from error
     try:
         yield
     finally:

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,16 @@ def find_finished(job: Job) -> Finished | None:
 
 
 def _digest(job: Job) -> str:
-    """Of everything in the job file."""
-    text = json.dumps(asdict(job), sort_keys=True, default=str)
+    """Of everything in the job file, with paths relative to the output, so that a folder may move with all it holds."""
+    text = json.dumps(_relative(asdict(job), job.output), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _relative(value: Any, start: Path) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _relative(inner, start) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_relative(inner, start) for inner in value]
+    if isinstance(value, str | Path) and Path(value).is_absolute() and Path(value).anchor == start.anchor:
+        return os.path.relpath(value, start)
+    return value
