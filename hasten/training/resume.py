@@ -256,7 +256,7 @@ def _check_shapes(checkpoint: Checkpoint, model: Any) -> None:
             stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         if not stored.keys() & own.keys():
             raise CheckpointError(f"{path} holds none of the weights that train here; train in a new folder")
-        for name in stored.keys() & own.keys():
+        for name in sorted(stored.keys() & own.keys()):
             if stored[name] != own[name]:
                 raise CheckpointError(
                     f"{path}: {name} is {stored[name]}, and {own[name]} in this model; train in a new folder"

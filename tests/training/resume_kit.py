@@ -51,6 +51,7 @@ def job_in(folder: Path, **sections: Any) -> Path:
     job: dict[str, Any] = {
         "model": {
             "model_name": "base",
+            "dtype": "bfloat16",
             "max_seq_length": 64,
             "load_in_4bit": False,
             "use_gradient_checkpointing": False,
