@@ -11,6 +11,7 @@ NOT_NEGATIVE: Bound = ("at least 0", lambda value: value >= 0)
 BELOW_ONE: Bound = ("at least 0 and below 1", lambda value: 0 <= value < 1)
 UP_TO_ONE: Bound = ("at least 0 and at most 1", lambda value: 0 <= value <= 1)
 STEPS: Bound = ("at least 1, or -1 for whole epochs", lambda value: value >= 1 or value == -1)
+SEED: Bound = ("at least 0 and below 2^32", lambda value: 0 <= value < 2**32)
 ANY: Bound = ("a number", lambda value: True)
 
 BOUNDS: Mapping[str, Bound] = {
@@ -25,6 +26,7 @@ BOUNDS: Mapping[str, Bound] = {
     **dict.fromkeys(("lora_alpha", "num_train_epochs", "logging_steps", "save_steps", "eval_steps"), ABOVE_ZERO),
     **dict.fromkeys(("lora_dropout", "adam_beta1", "adam_beta2"), BELOW_ONE),
     **dict.fromkeys(("label_smoothing_factor", "gpu_memory_utilization"), UP_TO_ONE),
+    **dict.fromkeys(("seed", "data_seed", "random_state"), SEED),
     "max_steps": STEPS,
     "local_rank": ANY,
     "device_map": ANY,

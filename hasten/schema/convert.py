@@ -19,6 +19,8 @@ UNCLEAR = re.compile(
     r"[+-]?(0[0-9_]+|0[xob][0-9a-f_]+|[0-9][0-9_]*_[0-9_]*|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)", re.I
 )
 """What YAML 1.1 takes for octal, hexadecimal, sexagesimal and underscored numbers, and YAML 1.2 does not."""
+MAX_DIGITS = 18
+"""Of an integer: more do not fit into 64 bits."""
 SHOWN = 60
 """Characters of a value that a message shows."""
 FAILED = object()
@@ -64,7 +66,7 @@ def found(node: Node) -> str:
 def number(text: str) -> int | float | None:
     """The number that a plain scalar spells, whole ones as int; None for everything that is not one, or not finite."""
     if INTEGER.fullmatch(text) or GROUPED.fullmatch(text):
-        return int(text.replace("_", ""))
+        return int(text.replace("_", "")) if len(text) <= MAX_DIGITS else None
     if UNCLEAR.fullmatch(text) or not NUMBER.fullmatch(text):
         return None
     value = float(text)
@@ -128,6 +130,9 @@ def _generic(node: Node, where: str, problems: list[str]) -> Any:
         return _unless_failed(items, items)
     text, lower = node.text, node.text.lower()
     if node.quoted:
+        if lower in TRUE_FALSE or number(text) is not None:
+            problems.append(f"{where}: found {found(node)}; leave out the quotes")
+            return FAILED
         return text
     if text in NULL:
         return None
@@ -170,6 +175,8 @@ def _advice(node: Node, expected: Expected) -> str:
             return "; YAML reads it as another number, write it in decimal digits"
         if numeric and NOT_FINITE.fullmatch(text):
             return ", and finite"
+        if numeric and len(text) > MAX_DIGITS:
+            return f" of at most {MAX_DIGITS} digits"
         if expected.items is not None and not expected.takes_text and text not in NULL:
             return f"; write [{text}]"
     return ""

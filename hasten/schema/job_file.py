@@ -6,7 +6,7 @@ from typing import Any
 
 from hasten.errors import MissingExtraError, OptionError
 from hasten.schema import bounds
-from hasten.schema.convert import FAILED, convert, found
+from hasten.schema.convert import FAILED, NULL, convert, found
 from hasten.schema.declared import fields_of
 from hasten.schema.expected import Expected, parse
 from hasten.schema.near import ELSEWHERE, suggestion
@@ -55,7 +55,7 @@ def read_sections(path: str | Path) -> dict[str, dict[str, Any]]:
             problems.append(_unknown_section(key.text, known))
         elif isinstance(node, Entries):
             sections[key.text] = _section(key.text, node, known, problems)
-        elif node == Scalar(""):
+        elif isinstance(node, Scalar) and not node.quoted and node.text in NULL:
             sections[key.text] = {}
         else:
             problems.append(f"section {key.text!r} must be a mapping of names to values, found {found(node)}")

@@ -58,6 +58,7 @@ def resumable(trainer_class: type) -> Any:
                 raise TrainingError(
                     f"{checkpoint.folder} is of step {checkpoint.step}, and the run has {total}: nothing is left to train"
                 )
+            self.accelerator.wait_for_everyone()  # until all have looked at the folder
             if self.args.should_save:
                 set_aside_later(checkpoint)
             return super().train(resume_from_checkpoint=str(checkpoint.folder), **kwargs)

@@ -124,6 +124,10 @@ def test_the_meant_value(tmp_path: Path, section: str, text: str, key: str, valu
         ("train", "learning_rate: ~", "learning_rate null"),
         ("train", "bf16: 'true'", "bf16 quotes"),
         ("train", "packing: maybe", "packing 'maybe'"),
+        ("train", "seed: 4294967296", "train.seed below|2^32"),
+        ("train", f"max_steps: {'9' * 5000}", "train.max_steps at|most|18|digits"),
+        ("train", "lr_scheduler_kwargs: {min_lr: '1e-5'}", "min_lr '1e-5' leave|out|the|quotes"),
+        ("train", "accelerator_config: {split_batches: 'false'}", "split_batches 'false' leave|out|the|quotes"),
         ("train", "lr_scheduler_kwargs: {min_lr: 1:30}", "min_lr two|ways"),
         ("train", "adam_beta2: 1.0", "adam_beta2 below|1"),
         ("train", "output_dir: ''", "output_dir empty"),
@@ -287,3 +291,12 @@ def test_the_source_says_what_the_classes_have() -> None:
         ("hasten.options.data", "SaveOptions", SaveOptions),
     ):
         assert set(fields_of(module, name)) == {f.name for f in dataclasses.fields(kind) if f.init}, name
+
+
+@pytest.mark.parametrize("empty", ["", "~", "null", "{}"])
+def test_an_empty_section_has_the_defaults(tmp_path: Path, empty: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(f"model: {{model_name: base}}\ndata: {{path: rows.jsonl}}\nadapter: {empty}\ntrain: {empty}\n")
+    assert read_sections(path)["adapter"] == {} == read_sections(path)["train"]
+    path.write_text(f"model: {empty}\ndata: {empty}\n")
+    assert [problem.split(" is missing")[0] for problem in problems(path)] == ["model.model_name", "data.path"]
