@@ -34,7 +34,7 @@ BOUNDS: Mapping[str, Bound] = {
 
 
 def problem(name: str, value: Any) -> str | None:
-    """What the number `value` of the argument `name` must be; None where it is that, or is no number."""
+    """What the number `value` of the argument `name` must be; None where it is that, or not a number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     words, holds = BOUNDS.get(name, NOT_NEGATIVE)
