@@ -12,7 +12,7 @@ import hasten
 ROOT = Path(hasten.__file__).parent
 FLOORS = [
     {"families", "errors", "units", "suggest"},
-    {"ops"},
+    {"schema", "ops"},
     {"weights"},
     {"options"},
     {"state"},

@@ -67,7 +67,7 @@ def attach(
     ):  # PEFT initialises an adapter at random before it reads the weights; the caller's generators must not change
         peft_model = PeftModel.from_pretrained(causal_lm, str(folder), is_trainable=trainable, config=config)
     # PEFT drops this field on reading; an export needs it, since such an adapter only fits the quantised base.
-    repaired = json.loads((folder / CONFIG).read_text()).get("loftq_config")
+    repaired = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("loftq_config")
     if repaired:
         peft_model.peft_config["default"].loftq_config = repaired  # pyright: ignore[reportAttributeAccessIssue]
     return peft_model
