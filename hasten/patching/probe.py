@@ -43,7 +43,15 @@ def signature(module: nn.Module) -> tuple[Any, ...]:
     shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters(recurse=False))
     children = tuple((name, type(child), _values(child)) for name, child in module.named_children())
     buffers = tuple(name for name, _ in module.named_buffers(recurse=False))
-    return (stock_class(module), _classes_over(module), _values(module), shapes, buffers, children, forward_in_the_way(module))
+    return (
+        stock_class(module),
+        _classes_over(module),
+        _values(module),
+        shapes,
+        buffers,
+        children,
+        forward_in_the_way(module),
+    )
 
 
 def _classes_over(module: nn.Module) -> tuple[type, ...]:

@@ -41,7 +41,9 @@ def prove_norm(module: nn.Module) -> NormConfig:
         trials = [(x, _outputs(module, x, weights)) for x in _inputs(width, x_dtype)]
         fitting = [rule for rule in fitting if all(_fits(x, weights, rule, theirs) for x, theirs in trials)]
         if not fitting:
-            raise Refused(f"its outputs match no norm that hasten has ({_short(x_dtype)}, weight {_short(weight_dtype)})")
+            raise Refused(
+                f"its outputs match no norm that hasten has ({_short(x_dtype)}, weight {_short(weight_dtype)})"
+            )
     x = random(4, width, seed=2) * 3 + 1
     theirs = _gradients(lambda x, w: stand_in(module, {"weight": w}, {})(x), x, weight)
     for one, other in zip(_gradients(lambda x, w: norm(x, w, fitting[0]), x, weight), theirs, strict=True):

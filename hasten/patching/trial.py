@@ -13,7 +13,16 @@ from torch import nn
 
 from hasten.patching.classes import stock_class
 
-FAILURES = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
+FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 """What a forward raises that cannot run on a trial input. The reason in the report names it."""
 
 TORCH_OWN = frozenset(nn.Module().__dict__)
