@@ -3,13 +3,14 @@
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hasten.testing.tiny import VOCABULARY
 
 MODEL_TYPES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
-LARGEST = 30_000_000
+LARGEST = 40_000_000
 
 SIZES: dict[str, Any] = {
     "vocab_size": 288,
@@ -75,45 +76,103 @@ SIZES: dict[str, Any] = {
     "index_n_heads": 2,
     "index_head_dim": 16,
     "index_topk": 8,
+    "output_router_logits": True,
+    "router_aux_loss_coef": 0.5,
+    "aux_loss_coef": 0.5,
+    "final_logit_softcapping": 3.0,
+    "logits_scaling": 2.0,
+    "logit_scale": 0.25,
+    "lm_head_multiplier": 2.0,
+    "residual_dropout": 0.1,
+    "attention_dropout": 0.1,
 }
-"""Fields that configs name sizes by, and their values here. Fields that a config lacks are left out."""
+"""Fields that configs name sizes by, and values of others that change the output. Fields that a config lacks, or that are
+None by default, are left out."""
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     "axk1": {"head_dim": 8, "num_key_value_heads": 4},
     "deepseek_v3": {"head_dim": 8, "num_key_value_heads": 4},
-    "longcat_flash": {"head_dim": 8, "num_key_value_heads": 4},
+    "longcat_flash": {
+        "head_dim": 8,
+        "num_key_value_heads": 4,
+        "expert_ffn_hidden_size": 32,
+        "zero_expert_num": 2,
+        "num_layers": 2,
+    },
     "youtu": {"head_dim": 8, "num_key_value_heads": 4},
-    "deepseek_v2": {"head_dim": 8, "num_key_value_heads": 4},
+    "deepseek_v2": {"head_dim": 8, "num_key_value_heads": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "deepseek_v32": {"head_dim": 8, "num_key_value_heads": 4},
     "glm4_moe_lite": {"head_dim": 8, "num_key_value_heads": 4},
     "glm_moe_dsa": {"head_dim": 8, "num_key_value_heads": 4},
     "minicpm3": {"head_dim": 8, "num_key_value_heads": 4},
     "axk2": {"head_dim": 8, "num_key_value_heads": 4},
-    "dots3_note": {"num_key_value_heads": 4},
-    "dots3_note_text": {"num_key_value_heads": 4},
+    "dots3_note": {
+        "text_config": {
+            "num_key_value_heads": 4,
+            "shared_experts_intermediate_size": 32,
+            "layer_types": ["indexed_attention", "sliding_attention"],
+            "num_hidden_layers": 2,
+        }
+    },
+    "dots3_note_text": {
+        "num_key_value_heads": 4,
+        "shared_experts_intermediate_size": 32,
+        "layer_types": ["indexed_attention", "sliding_attention"],
+        "num_hidden_layers": 2,
+    },
     "codegen": {"rotary_dim": 8},
     "gptj": {"rotary_dim": 8},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
     "ministral": {"head_dim": 16},
-    "nemotron": {"head_dim": 16},
-    "reformer": {"is_decoder": True},
+    "nemotron": {"num_key_value_heads": 2},
+    "reformer": {
+        "is_decoder": True,
+        "axial_pos_embds_dim": [16, 48],
+        "axial_pos_shape": [8, 16],
+        "attention_head_size": 16,
+        "feed_forward_size": 128,
+        "attn_layers": ["local", "lsh"],
+        "local_attn_chunk_length": 4,
+        "lsh_attn_chunk_length": 4,
+        "num_buckets": 4,
+        "hash_seed": 0,
+        "num_hidden_layers": 2,
+    },
     "xmod": {"default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
-    "mamba2": {"num_heads": 8, "head_dim": 16, "expand": 2, "n_groups": 2},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "expand": 2, "n_groups": 2, "chunk_size": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
-    "bamba": {"attn_layer_indices": [1, 3], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1},
+    "bamba": {
+        "attn_layer_indices": [1, 3],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_n_groups": 1,
+        "mamba_chunk_size": 8,
+    },
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "granitemoehybrid": {
         "layer_types": ["mamba", "attention", "mamba", "attention"],
         "mamba_n_heads": 8,
         "mamba_d_head": 16,
+        "mamba_chunk_size": 8,
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"], "num_dense_layers": 2},
     "cohere_compass_text": {
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
     },
-    "dots1": {"first_k_dense_replace": 1},
+    "dots1": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 32,
+        "n_group": 1,
+    },
     "gemma3n_text": {
         "num_kv_shared_layers": 2,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
@@ -130,11 +189,116 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "global_head_dim": 16,
     },
     "xlm": {"n_words": 288, "emb_dim": 64},
-    "cpmant": {"prompt_types": 4, "prompt_length": 4, "segment_types": 4, "dim_head": 16},
-    "qwen4_exp_text": {"num_key_value_heads": 2},
-    "zamba2": {"layer_types": ["mamba", "hybrid", "mamba", "hybrid"]},
+    "cpmant": {"prompt_types": 4, "prompt_length": 4, "segment_types": 4, "dim_head": 16, "dim_ff": 128},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+        "hc_lowrank": 8,
+        "ple_embed_dim": 32,
+        "ngram_vocab_size_base": 512,
+        "split_ngram_parts": 4,
+        "heads_per_ngram": 2,
+    },
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "hybrid_layer_ids": [1, 3],
+        "num_key_value_heads": 4,
+        "attention_head_dim": 32,
+        "attention_hidden_size": 128,
+        "adapter_rank": 8,
+        "mamba_headdim": 16,
+        "chunk_size": 8,
+    },
+    "bailing_hybrid": {
+        "head_dim": 8,
+        "num_key_value_heads": 4,
+        "layer_group_size": 2,
+        "num_experts_per_token": 2,
+        "num_expert_group": 2,
+        "topk_group": 1,
+        "linear_head_dim": 16,
+        "linear_num_heads": 4,
+        "first_k_dense_replace": 1,
+    },
+    "kimi_linear": {
+        "head_dim": 8,
+        "num_key_value_heads": 4,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+        "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+        "num_experts_per_token": 2,
+        "linear_head_dim": 16,
+        "linear_num_heads": 4,
+    },
+    "xlstm": {
+        "embedding_dim": 64,
+        "num_blocks": 2,
+        "num_hidden_layers": 2,
+        "num_heads": 4,
+        "chunk_size": 4,
+        "mode": "train",
+        "return_last_states": False,
+        "chunkwise_kernel": "chunkwise--native_autograd",
+    },
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "mamba_dt_rank": 4,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "num_key_value_heads": 4,
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 32},
+    },
+    "falcon_h1": {
+        "mamba_d_ssm": 128,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_chunk_size": 8,
+        "mamba_d_state": 8,
+    },
+    "blt": {
+        "encoder_hash_byte_group_vocab": 64,
+        "cross_attn_k": 1,
+        "patcher_config": {"hidden_size": 64, "num_key_value_heads": 4},
+        "encoder_config": {"hidden_size_global": 64, "num_key_value_heads": 4},
+        "decoder_config": {"hidden_size_global": 64, "num_key_value_heads": 4},
+        "global_config": {"num_key_value_heads": 4},
+    },
+    "gemma4": {
+        "text_config": {
+            "vocab_size_per_layer_input": 288,
+            "hidden_size_per_layer_input": 8,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+            "global_head_dim": 16,
+        }
+    },
+    "qwen4_exp": {
+        "text_config": {
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 16,
+            "indexer_budget": 8,
+            "indexer_compress_ratio": 2,
+            "hc_lowrank": 8,
+            "ple_embed_dim": 32,
+            "ngram_vocab_size_base": 512,
+            "split_ngram_parts": 4,
+            "heads_per_ngram": 2,
+        }
+    },
 }
 """Fields by `model_type` where small sizes alone do not fit together; a dict is for the nested config of that name."""
+
+
+FOREIGN_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError),
+    *(TypeError, ValueError),
+)
+"""What transformers, PEFT and torch raise where a tiny model cannot be made or run."""
 
 
 class NotBuildable(Exception):
@@ -170,8 +334,8 @@ def tiny_model_of(model_type: str, seed: int = 0) -> PreTrainedModel:
         if parameters > LARGEST:
             raise NotBuildable(f"{parameters:,} parameters with the smallest sizes")
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise NotBuildable(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}") from error
+    except (*FOREIGN_ERRORS, StrictDataclassError) as error:
+        raise NotBuildable(f"{type(error).__name__}: {' '.join(str(error).split())[:80]}") from error
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name.lower() and name.endswith("weight"):
@@ -181,4 +345,4 @@ def tiny_model_of(model_type: str, seed: int = 0) -> PreTrainedModel:
     return model.eval()
 
 
-assert VOCABULARY == SIZES["vocab_size"]
+assert SIZES["vocab_size"] == VOCABULARY
