@@ -72,7 +72,13 @@ def trial() -> Iterator[None]:
     becomes Refused."""
     dtype = torch.get_default_dtype()
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.autocast("cpu", enabled=False):
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.device("cpu"),
+            torch.autocast("cpu", enabled=False),
+        ):
             torch.set_default_dtype(torch.float32)
             yield
     except FAILURES as error:

@@ -290,6 +290,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "heads_per_ngram": 2,
         }
     },
+    "diffllama": {"attention_dropout": 0.0},
 }
 """Fields by `model_type` where small sizes alone do not fit together; a dict is for the nested config of that name."""
 

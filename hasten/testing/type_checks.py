@@ -261,7 +261,10 @@ def _compare_adapter(folder: Path, exact: bool, targets: str | list[str]) -> str
 
 
 def _compare_generation(ours: Any, stock: Any) -> str:
-    """Greedy tokens for a left-padded batch."""
+    """Greedy tokens for a left-padded batch, without router losses, whose masks do not fit a decoding step in transformers."""
+    for config in (m.config.get_text_config() for m in (ours, stock)):
+        if getattr(config, "output_router_logits", False):
+            config.output_router_logits = False
     arguments = {**_batch(), "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
     with torch.no_grad():
         with _stock_side():
