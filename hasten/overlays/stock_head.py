@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from hasten.overlays.base import Overlay, with_oom_advice
@@ -30,7 +31,7 @@ def _with_length_check(forward: Callable[..., Any]) -> Callable[..., Any]:
     def checked_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Raises InputError for sequences longer than `max_seq_length`, then calls the stock forward."""
         given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-        inputs = next((tensor for tensor in given if tensor is not None), None)
+        inputs = next((one for one in given if isinstance(one, torch.Tensor) and one.ndim > 1), None)
         longest = kwargs.get("max_length_q")
         # Caches of recurrent layers have no length: `generate` checks what a prompt and its new tokens come to.
         check_length(self.overlay_config.max_seq_length, inputs, kwargs.get("position_ids"), None, longest)

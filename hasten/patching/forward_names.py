@@ -70,7 +70,7 @@ def read_forward(module: nn.Module) -> ForwardNames | str:
 
 def _plain_function(function: Any) -> FunctionType | str:
     """The function under transformers' `can_return_tuple`, or why its code does not say all that a call does."""
-    decorated = can_return_tuple(lambda self: None)
+    decorated: Any = can_return_tuple(lambda self: None)
     while isinstance(function, FunctionType) and function.__code__ is decorated.__code__:
         function = function.__wrapped__  # pyright: ignore[reportFunctionMemberAccess]
     if not isinstance(function, FunctionType):

@@ -1,7 +1,7 @@
 """Plans what `apply` will do, as data: one action per module that gets an overlay, one skip per module that does not.
 
 Planning changes nothing. A model type with a data file is checked against the contract; one without gets only overlays
-that reproduce its own modules' outputs (see `probe`).
+that provably do what its own modules do (see `probe`).
 """
 
 from collections.abc import Callable

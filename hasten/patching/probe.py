@@ -9,6 +9,7 @@ stock, with the reason in the report. Nothing in the model is changed, moved or 
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hasten.overlays import HeadOverlay, MLPOverlay, NormOverlay, Overlay
@@ -40,8 +41,10 @@ def kind_of(module: nn.Module, base: nn.Module) -> str | None:
 def signature(module: nn.Module) -> tuple[Any, ...]:
     """What must be equal for a proof on one module to hold for another: classes, Python attributes (an activation's too),
     names and shapes of weights, and whether its forward was replaced."""
-    shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters(recurse=False))
-    children = tuple((name, type(child), _values(child)) for name, child in module.named_children())
+    weights = module.named_parameters(recurse=False)
+    shapes = tuple((name, None if is_lazy(weight) else tuple(weight.shape)) for name, weight in weights)
+    others = ((name, child) for name, child in module.named_children() if name not in PROJECTIONS)
+    children = tuple((name, type(child), _values(child)) for name, child in others)
     buffers = tuple(name for name, _ in module.named_buffers(recurse=False))
     return (
         stock_class(module),

@@ -22,19 +22,19 @@ OPERATIONS = frozenset({"torch", "nn", "functional", "F", *ACTIVATIONS})
 
 def prove_mlp(module: nn.Module) -> MLPConfig:
     """The config of an overlay that computes what the module's class computes. Raises Refused."""
-    activation = _check(module)
+    activation, fitting = _check(module), list(ACTIVATIONS)
     for dtype in DTYPES:
         for training in (True, False):
             gate, up = _gates(dtype)
-            hidden = _hidden(module, activation, gate, up, training)
-            fitting = [name for name in ACTIVATIONS if _equal(glu(gate, up, name), hidden)]
+            hidden = _hidden(module, activation, (gate, up), training)
+            fitting = [name for name in fitting if _equal(glu(gate, up, name), hidden)]
             if not fitting:
                 short = str(dtype).removeprefix("torch.")
                 raise Refused(f"its activation is none that hasten has, bit for bit ({short})")
     name = fitting[0]
     leaves = [tensor.requires_grad_() for tensor in _gates(torch.float32)]
     with torch.enable_grad():
-        pair = (_hidden(module, activation, *leaves, True), glu(leaves[0], leaves[1], name))
+        pair = (_hidden(module, activation, (leaves[0], leaves[1]), True), glu(leaves[0], leaves[1], name))
         theirs, ours = (torch.autograd.grad(out, leaves, torch.ones_like(out)) for out in pair)
     if not all(map(_equal, ours, theirs)):
         raise Refused(f"its gradients are not those of {name}")
@@ -78,9 +78,10 @@ def _gates(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _hidden(
-    module: nn.Module, activation: str | None, gate: torch.Tensor, up: torch.Tensor, training: bool
+    module: nn.Module, activation: str | None, projected: tuple[torch.Tensor, torch.Tensor], training: bool
 ) -> torch.Tensor:
-    """What `down_proj` gets where the other projections return `gate` and `up`. Raises Refused for another dataflow."""
+    """What `down_proj` gets where the others return `projected` (gate, up). Raises Refused for another dataflow."""
+    gate, up = projected
     x, out = random(*gate.shape, dtype=gate.dtype), random(*gate.shape, dtype=gate.dtype)
     children = {"gate_proj": Recorder(lambda x: gate), "up_proj": Recorder(lambda x: up)}
     children["down_proj"] = Recorder(lambda x: out)
