@@ -98,7 +98,7 @@ def _outcome(check: Callable[[], str]) -> str:
 
 
 def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).replace(";", ",").split())
     return f"{type(error).__name__}: {text[:80]}"
 
 

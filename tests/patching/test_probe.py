@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3ForCausalLM
+from transformers.utils.generic import can_return_tuple
 
 from hasten.ops import NormConfig
 from hasten.overlays import HeadConfig, HeadOverlay, MLPConfig
@@ -348,6 +348,7 @@ def test_one_proof_does_not_hold_for_a_module_with_another_attribute() -> None:
 class Causal(SmolLM3ForCausalLM):
     """A causal LM's usual forward; the classes below change one thing each."""
 
+    @can_return_tuple
     def forward(
         self,
         input_ids=None,
@@ -363,7 +364,8 @@ class Causal(SmolLM3ForCausalLM):
         inputs = self._inputs(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
         outputs = self.model(**inputs, **kwargs)
         hidden_states = self._hidden(outputs.last_hidden_state)
-        logits = self._logits(self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep)))
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self._logits(self.lm_head(hidden_states[:, kept, :]))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -437,6 +439,12 @@ class NegatedLossCausal(Causal):
         return None if loss is None else -loss
 
 
+class UndecoratedCausal(Causal):
+    """Returns no tuple where `return_dict=False` asks for one."""
+
+    forward = Causal.forward.__wrapped__  # pyright: ignore
+
+
 class NoMaskCausal(Causal):
     def _inputs(self, ids, mask, positions, past, embeds, use_cache):
         return {"input_ids": ids, "position_ids": positions, "past_key_values": past, "inputs_embeds": embeds}
@@ -451,6 +459,7 @@ CAUSAL = {
     HalvedHiddenCausal: "inputs of its lm_head are not those",
     RouterCausal: "uses router_loss",
     NegatedLossCausal: "outputs are not those",
+    UndecoratedCausal: "not those of lm_head(last hidden state), given attention_mask",
     NoMaskCausal: "arguments of its backbone are not those",
 }
 
@@ -463,6 +472,7 @@ def causal(kind: type[nn.Module], dtype: torch.dtype = torch.float32) -> Any:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_plain_head_is_taken(dtype: torch.dtype) -> None:
+    assert probe.prove("head", causal(Causal, dtype)) == (HeadOverlay, HeadConfig())
     assert probe.prove("head", causal(SmolLM3ForCausalLM, dtype)) == (HeadOverlay, HeadConfig())
 
 
