@@ -32,6 +32,7 @@ def overlay_class(stock: type, overlay: type[Overlay], overlay_config: Any, meth
         "__doc__": stock.__doc__,
         "overlay_config": overlay_config,
         "stock_class": stock,
+        **overlay.members_over(stock),
     }
     return type(stock.__name__, bases, names)
 

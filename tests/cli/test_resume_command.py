@@ -23,7 +23,7 @@ def test_resume_with_and_without_force(tmp_path: Path) -> None:
     code, said = command(path)
     assert code == 2 and "earlier run" in said and "--resume" in said
     code, said = command(path, "--resume")
-    assert code == 0 and "finished before, at step 4; nothing was done" in said
+    assert code == 0 and "had finished at step 4; nothing to do" in said
     shutil.rmtree(tmp_path / "out/checkpoint-4")
     (tmp_path / "out/summary.json").unlink()
     code, said = command("--resume", path)
