@@ -159,7 +159,7 @@ def _plan_unknown(base: Any, found: Plan, max_seq_length: int | None) -> None:
         proof = proofs[key]
         if isinstance(proof, str):
             found.skips.append(Skip(name, type(module).__name__, proof))
-            if module is base and contract.forward_in_the_way(base) is None:
+            if module is base and contract.replaced_forward(base) is None:
                 found.actions.append(Action(name, StockHeadOverlay, HeadConfig(max_seq_length=max_seq_length), proof))
             continue
         overlay, values = proof
