@@ -343,3 +343,30 @@ def test_trl_trainers_in_python(job: Path) -> None:
     assert again.train(resume_from_checkpoint=True).global_step == 4
     whole = {name: p for name, p in first.model.named_parameters() if p.requires_grad}
     assert all(torch.equal(p, whole[name]) for name, p in again.model.named_parameters() if p.requires_grad)
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "full": {"model": {"full_finetuning": True}, "adapter": None, "train": {"optim": "adamw_bf16_stochastic"}},
+    "embedding, NF4": {"model": {"load_in_4bit": True}, "adapter": {"target_modules": ["q_proj", "embed_tokens"]}},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_ways_of_training_resume_and_end_alike(tmp_path: Path, kind: str) -> None:
+    whole, broken = (job_in(tmp_path / name, **KINDS[kind]) for name in ("whole", "broken"))
+    train(whole)
+    with pytest.raises(Stopped):
+        train(broken, stop_at=5)
+    assert last_whole(broken.parent / "out").step == 4
+    train(broken, resume=True)
+    assert losses(broken.parent) == losses(whole.parent)
+    name = "model.safetensors" if kind == "full" else "adapter_model.safetensors"
+    expected = load_file(whole.parent / "out/model" / name)
+
+    def same() -> bool:
+        found = load_file(broken.parent / "out/model" / name)
+        return found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+
+    assert same()
+    shutil.rmtree(broken.parent / "out/model")
+    assert not train(broken, resume=True).already and same()  # from the last checkpoint, without training
