@@ -32,7 +32,7 @@ def folder() -> str:
 
 def ours(name: str | Path | None = None, **options: Any) -> tuple[Any, Any]:
     """(hasten's model, tokenizer)."""
-    options = {"load_in_4bit": False, "dtype": torch.float32, "max_seq_length": 256, "fix_tokenizer": False, **options}
+    options = {"load_in_4bit": False, "dtype": torch.float32, "max_seq_length": 256, **options}
     return FastLanguageModel.from_pretrained(str(name or folder()), **options)
 
 
