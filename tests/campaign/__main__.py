@@ -49,6 +49,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="campaign", description=__doc__)
     parser.add_argument("--groups", default=",".join(GROUPS), help="of the table, separated by commas")
     parser.add_argument("--only", type=int, help="the first N cases of each group")
+    parser.add_argument(
+        "--cases", default="", help="these alone, as the list of violations names them: config/3,job/17"
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, default=HERE.parents[1] / "runs/campaign")
     parser.add_argument("--page", action="store_true", help="write docs/campaign.md for a part too")
@@ -57,6 +60,9 @@ def main() -> int:
     transformers.utils.logging.set_verbosity_error()
     console, groups = Console(), asked.groups.split(",")
     planned = {group: cases(group)[: asked.only] for group in groups}
+    if asked.cases:
+        named = set(asked.cases.split(","))
+        planned = {group: [case for case in cases(group) if case.key in named] for group in GROUPS}
     asked.out.mkdir(parents=True, exist_ok=True)
     journal, mark = asked.out / "results.jsonl", fingerprint()
     results = earlier(journal, mark)
@@ -89,7 +95,7 @@ def main() -> int:
         {name: count for name, (count, _) in GROUPS.items()}, [r for r in results if r["key"] in keys], facts
     )
     console.print(table(figures))
-    if asked.page or (set(groups) == set(GROUPS) and asked.only is None):
+    if asked.page or (set(groups) == set(GROUPS) and asked.only is None and not asked.cases):
         write(figures)
     return 1 if figures["violations"] else 0
 

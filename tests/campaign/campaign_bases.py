@@ -1,6 +1,7 @@
 """The whole, valid files that cases start from, and what they give: made once, before any case runs."""
 
 import json
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,13 +99,24 @@ def notes(model: Any) -> list[str]:
 
 
 def attempt(call: Any) -> Any:
-    """The result, or the kind of exception: these calls are transformers' own, and are compared with it."""
+    """The result, or the kind of exception: these calls are transformers' own, and are compared with it.
+
+    A chat template of a hostile file may run for hours when a user renders it, which no loader can prevent.
+    """
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(8)
     try:
         return call()
     except hasten.HastenError:
         raise
     except Exception as error:  # noqa: BLE001 - recorded, and compared with what transformers raises
         return f"raises {type(error).__name__}"
+    finally:
+        signal.alarm(0)
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:

@@ -1,5 +1,6 @@
 """Judges of kills: SIGKILL in the middle of saves, merges and exports, at a file operation or at a moment drawn from the seed."""
 
+import json
 import os
 import random
 import shutil
@@ -16,6 +17,7 @@ from campaign_bases import Bases, load
 from cli_kit import write_job
 from export_kit import contents
 from export_kit import train as stir
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from hasten import FastLanguageModel
@@ -134,17 +136,51 @@ def judge_export(bases: Bases, group: str, seed: int, scratch: Path) -> tuple[st
     )
     what = f"{method}, {'replacing one' if replaces else 'new'}, killed {when}"
     (scratch / "what.txt").write_text(what)
+    if wrong := looks_whole(home, scratch):
+        return "silent difference", what, f"{wrong} looks whole, and is not"
+    beside = [path for path in home.iterdir() if path.name.startswith(".out.replaced-")]
+    if replaces and not target.is_dir() and not any(contents(path) == old for path in beside):
+        return (
+            "silent difference",
+            what,
+            f"the old folder is gone; left are {sorted(path.name for path in home.iterdir())}",
+        )
+    model.save_pretrained_merged(target, tokenizer, **save)
+    left = [path.name for path in home.iterdir() if path != target and path not in beside]
+    if contents(target) != new or left:
+        return "silent difference", what, f"the next export left {left}"
+    return "whole", what, "the old folder is beside the new one" if beside else ""
+
+
+def looks_whole(home: Path, scratch: Path) -> str:
+    """The name of a folder that loads, and holds other tensors than the earlier and the new export."""
+    expected = [tensors_of(scratch / name) for name in ("earlier", "reference")]
     for marker in ("config.json", "adapter_config.json"):
         for found in home.rglob(marker):
-            if contents(found.parent) not in (old, new):
-                return "silent difference", what, f"{found.parent.name} looks whole, and is not"
-    if replaces and not target.is_dir():
-        beside = [path.name for path in home.iterdir() if contents(path) in (old, new)]
-        return "silent difference", what, f"the old folder is gone; whole beside it: {beside}"
-    model.save_pretrained_merged(target, tokenizer, **save)
-    if contents(target) != new or [path.name for path in home.iterdir()] != ["out"]:
-        return "silent difference", what, f"the next export left {sorted(path.name for path in home.iterdir())}"
-    return "whole", what, ""
+            tensors = tensors_of(found.parent)
+            if tensors is not None and not any(same(tensors, one) for one in expected):
+                return found.parent.name
+    return ""
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor] | None:
+    """All tensors of a checkpoint or adapter as a loader finds them; None where one would refuse it."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        json.loads(
+            (
+                folder / "config.json" if (folder / "config.json").exists() else folder / "adapter_config.json"
+            ).read_text()
+        )
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else []
+        single = names if names else [path.name for path in folder.glob("*.safetensors")]
+        return {name: tensor for file in single for name, tensor in load_file(folder / file).items()} or None
+    except (OSError, ValueError, SafetensorError):
+        return None
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor] | None) -> bool:
+    return other is not None and one.keys() == other.keys() and all(torch.equal(t, other[n]) for n, t in one.items())
 
 
 def job_in(folder: Path, bases: Bases) -> Path:
@@ -175,23 +211,26 @@ def judge_training(bases: Bases, seed: int, scratch: Path) -> tuple[str, str, st
     when = kill_once(lambda: train(path), folder / "out", prepare, moment(rng, 60, 1.2))
     what = f"training, killed {when}"
     (scratch / "what.txt").write_text(what)
-    outcome, detail = "resumed", ""
+    detail = ""
     try:
         train(path, resume=True)
     except TrainingError as error:
-        if not starts_anew(error, scratch / "job"):
-            raise
-        detail = "no whole checkpoint yet: started again"
-        train(path)
-    wanted, found = torch.load(bases.root / "trained.pt", weights_only=True), adapter(scratch / "job")
-    if wanted.keys() != found.keys() or not all(torch.equal(found[name], tensor) for name, tensor in wanted.items()):
+        if starts_anew(error, folder):
+            detail = "no whole checkpoint yet: started again"
+            train(path)
+        elif (folder / "out/model").is_dir():
+            detail = f"nothing left to do: {error}"
+        else:
+            return "silent difference", what, f"does not go on, and no model is there: {error}"
+    wanted, found = torch.load(bases.root / "trained.pt", weights_only=True), adapter(folder)
+    if not same(found, wanted):
         apart = [name for name in wanted if name not in found or not torch.equal(found[name], wanted[name])]
         return (
             "silent difference",
             what,
             f"{len(apart)} of {len(wanted)} tensors differ from the run that was not killed",
         )
-    return outcome, what, detail
+    return "resumed", what, detail
 
 
 def starts_anew(error: TrainingError, folder: Path) -> bool:

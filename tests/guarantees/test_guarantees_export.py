@@ -142,18 +142,13 @@ def test_r23_gguf_is_refused_before_training_and_the_merge_is_there(llama: Path,
 
 
 def _merge_and_die(base: Path, target: Path, shard: int) -> None:
-    """Killed without warning when the merge renames for the `shard`-th time or writes its `shard`-th file."""
+    """Killed without warning when the merge opens its `shard`-th file to write."""
     count = itertools.count(1)
 
     def watch(event: str, args: tuple[Any, ...]) -> None:
-        if (
-            event == "open"
-            and str(target.parent) in str(args[0])
-            and isinstance(args[1], str)
-            and set(args[1]) & set("wx")
-        ):
-            if next(count) >= shard:
-                os.kill(os.getpid(), signal.SIGKILL)
+        writes = event == "open" and isinstance(args[1], str) and set(args[1]) & set("wx")
+        if writes and str(target.parent) in str(args[0]) and next(count) >= shard:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     model, tokenizer = adapted(base)
     sys.addaudithook(watch)

@@ -168,9 +168,13 @@ def test_r17_cohere_is_transformers_and_every_wrong_fact_fails(family: str) -> N
     """Command R models give transformers' logits, losses and gradients; a wrong norm, rotation, scale or window is caught."""
     facts = FAMILIES[family]
     assert len(check_family(facts).rows) > 50
-    norms = dataclasses.replace(facts.norm, kind="rms")
-    rotation = dataclasses.replace(facts.attention, rotation="half")
-    wrong = [dataclasses.replace(facts, norm=norms), dataclasses.replace(facts, attention=rotation)]
+    wrong = [
+        dataclasses.replace(facts, norm=dataclasses.replace(facts.norm, kind="rms")),
+        dataclasses.replace(facts, attention=dataclasses.replace(facts.attention, rotation="half")),
+        dataclasses.replace(facts, head=dataclasses.replace(facts.head, multiplier=None)),
+    ]
+    if family == "cohere2":
+        wrong.append(dataclasses.replace(facts, attention=dataclasses.replace(facts.attention, window="never")))
     for changed in wrong:
         with pytest.raises((AccuracyError, ContractError)):
             check_family(changed)
