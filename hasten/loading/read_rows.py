@@ -22,6 +22,7 @@ from hasten.loading.quantization import Storage
 from hasten.loading.shards import StoredTensor, find
 from hasten.weights import formats
 from hasten.weights.formats import WeightFormat
+from hasten.weights.formats.base import WidenedMatrix
 
 FLOATS = ("BF16", "F16", "F32")
 
@@ -51,7 +52,7 @@ def read_rows(
         quantizer.validate_environment(device_map={"": "cpu"})
         quantizer.preprocess_model(model=model, dtype=dtype, device_map={"": "cpu"})
     with _Shards(folder) as shards, torch.no_grad():
-        _read_tensors(model, shards, stored, storage.stored)
+        _read_tensors(model, shards, stored, None if storage.stored else dtype)
     model.tie_weights()
     left = [name for name, value in (*model.named_parameters(), *model.named_buffers()) if value.is_meta]
     if left:
@@ -75,9 +76,11 @@ def convert_linears(model: nn.Module, storage: Storage, make: Callable[[WeightFo
             model.set_submodule(name, make(storage.own, module))
 
 
-def _read_tensors(model: Any, shards: "_Shards", stored: Mapping[str, StoredTensor], as_stored: bool) -> None:
-    """Reads every tensor into the model. as_stored: the checkpoint holds the model's tensors under its own names; else
-    dense weights are quantised."""
+def _read_tensors(
+    model: Any, shards: "_Shards", stored: Mapping[str, StoredTensor], quantise_for: torch.dtype | None
+) -> None:
+    """Reads every tensor into the model. quantise_for: dense weights are quantised for a model of this dtype; None = the checkpoint holds the model's tensors
+    under its own names."""
     tied: dict[str, str] = model.all_tied_weights_keys
     for name, empty in model.state_dict(keep_vars=True).items():
         path, _, leaf = name.rpartition(".")
@@ -87,8 +90,8 @@ def _read_tensors(model: Any, shards: "_Shards", stored: Mapping[str, StoredTens
             continue
         matrix = shards.slice(stored[key].file, key)
         found = formats.find_format(module) if leaf == "weight" and isinstance(module, nn.Linear) else None
-        if found is not None and not found.exact and not as_stored:
-            found.fill(module, matrix)
+        if found is not None and not found.exact and quantise_for is not None:
+            found.fill(module, WidenedMatrix(matrix, quantise_for))
             continue
         value = matrix[...].to(empty.dtype, copy=True)
         if isinstance(empty, nn.Parameter):
