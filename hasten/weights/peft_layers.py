@@ -10,7 +10,6 @@ from torch import nn
 
 from hasten.weights.own_forward import needs_own_forward
 
-
 TUNERS = "peft.tuners."
 LINEAR_LORA = ("Linear", "Linear4bit", "Linear8bitLt", "Embedding")
 """PEFT's LoRA classes that compute base(x) + scale * (x A^T) B^T. Its other classes keep something else in `lora_A`."""
