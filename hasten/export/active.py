@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from peft import PeftMixedModel, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from hasten.errors import ExportError
@@ -58,6 +59,8 @@ def unmergeable(models: Iterable[nn.Module]) -> list[str]:
     for name, module in (pair for model in models for pair in model.named_modules()):
         method = None if id(module) in seen else _prompt_method(module) or _foreign_method(module)
         seen.add(id(module))
+        if isinstance(module, PeftModel) and module._is_prompt_learning:  # one problem for all of it, none if disabled
+            seen.update(id(one) for one in module.prompt_encoder.modules())
         if method is not None:
             places.setdefault(method, []).append(name or type(module).__name__)
             reasons.setdefault(method, _reason(module, method))
@@ -95,8 +98,10 @@ def _reason(module: nn.Module, method: str) -> str:
 
 def _is_active(module: Any) -> bool:
     """Returns whether a module of PEFT's takes part in the forward: its adapter layers know, others always do."""
-    if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters"):
-        return bool(active_adapters(module))
+    if isinstance(module, BaseTunerLayer):
+        held = module._all_available_adapter_names()
+        names = active_adapters(module)
+        return any(name in held for name in names) if held else bool(names)
     return not isinstance(module, nn.ModuleDict | nn.ParameterDict)
 
 

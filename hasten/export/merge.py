@@ -121,7 +121,8 @@ def _add_lora(layer: Any, name: str, result: torch.Tensor, source: torch.Tensor)
         left, right = _plain(layer.lora_embedding_A[name]).T, _plain(layer.lora_embedding_B[name]).T
     else:
         left, right = _plain(layer.lora_B[name].weight), _plain(layer.lora_A[name].weight)
-    turn: Callable[[torch.Tensor], torch.Tensor] = torch.t if layer.fan_in_fan_out and not embedding else lambda w: w
+    turned_base = getattr(layer, "fan_in_fan_out", False)  # AdaLoRA's quantised layers have no such field
+    turn: Callable[[torch.Tensor], torch.Tensor] = torch.t if turned_base and not embedding else lambda w: w
     turned = turn(result)
     turned.addmm_(left, right, alpha=scale)
     if name in layer.lora_variant:

@@ -189,6 +189,11 @@ def _of_parameters(matching: Matching) -> list[str]:
         if not any(path == name or path.endswith(f".{name}") for path in matched):
             tails = sorted({".".join(p.split(".")[-2:]) for p, _ in matching.model.named_parameters()})
             found.append(f"target_parameters {name!r} matches no parameter of this model{_similar(name, tails)}")
+    weights = dict(matching.model.named_parameters())
+    for path in matched:
+        if not weights[path].is_floating_point() or weights[path].dim() not in (2, 3):
+            shape = f"{list(weights[path].shape)} {str(weights[path].dtype).removeprefix('torch.')}"
+            found.append(f"target_parameters: {path} is {shape}, and LoRA needs a dense matrix or a stack of them")
     return found
 
 
