@@ -85,13 +85,12 @@ def plan_fixes(
     """
     needed = rows_needed(tokenizer) if pad_may_grow else _rows_without_padding(tokenizer, rows)
     plan = TokenizerPlan(rows_needed=needed)
-    rows = max(rows, needed)
     taken = {*as_ids(tokenizer.eos_token_id), *as_ids(tokenizer.bos_token_id), *eos_ids}
     own = tokenizer.pad_token_id
-    if own is None or own in taken or own >= rows:
+    if own is None or own in taken or own >= max(rows, needed):
         pad, kind = _find_pad(tokenizer, rows, taken, pad_id)
         plan.pad = pad if pad != tokenizer.pad_token else None
-        plan.notes.append(f"pad token: {pad} ({kind}); it was {_describe_pad(tokenizer, rows)}")
+        plan.notes.append(f"pad token: {pad} ({kind}); it was {_describe_pad(tokenizer, max(rows, needed))}")
     if tokenizer.padding_side != "right":
         plan.notes.append(f"padding side: right, for training; it was {tokenizer.padding_side}")
     plan.notes += _template_notes(tokenizer)
