@@ -99,8 +99,8 @@ def _reason(module: nn.Module, method: str) -> str:
 def _is_active(module: Any) -> bool:
     """Returns whether a module of PEFT's takes part in the forward: its adapter layers know, others always do."""
     if isinstance(module, BaseTunerLayer):
-        held = module._all_available_adapter_names()
-        names = active_adapters(module)
+        layer: Any = module
+        held, names = layer._all_available_adapter_names(), active_adapters(layer)
         return any(name in held for name in names) if held else bool(names)
     return not isinstance(module, nn.ModuleDict | nn.ParameterDict)
 

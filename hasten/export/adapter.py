@@ -39,7 +39,7 @@ def write_adapter(model: Any, target: Path, tokenizer: Any) -> int:
         write_safetensors(work / "adapter_model.safetensors", tensors)
         if tokenizer is not None:
             tokenizer.save_pretrained(work)
-        config.save_pretrained(work)
+        config.save_pretrained(str(work))
     return size
 
 

@@ -86,7 +86,7 @@ def plan_fixes(
     needed = rows_needed(tokenizer) if pad_may_grow else _rows_without_padding(tokenizer, rows)
     plan = TokenizerPlan(rows_needed=needed)
     taken = {*as_ids(tokenizer.eos_token_id), *as_ids(tokenizer.bos_token_id), *eos_ids}
-    own = tokenizer.pad_token_id
+    own: Any = tokenizer.pad_token_id
     if own is None or own in taken or own >= max(rows, needed):
         pad, kind = _find_pad(tokenizer, rows, taken, pad_id)
         plan.pad = pad if pad != tokenizer.pad_token else None
@@ -107,7 +107,7 @@ def _rows_without_padding(tokenizer: PreTrainedTokenizerBase, rows: int) -> int:
     return max(needed, default=0)
 
 
-def _describe_pad(tokenizer: PreTrainedTokenizerBase, rows: int) -> str:
+def _describe_pad(tokenizer: Any, rows: int) -> str:
     if tokenizer.pad_token is None:
         return "none"
     beyond = tokenizer.pad_token_id >= rows
@@ -115,9 +115,7 @@ def _describe_pad(tokenizer: PreTrainedTokenizerBase, rows: int) -> str:
     return f"{tokenizer.pad_token}, {why}"
 
 
-def _find_pad(
-    tokenizer: PreTrainedTokenizerBase, rows: int, taken: set[Any], pad_id: int | None
-) -> tuple[str | None, str]:
+def _find_pad(tokenizer: Any, rows: int, taken: set[Any], pad_id: int | None) -> tuple[str | None, str]:
     """Returns (the token to pad with, what it is): one to spare, else the unknown token, else EOS."""
     template = str(getattr(tokenizer, "chat_template", None) or "")
     spare = _spare_token(tokenizer, rows, taken, pad_id)

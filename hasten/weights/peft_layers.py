@@ -11,7 +11,7 @@ from torch import nn
 from hasten.weights.own_forward import needs_own_forward
 
 TUNERS = "peft.tuners."
-LINEAR_LORA = ("Linear", "Linear4bit", "Linear8bitLt", "Embedding")
+LINEAR_LORA = re.compile(r"Linear\w*|Embedding")
 """PEFT's LoRA classes that compute base(x) + scale * (x A^T) B^T. Its other classes keep something else in `lora_A`."""
 
 
@@ -84,7 +84,7 @@ def is_linear_lora(kind: type) -> bool:
     return (
         defined is not None
         and defined.__module__.startswith(f"{TUNERS}lora.")
-        and defined.__name__ in LINEAR_LORA
+        and LINEAR_LORA.fullmatch(defined.__name__) is not None
         and kind.forward is defined.forward  # pyright: ignore[reportAttributeAccessIssue]
     )
 

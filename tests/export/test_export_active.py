@@ -122,7 +122,7 @@ def test_a_fresh_adapter_equals_the_base_and_a_warning_says_so(
 def test_adalora_is_merged_onto_the_unquantised_base(tmp_path: Path, quantisation: Any) -> None:
     base = base_folder(tmp_path / "base")
     config = AdaLoraConfig(task_type="CAUSAL_LM", init_r=6, target_r=2, total_step=10, target_modules=["q_proj"])
-    model = get_peft_model(load(base, quantisation), config)
+    model: Any = get_peft_model(load(base, quantisation), config)
     train(model)
     layer = model.base_model.model.model.layers[1].self_attn.q_proj
     layer.ranknum["default"].data.fill_(3.0)  # as after pruning

@@ -16,7 +16,7 @@ from hasten import FastLanguageModel
 from hasten.testing import tiny_model
 
 ROWS = 288
-SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+SPECIAL: dict[str, Any] = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 
 
 def checkpoint(folder: Path, rows: int = ROWS, words: int = ROWS, **special: Any) -> Path:

@@ -22,16 +22,16 @@ Q = ["q_proj"]
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("bases")
-    small = {"num_hidden_layers": 2}
+    small: dict[str, Any] = {"num_hidden_layers": 2}
     found = {name: save_tiny(root / name, name, **small) for name in ("llama", "qwen2")}
     found["tied"] = save_tiny(root / "tied", "llama", tie_word_embeddings=True, **small)
-    sizes = {"vocab_size": 288, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
+    sizes: dict[str, Any] = {"vocab_size": 288, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
     config = AutoConfig.for_model("gpt2", **sizes, bos_token_id=1, eos_token_id=2)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(root / "gpt2")
     tiny_tokenizer().save_pretrained(root / "gpt2")
     found["gpt2"] = root / "gpt2"
-    moe = {"num_local_experts": 4, "intermediate_size": 64}
+    moe: dict[str, Any] = {"num_local_experts": 4, "intermediate_size": 64}
     found["mixtral"] = save_tiny(root / "mixtral", "mixtral", **small, **moe)
     return found
 
