@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 from hasten import __version__
 from hasten.cli.arguments import Checkpointing, Load, Method, ModelName, Optimizer
 from hasten.cli.resume import RESUME_CHOICES, TrainCommand, resume_choice
-from hasten.errors import HastenError
+from hasten.errors import ExportError, HastenError
 from hasten.units import format_bytes
 
 FAILED = 2
@@ -156,9 +156,13 @@ def merge(
 ) -> None:
     """Merge an adapter into its base model and write a standard checkpoint."""
     quiet()
+    from hasten.loading.resolve import ADAPTER_CONFIG
     from hasten.model import FastLanguageModel
 
+    if Path(adapter).is_dir():
+        _require_adapter(adapter, (Path(adapter) / ADAPTER_CONFIG).is_file())  # before a base model is loaded
     network, tokenizer = FastLanguageModel.from_pretrained(adapter, load_in_16bit=True, device_map="cpu")
+    _require_adapter(adapter, hasattr(network, "get_base_model"))
     done: Any = network.save_pretrained_merged(out, tokenizer, save_method=method)
     divergence = "" if done.kl is None else f", KL divergence from 16 bits {done.kl:.4g} nats per token"
     Console().print(f"{done.folder}: {done.method}, {format_bytes(done.bytes)}{divergence}", soft_wrap=True)
@@ -247,6 +251,12 @@ def run(ctx: typer.Context, script: Annotated[Path, typer.Argument(help="A Pytho
     from hasten.unsloth_compat import run as run_script
 
     run_script(script, ctx.args)
+
+
+def _require_adapter(name: str, found: bool) -> None:
+    """Raises ExportError where there is nothing to merge, since the result would be the base model unchanged."""
+    if not found:
+        raise ExportError(f"{name} has no adapter (adapter_config.json), so there is nothing to merge; pass an adapter")
 
 
 def quiet() -> None:

@@ -161,7 +161,8 @@ def _plan_tokenizer(
     config = empty.config.get_text_config()
     eos_ids = [*tokens.as_ids(config.eos_token_id), *tokens.generation_eos_ids(source.folder)]
     rows = max(rows_of(empty), options.resize_model_vocab or 0)
-    return tokens.plan_fixes(tokenizer, rows, eos_ids, getattr(config, "pad_token_id", None))
+    pad_id = getattr(config, "pad_token_id", None)
+    return tokens.plan_fixes(tokenizer, rows, eos_ids, pad_id, pad_may_grow=source.adapter is not None)
 
 
 def _unused(options: LoadOptions) -> list[str]:
@@ -179,7 +180,7 @@ def _finish(model: PreTrainedModel, ready: Preparation, options: LoadOptions) ->
         tokens.apply_fixes(ready.tokenizer, ready.fixes)
         notes += [*ready.fixes.notes, *tokens.agree(ready.tokenizer, model)]
     old = rows_of(model)
-    rows = options.resize_model_vocab or max(old, tokens.rows_needed(ready.tokenizer))
+    rows = options.resize_model_vocab or max(old, ready.rows_needed)
     if rows != old:
         resize(model, rows, options.random_state)
         new = ", new ones are the mean of the old" if rows > old else ""
