@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from hasten.errors import CheckpointError
 from hasten.json_file import kind_of, read_object, shown
-from hasten.loading.config_rules import Rule, between, count, flag, positive
+from hasten.loading.config_rules import Rule, between, count, flag, mapping, positive
 from hasten.loading.foreign import parsing
 from hasten.loading.shards import FLOATS, read_header
 from hasten.weights.finite import described, nonfinite_names
@@ -82,14 +82,19 @@ RULES: Mapping[str, Rule] = {
 }
 
 
+def rule_of(name: str) -> Rule | None:
+    """Returns the validator of a field; the settings of a method (`loftq_config`, ...) are objects."""
+    return RULES.get(name) or (mapping if name.endswith("_config") else None)
+
+
 def read_adapter_config(path: Path) -> dict[str, Any]:
     """Returns the content of an adapter_config.json. Raises CheckpointError that names the fields which cannot be
     right."""
     found = read_object(path, CheckpointError)
     problems = [
-        f"{name}={shown(found[name])} ({kind_of(found[name])}): {problem}"
-        for name, rule in RULES.items()
-        if found.get(name) is not None and (problem := rule(found[name])) is not None
+        f"{shown(name)}={shown(value)} ({kind_of(value)}): {problem}"
+        for name, value in found.items()
+        if value is not None and (rule := rule_of(name)) is not None and (problem := rule(value)) is not None
     ]
     if problems:
         lines = "".join(f"\n  - {line}" for line in problems)
@@ -104,7 +109,10 @@ def check_adapter_files(folder: Path) -> None:
     weights are damaged, no floats, NaN or infinite."""
     read_adapter_config(folder / CONFIG)
     path = folder / WEIGHTS
-    header = read_header(path)
+    try:
+        header = read_header(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is damaged ({error}); copy or download it again") from error
     other = [f"{name} ({entry.dtype})" for name, entry in header.items() if entry.dtype not in FLOATS]
     if other:
         raise CheckpointError(f"{path} has tensors that are no floats: {', '.join(other[:5])}. Save the adapter again")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from hasten.errors import HastenError, OptionError, TokenizerError
 from hasten.families.schema import Family
@@ -115,10 +115,12 @@ def softcapped(config: Any, family: Family | None) -> bool:
     return field is not None and getattr(config, field) is not None
 
 
-def vocabulary_error(needed: int, base: int, rows: int, options: LoadOptions) -> HastenError | None:
+def vocabulary_error(
+    needed: int, tokenizer: PreTrainedTokenizerBase, rows: int, options: LoadOptions
+) -> HastenError | None:
     """Returns an error if the tokenizer needs more embedding rows than the model has. needed: rows for every id of the
-    tokenizer; base: for its vocabulary without added tokens; rows: the model's."""
-    asked = options.resize_model_vocab
+    tokenizer, after its fixes; rows: the model's."""
+    asked, base = options.resize_model_vocab, tokenizer.vocab_size
     if asked is not None and asked < needed:
         return OptionError(
             "from_pretrained",
@@ -128,6 +130,11 @@ def vocabulary_error(needed: int, base: int, rows: int, options: LoadOptions) ->
         )
     if asked is not None or needed <= rows:
         return None
+    if needed > len(tokenizer) + 1:  # one for a new pad token
+        return TokenizerError(
+            f"The tokenizer has {len(tokenizer)} tokens, and ids up to {needed - 1}: an id in its files is wrong. Use the "
+            f"model's own tokenizer, or pass resize_model_vocab={needed} to give the model rows for ids without a token"
+        )
     if options.fix_tokenizer and base <= rows:
         return None
     return TokenizerError(

@@ -142,7 +142,7 @@ def _prepare(
     storage = quantization.plan_storage(config, empty, dtype, on_cpu, options)
     notes += [*storage.notes, *rope.notes, *place_notes, *_unused(options)]
     ready = Preparation(config, empty, dtype, place, storage, tokenizer, fixes, notes)
-    error = checks.vocabulary_error(ready.rows_needed, tokenizer.vocab_size, rows_of(empty), options)
+    error = checks.vocabulary_error(ready.rows_needed, tokenizer, rows_of(empty), options)
     if isinstance(error, OptionError):
         findings.problems += error.problems
     elif error is not None:
