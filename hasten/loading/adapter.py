@@ -64,9 +64,8 @@ def attach(
         listed = "\n  ".join(problems)
         raise CheckpointError(f"the adapter in {folder} does not fit this model, nothing was attached:\n  {listed}")
     _warn_of_other_base(causal_lm, config)
-    with seeded(
-        0
-    ):  # PEFT initialises an adapter at random before it reads the weights; the caller's generators must not change
+    # PEFT initialises an adapter at random before it reads the weights; the caller's generators must not change.
+    with seeded(0), parsing(f"The adapter in {folder}", CheckpointError, "Load the base model again, without it"):
         peft_model = PeftModel.from_pretrained(causal_lm, str(folder), is_trainable=trainable, config=config)
     # PEFT drops this field on reading; an export needs it, since such an adapter only fits the quantised base.
     repaired = json.loads((folder / CONFIG).read_text()).get("loftq_config")
