@@ -11,9 +11,9 @@ from torch import nn
 from hasten.errors import ExportError
 from hasten.export import exporters
 from hasten.export.base import find_base
-from hasten.export.folder import check_target
 from hasten.export.request import ExportRequest
 from hasten.export.shards import parse_size
+from hasten.export.target import absolute, check_writable
 from hasten.state import causal_lm_of
 from hasten.suggest import did_you_mean
 
@@ -61,12 +61,12 @@ def save_merged(
     if save_method not in known:
         hint = did_you_mean(save_method, known, count=1, cutoff=0.3)
         raise ExportError(f"save_method={save_method!r}{hint} is not known; must be one of {', '.join(known)}")
-    exporter, target = exporters.named(save_method), Path(folder)
+    exporter, target = exporters.named(save_method), absolute(folder)
     request = ExportRequest(model, target, save_method, tokenizer, dtype=dtype, rows=rows)
     if problems := exporter.check(request):
         raise ExportError("; ".join(problems))
     request = replace(request, max_bytes=parse_size(max_shard_size))
-    check_target(target)
+    check_writable(target)
     _refuse_own_base(model, target)
     with torch.no_grad():
         size, kl = exporter.write(request, exporter.preflight(request))

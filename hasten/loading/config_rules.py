@@ -137,6 +137,7 @@ LAYERS = (
     "num_decoder_layers",
 )
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts", "moe_num_experts")
+PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
 WIDTHS = ("vocab_size", "hidden_size")
 
 
@@ -151,20 +152,30 @@ def config_problems(raw: Mapping[str, Any], stored: Mapping[str, StoredTensor]) 
         for name in raw
         if name.startswith("__") or callable(getattr(PreTrainedConfig, name, None))
     ]
+    most = max((value for name in EXPERTS if isinstance(value := raw.get(name), int)), default=None)
+    for name in PER_TOKEN:
+        chosen = raw.get(name)
+        if most is not None and isinstance(chosen, int) and chosen > most:
+            found.append(f"{name}={shown(chosen)}: must be at most the number of experts, {most}")
     for place, value, _ in walk(dict(raw)):
         name = place.rpartition(".")[2]
         rule = _rule_of(name)
-        if value is None or rule is None or _is_off(name, raw):
+        if value is None or _is_off(name, raw):
             continue
-        problem = rule(value) or _size_problem(name, value, place, stored)
+        problem = _too_large(value) if rule is None else rule(value) or _size_problem(name, value, place, stored)
         if problem is not None:
             found.append(f"{shown(place)}={shown(value)} ({kind_of(value)}): {problem}")
     return found
 
 
 def _rule_of(name: str) -> Rule | None:
-    counted = count if name in (*LAYERS, *WIDTHS) else between(0, LARGEST) if name in EXPERTS else None
+    counted = count if name in (*LAYERS, *WIDTHS, *PER_TOKEN) else between(0, LARGEST) if name in EXPERTS else None
     return RULES.get(name) or counted or next((rule for end, rule in ENDINGS.items() if name.endswith(end)), None)
+
+
+def _too_large(value: Any) -> str | None:
+    fits = not isinstance(value, int) or -(2**63) <= value < 2**63
+    return None if fits else "must fit 64 bits"
 
 
 def _is_off(name: str, raw: Mapping[str, Any]) -> bool:
