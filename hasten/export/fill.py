@@ -1,22 +1,48 @@
-"""Moves a finished model into an empty folder that exists."""
+"""Puts a finished model into a folder that must stay the folder that it is."""
 
 import os
+import shutil
 from pathlib import Path
 
 CONFIG, MARKER = "config.json", "hasten.json"
 
 
-def fill(work: Path, target: Path) -> None:
-    """Moves everything in `work` into the empty folder `target`, which stays the folder that it is.
+def must_stay(target: Path) -> bool:
+    """Returns whether `target` exists and cannot be exchanged for another folder by a rename: the working directory,
+    which a shell would go on to see without its files, a mount point, or an empty folder, which may be either of
+    another process."""
+    return target.is_dir() and (not any(target.iterdir()) or target.samefile(Path.cwd()) or target.is_mount())
 
-    It may be the working directory of the user's shell, or the mount point of a volume, which a rename would detach.
+
+def replace_inside(work: Path, target: Path, old: Path) -> None:
+    """Moves what is in `target` to the new folder `old`, and everything in `work` to `target`; then removes `old`.
+
     The marker that says whose files these are comes first, and config.json, without which no loader takes the folder
-    for a model, last.
+    for a model, last. On an error the old content comes back; a kill leaves it, complete, in `old`.
     """
+    old.mkdir()
+    for path in sorted(target.iterdir(), key=lambda path: path.name != CONFIG):
+        path.rename(old / path.name)
     order = {MARKER: 0, CONFIG: 2}
-    for path in sorted(work.iterdir(), key=lambda path: (order.get(path.name, 1), path.name)):
-        path.rename(target / path.name)
-    descriptor = os.open(target, os.O_RDONLY)
+    moved: list[Path] = []
+    try:
+        for path in sorted(work.iterdir(), key=lambda path: (order.get(path.name, 1), path.name)):
+            moved.append(path.rename(target / path.name))
+    except OSError:
+        for path in reversed(moved):
+            path.rename(work / path.name)
+        for path in old.iterdir():
+            path.rename(target / path.name)
+        old.rmdir()
+        raise
+    _sync(target)
+    shutil.rmtree(old)
+
+
+def _sync(folder: Path) -> None:
+    if os.name == "nt":  # Windows opens no folders, and its renames need no sync of them
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

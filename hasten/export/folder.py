@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hasten.errors import ExportError
-from hasten.export.fill import fill
+from hasten.export.fill import must_stay, replace_inside
 from hasten.export.shards import write_json
 
 log = logging.getLogger(__name__)
@@ -110,10 +110,10 @@ def _seal(work: Path, method: str) -> None:
 def _put_in_place(work: Path, target: Path) -> None:
     """Two renames: a kill between them leaves the old folder, complete, under a hidden name that nothing removes."""
     check_target(target)
-    if target.is_dir() and not any(target.iterdir()):
-        fill(work, target)
-        return
     old = _hidden(target, REPLACED)
+    if must_stay(target):
+        replace_inside(work, target, old)
+        return
     if target.exists():
         target.rename(old)
     try:

@@ -11,9 +11,10 @@ from torch import nn
 from hasten.errors import ExportError
 from hasten.export import exporters
 from hasten.export.base import find_base
+from hasten.export.folder import check_target
 from hasten.export.request import ExportRequest
 from hasten.export.shards import parse_size
-from hasten.export.target import absolute, check_writable
+from hasten.export.target import absolute
 from hasten.state import causal_lm_of
 from hasten.suggest import did_you_mean
 
@@ -66,7 +67,7 @@ def save_merged(
     if problems := exporter.check(request):
         raise ExportError("; ".join(problems))
     request = replace(request, max_bytes=parse_size(max_shard_size))
-    check_writable(target)
+    check_target(target)
     _refuse_own_base(model, target)
     with torch.no_grad():
         size, kl = exporter.write(request, exporter.preflight(request))

@@ -80,8 +80,8 @@ def build_empty(config: Any, options: LoadOptions, dtype: torch.dtype) -> PreTra
     except Exception as error:  # whichever line of the model's class stumbles over a value of the config
         asked = f"attn_implementation={options.attn_implementation!r}, " if attention else ""
         why = (
-            f"{asked}model type {shown(config.model_type)!r}: transformers cannot build the model that the config "
-            f"describes ({type(error).__name__}: {shown(error)})"
+            f"{asked}model type {shown(config.model_type)!r}: transformers cannot build the model that its "
+            f"config.json describes ({type(error).__name__}: {shown(error)})"
         )
         raise OptionError("from_pretrained", [why]) from error
 

@@ -8,8 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from hasten.cli import FAILED, app
-from hasten.estimation import estimate
 from hasten.errors import OptionError
+from hasten.estimation import estimate
 from hasten.testing import save_tiny
 
 
@@ -118,4 +118,4 @@ def test_merging_into_the_working_directory(base: Path, tmp_path: Path, monkeypa
         assert {"config.json", "model.safetensors", "hasten.json"} <= set(os.listdir(here))
         assert AutoModelForCausalLM.from_pretrained(here).config.hidden_size == 64
         assert sorted(os.listdir(tmp_path)) == ["adapter", "here"]
-    assert inode
+        assert here.stat().st_ino == inode, "a shell in the folder would no longer see it"

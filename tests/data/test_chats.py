@@ -115,7 +115,10 @@ def test_a_row_that_would_train_on_something_else_is_named(tmp_path: Path, row: 
         ([{"input_ids": [1, 2.5], "labels": [1, 2]}], "not a list of integers"),
         (['{"text": "a"}', '{"text": '], "line 2: it is not readable as JSON"),
         (['{"text": "a"}', '{"text": "b", "text": "c"}'], "line 2: the key 'text' occurs twice"),
-        (['{"messages": [{"role": "user", "content": "a", "content": "b"}]}'], "line 1: the key 'content' occurs twice"),
+        (
+            ['{"messages": [{"role": "user", "content": "a", "content": "b"}]}'],
+            "line 1: the key 'content' occurs twice",
+        ),
         (["[1]", "[2]"], "rows.jsonl"),
         (["1", "2"], "line 1: a row must be an object"),
         ([{"text": "a"}, "3"], "line 2: a row must be an object"),
