@@ -110,7 +110,7 @@ def _read_whole(reading: Reading) -> PreTrainedModel:
     if options.attn_implementation is not None:
         arguments["attn_implementation"] = options.attn_implementation
     quantises = reading.storage.settings is not None
-    with counting_nonfinite(reading.folder, reading.stored if quantises else {}) as counted:
+    with counting_nonfinite(reading.folder, reading.stored if quantises else {}, reading.dtype) as counted:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             reading.folder,
             config=reading.config,

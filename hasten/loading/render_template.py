@@ -1,8 +1,8 @@
 """A script: renders a chat template in a process of its own, under limits. Run by `hasten.loading.template`.
 
 Reads {"template", "variables", "seconds", "bytes"} as JSON from stdin; `variables` is a list with the template's
-variables for each rendering. Writes {"texts"} or {"error"}. Imports nothing but jinja2, so that it starts in 0.2 s, and
-compiles without jinja2's optimiser, which would compute constants such as 10**10**10.
+variables for each rendering. Writes the texts as a JSON list; what the template raises ends the process, with its
+traceback on stderr. Imports nothing but jinja2, so that it starts in 0.2 s.
 """
 
 import json
@@ -56,12 +56,8 @@ def main() -> None:
     """Renders what stdin asks for."""
     asked = json.load(sys.stdin)
     limit(asked["seconds"], asked["bytes"])
-    try:
-        template = environment().from_string(asked["template"])
-        answer: dict[str, Any] = {"texts": [template.render(**one)[:LONGEST] for one in asked["variables"]]}
-    except Exception as error:  # noqa: BLE001 the template is foreign code: whatever it raises is the answer
-        answer = {"error": f"{type(error).__name__}: {error}"}
-    json.dump(answer, sys.stdout)
+    template = environment().from_string(asked["template"])
+    json.dump([template.render(**one)[:LONGEST] for one in asked["variables"]], sys.stdout)
 
 
 if __name__ == "__main__":

@@ -57,13 +57,11 @@ def render(template: str, variables: list[dict[str, Any]]) -> list[str]:
         )
     except subprocess.TimeoutExpired as error:
         raise TemplateFailure(f"it does not end within {4 * SECONDS} s") from error
-    try:
-        answer = json.loads(done.stdout)
-    except ValueError as error:
-        raise TemplateFailure(f"it takes more than {SECONDS} s, or more than {MEMORY >> 20} MiB") from error
-    if "error" in answer:
-        raise TemplateFailure(answer["error"])
-    return answer["texts"]
+    if done.returncode < 0:  # ended by the system, at one of the limits
+        raise TemplateFailure(f"it takes more than {SECONDS} s, or more than {MEMORY >> 20} MiB")
+    if done.returncode:
+        raise TemplateFailure(done.stderr.strip().splitlines()[-1])
+    return json.loads(done.stdout)
 
 
 def _tokens(tokenizer: Any) -> dict[str, str]:

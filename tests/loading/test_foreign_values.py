@@ -47,7 +47,7 @@ CONFIG = [
     ("hidden_size", 128, "is (288, 64)"),
     ("hidden_size", 10**9, "no tensor of the checkpoint is that large"),
     ("vocab_size", 300, "the largest dimension is 288"),
-    ("vocab_size", 200, "the model's is (200, 64)"),
+    ("vocab_size", 270, "the model's is (270, 64)"),
     ("vocab_size", 2**40, "must be a positive integer"),
     ("num_attention_heads", 0, "must be a positive integer"),
     ("num_attention_heads", 2.5, "must be a positive integer"),
