@@ -16,7 +16,7 @@ def whole(least: int) -> Rule:
     """Returns a validator of integers of at least `least`, numpy's included."""
 
     def check(value: Any) -> str | None:
-        fits = isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+        fits = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
         return None if fits else f"must be an integer of at least {least}"
 
     return check
@@ -28,7 +28,7 @@ def within(low: float, high: float = math.inf, open_low: bool = False) -> Rule:
 
     def check(value: Any) -> str | None:
         number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-        fits = number and low <= value <= high and not (open_low and value == low)
+        fits = number and low <= float(value) <= high and not (open_low and value == low)
         return None if fits else f"must be a finite number {bounds}"
 
     return check
