@@ -12,11 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hasten.errors import TokenizerError
+from hasten.loading.config_file import read_generation_config
+from hasten.loading.foreign import parsing
 from hasten.loading.resolve import TOKENIZER_FILES, has_tokenizer
+from hasten.loading.template import template_notes
+from hasten.loading.tokenizer_files import check_tokenizer_files
 
 # In order of preference. Reserved tokens occur in no text that the model was trained on.
 PAD_NAME = r"(<\|?|\[)(?i:pad)(ding|_token)?(\|?>|\])"
@@ -46,12 +49,9 @@ def read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizer
         raise TokenizerError(
             f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}). Save the model's tokenizer there"
         )
-    try:
+    check_tokenizer_files(folder)
+    with parsing(f"The tokenizer in {folder}", TokenizerError, "Save the model's own there again"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TokenizerError(
-            f"The tokenizer in {folder} cannot be read ({type(error).__name__}: {error}). Save the model's own there again"
-        ) from error
 
 
 def rows_needed(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -66,9 +66,8 @@ def as_ids(value: Any) -> list[int]:
 
 def generation_eos_ids(folder: Path) -> list[int]:
     """Returns the ids at which the checkpoint's own generation config stops; none where it has no such file."""
-    if not (folder / "generation_config.json").is_file():
-        return []
-    return as_ids(GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id)
+    found = read_generation_config(folder)
+    return [] if found is None else as_ids(found.eos_token_id)
 
 
 def plan_fixes(
@@ -93,7 +92,7 @@ def plan_fixes(
         plan.notes.append(f"pad token: {pad} ({kind}); it was {_describe_pad(tokenizer, max(rows, needed))}")
     if tokenizer.padding_side != "right":
         plan.notes.append(f"padding side: right, for training; it was {tokenizer.padding_side}")
-    plan.notes += _template_notes(tokenizer)
+    plan.notes += template_notes(tokenizer)
     return plan
 
 
@@ -152,22 +151,6 @@ def _spare_token(tokenizer: PreTrainedTokenizerBase, rows: int, taken: set[Any],
         if matching:
             return min(matching, key=lambda token: free[token])
     return None
-
-
-def _template_notes(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    if not getattr(tokenizer, "chat_template", None):
-        return []
-    question = [{"role": "user", "content": "x"}]
-    try:
-        asked, plain = (
-            tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=prompt)
-            for prompt in (True, False)
-        )
-    except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
-        return [f"chat template: cannot render a single user turn ({type(error).__name__}: {error})"]
-    if asked != plain:
-        return []
-    return ["chat template: add_generation_prompt adds nothing, so generation does not start with the assistant's turn"]
 
 
 def apply_fixes(tokenizer: PreTrainedTokenizerBase, plan: TokenizerPlan) -> None:
