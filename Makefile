@@ -1,6 +1,6 @@
-# make demo   watch a small language model be trained, fine-tuned, merged and checked
-# make test   prove it: the test suite on the CPU
-# make test-full   what `make test` leaves out: exhaustive grids, compile tests
+# make demo   pretrain, fine-tune, merge and check a small language model
+# make test   run the test suite on the CPU
+# make test-full   run what `make test` leaves out: the rest of the grids, compile tests
 # make docs   build the documentation into build/site, every warning an error
 PYTHON ?= python3
 BIN = .venv/bin
@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM = false
 
 .PHONY: demo test test-full test-oldest lint docs clean
 
-# Threads that wait asleep: spinning ones make two threads ten times slower than one on a machine that is busy besides.
+# PASSIVE: waiting threads sleep. If they spin on a busy machine, two threads are ten times slower than one.
 demo: .venv/ready
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(BIN)/hasten demo --out runs/demo
 
@@ -44,7 +44,7 @@ docs: .venv-docs/ready
 	$(OLDEST)/python -m pip install --quiet --constraint constraints-oldest.txt pytest pytest-timeout bitsandbytes triton --editable .
 	touch $@
 
-# The tools alone: the reference is read from the source, so neither torch nor hasten is installed.
+# Only the documentation tools: the reference is read from the source, so neither torch nor hasten is installed.
 .venv-docs/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-docs
 	$(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'], sep='\n')" > .venv-docs/requirements.txt

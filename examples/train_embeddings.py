@@ -1,4 +1,4 @@
-"""New words: trains `embed_tokens` and `lm_head` fully beside a LoRA, and reloads both with the adapter.
+"""New words: trains `embed_tokens` and `lm_head` fully together with a LoRA, and reloads both with the adapter.
 
 Usage: python train_embeddings.py [CHECKPOINT [OUTPUT]]      (without them: a tiny random model, a temporary folder)
 """

@@ -1,6 +1,6 @@
 """hasten: fast, lean and exact fine-tuning of Hugging Face causal language models.
 
-Names are resolved when they are first used, so that importing the package costs nothing and touches nothing.
+Names are resolved when they are first used, so that importing the package is fast and has no side effects.
 """
 
 import importlib

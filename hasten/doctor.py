@@ -1,4 +1,4 @@
-"""Checks whether hasten works on this machine: `look` gathers the facts, `examine` judges them."""
+"""Checks whether hasten works on this machine: `look` collects versions and hardware, `examine` finds the problems."""
 
 import os
 import platform
@@ -16,9 +16,9 @@ from packaging.specifiers import SpecifierSet
 Level = Literal["ok", "note", "problem"]
 
 NEEDED_DISK_GIB = 5.0
-"""Room for one 16-bit merge of a 1B model (2.5 GiB), twice: the finished model and the one being written."""
+"""Disk space in GiB for a 16-bit merge of a 1B model (2.5 GiB), twice: the finished model and the one being written."""
 OLDEST_CAPABILITY = (7, 5)
-"""The oldest GPU generation (Turing) that the CUDA builds of torch 2.11 and later hold kernels for."""
+"""The oldest GPU generation (Turing) that the CUDA builds of torch 2.11 and later support."""
 BF16_CAPABILITY = (8, 0)
 DEVELOPMENT = "test"
 WORTH_HAVING = ("triton", "vllm")
@@ -44,8 +44,8 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """The facts about a machine. installed: distribution name -> version. driver: an NVIDIA driver is loaded, whether or not
-    torch sees a GPU.
+    """Versions and hardware of a machine. installed: distribution name -> version. driver: an NVIDIA driver is loaded,
+    whether or not torch sees a GPU.
 
     needs: None where hasten's own requirements could not be read (neither installed nor run from its source folder).
     """
@@ -72,7 +72,8 @@ class Finding:
 
 
 def look(folder: Path | None = None) -> Machine:
-    """Gathers the facts of this machine. folder: where models are to be written (default: the working directory)."""
+    """Collects versions and hardware of this machine. folder: where models are to be written (default: the working
+    directory)."""
     import torch
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -81,8 +82,8 @@ def look(folder: Path | None = None) -> Machine:
     cache = Path(HF_HUB_CACHE)
     gpus = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        facts = torch.cuda.get_device_properties(index)
-        gpus.append(Gpu(facts.name, (facts.major, facts.minor), facts.total_memory / 2**30))
+        gpu = torch.cuda.get_device_properties(index)
+        gpus.append(Gpu(gpu.name, (gpu.major, gpu.minor), gpu.total_memory / 2**30))
     return Machine(
         python=platform.python_version(),
         python_versions=python_versions,
@@ -97,12 +98,13 @@ def look(folder: Path | None = None) -> Machine:
 
 
 def own_requirements() -> tuple[SpecifierSet, tuple[Need, ...] | None]:
-    """hasten's bounds on Python and on packages: from its metadata if installed, else from its pyproject.toml."""
+    """Returns hasten's version bounds of Python and packages: from its metadata if installed, else from its
+    pyproject.toml."""
     try:
-        facts = metadata.metadata("hasten")
-        extras = facts.get_all("Provides-Extra") or []
+        found = metadata.metadata("hasten")
+        extras = found.get_all("Provides-Extra") or []
         needs = tuple(_need(line, extras) for line in metadata.requires("hasten") or [])
-        return SpecifierSet(facts["Requires-Python"]), _of_users(needs)
+        return SpecifierSet(found["Requires-Python"]), _of_users(needs)
     except metadata.PackageNotFoundError:
         source = Path(__file__).parents[1] / "pyproject.toml"
     if not source.exists():
@@ -115,7 +117,7 @@ def own_requirements() -> tuple[SpecifierSet, tuple[Need, ...] | None]:
 
 
 def examine(machine: Machine) -> list[Finding]:
-    """Every finding, in the order of the checks. Depends on nothing but `machine`."""
+    """Returns every finding, in the order of the checks. Depends only on `machine`."""
     findings = [_python(machine)]
     if machine.needs is None:
         findings.append(
@@ -126,7 +128,7 @@ def examine(machine: Machine) -> list[Finding]:
 
 
 def problems(findings: Sequence[Finding]) -> list[Finding]:
-    """The findings that keep hasten from working."""
+    """Returns the findings that keep hasten from working."""
     return [finding for finding in findings if finding.level == "problem"]
 
 
@@ -135,7 +137,7 @@ def _python(machine: Machine) -> Finding:
         return Finding("python", "ok", machine.python)
     asked = machine.python_versions
     return Finding(
-        "python", "problem", f"{machine.python}, needs {asked}", f"make a virtual environment of Python {asked}"
+        "python", "problem", f"{machine.python}, needs {asked}", f"create a virtual environment with Python {asked}"
     )
 
 
@@ -197,13 +199,14 @@ def _version(name: str) -> str | None:
 
 
 def _can_write(folder: Path) -> bool:
-    """Whether files could be made under `folder`, which need not exist yet."""
+    """Returns whether files can be created under `folder`, which need not exist yet."""
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
 
 
 def _need(line: str, extras: Sequence[str] = ()) -> Need:
-    """A requirement line. In installed metadata a marker (`extra == "train"`) says to which of `extras` it belongs."""
+    """Parses a requirement line. In installed metadata a marker (`extra == "train"`) says to which of `extras` it
+    belongs."""
     requirement = Requirement(line)
     marker = requirement.marker
     belongs = None
@@ -213,5 +216,5 @@ def _need(line: str, extras: Sequence[str] = ()) -> Need:
 
 
 def _of_users(needs: Sequence[Need]) -> tuple[Need, ...]:
-    """Without what only hasten's own tests need."""
+    """Drops the requirements of hasten's own tests."""
     return tuple(need for need in needs if need.extra != DEVELOPMENT)

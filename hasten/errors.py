@@ -1,4 +1,5 @@
-"""Errors for users. Their messages say what was asked, what was found, and what to do. All are ValueErrors."""
+"""Defines the errors for users. Their messages say what was asked, what was found, and what to do. All are
+ValueErrors."""
 
 from collections.abc import Sequence
 

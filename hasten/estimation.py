@@ -1,4 +1,5 @@
-"""Estimates the peak memory of one training step, and plans recomputation and offloading, from a checkpoint's config alone.
+"""Estimates the peak memory of one training step, and plans recomputation and offloading, from a checkpoint's config
+alone.
 
 Nothing is allocated. The formulas are in `training.memory.costs`; docs/memory.md compares them with measured peaks.
 """
@@ -23,14 +24,15 @@ from hasten.units import format_bytes, parse_bytes
 from hasten.weights import formats
 
 ASSUMED = DeviceSpeed(bytes_per_s=25e9, flops_per_s=2e14)
-"""Assumed where no GPU is available: 16 lanes of PCIe 4 and 200 TFLOP/s in 16 bits. Decides which transfers overlap with compute,
-not how many bytes are needed."""
+"""Assumed where no GPU is available: 16 lanes of PCIe 4 and 200 TFLOP/s in 16 bits. Decides which transfers overlap
+with compute, not how many bytes are needed."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """peak: bytes by part when most is allocated. plan: in words, which layers save, recompute or offload their activations.
-    fits: whether `total` is within the budget that was given. savings: what would lower `total`, largest gain first."""
+    """peak: bytes by part when most is allocated. plan: in words, which layers save, recompute or offload their
+    activations. fits: whether `total` is within the budget that was given. savings: changes that would lower `total`,
+    largest gain first."""
 
     peak: Peak
     plan: str
@@ -42,7 +44,7 @@ class Estimate:
         return self.peak.total
 
     def parts(self) -> dict[str, int]:
-        """Label of each part -> bytes; `total` is their sum."""
+        """Returns {label of each part: bytes}; `total` is their sum."""
         return {
             "weights": self.peak.weights,
             "gradients": self.peak.gradients,
@@ -75,16 +77,16 @@ def estimate(  # noqa: PLR0913
     """Estimates torch.cuda.max_memory_allocated over a step of `FastLanguageModel` on one GPU.
 
     config: a transformers config, or a folder that holds one. rank: LoRA rank on all seven Linears of every layer.
-    quantization: a choice of `weights.formats` ("4bit", "8bit", ...), None = dense. dtype: the compute dtype, and that of
-    weights that are not quantised. checkpointing: as `use_gradient_checkpointing`: False, True, "offload", or "auto" (=
-    "unsloth"), which plans each layer for memory_budget (bytes, or a text such as "24GiB"; None = the memory of the
+    quantization: a choice of `weights.formats` ("4bit", "8bit", ...), None = dense. dtype: the compute dtype, and that
+    of weights that are not quantised. checkpointing: as `use_gradient_checkpointing`: False, True, "offload", or "auto"
+    (= "unsloth"), which plans each layer for memory_budget (bytes, or a text such as "24GiB"; None = the memory of the
     first GPU). tiled_mlp: as `unsloth_tiled_mlp`. optimizer: "adamw",
     "adamw_8bit" or "paged", see `costs.peak`.
 
-    Not in it: the CUDA context, fragmentation by the allocator, `modules_to_save`, several GPUs.
+    Not included: the CUDA context, fragmentation by the allocator, `modules_to_save`, several GPUs.
 
-    Raises OptionError with every problem of the arguments, CheckpointError where there is no readable config or the
-    architecture has other layers than those that hasten knows.
+    Raises OptionError with every problem of the arguments, CheckpointError if there is no readable config or the
+    formulas do not cover the architecture's layers.
     """
     sizes = {"batch_size": batch_size, "seq_len": seq_len, "rank": rank}
     problems = [*_size_problems(sizes), *_storage_problems(quantization, full_finetuning)]
@@ -98,8 +100,10 @@ def estimate(  # noqa: PLR0913
         assert budget is not None
         speed = measure(torch.device("cuda")) if torch.cuda.is_available() else ASSUMED
         # The planner counts AdamW's moments.
-        room = budget + moments(shape, "adamw") - moments(shape, optimizer)
-        plan = plan_layers(shape, batch_size, seq_len, room, speed, (tile,) if tile and tiled_mlp != "auto" else ())
+        adamw_budget = budget + moments(shape, "adamw") - moments(shape, optimizer)
+        plan = plan_layers(
+            shape, batch_size, seq_len, adamw_budget, speed, (tile,) if tile and tiled_mlp != "auto" else ()
+        )
         actions, tile = plan.actions, plan.tile
     else:
         actions = with_tile([UNIFORM_ACTIONS[checkpointing]] * len(shape.layers), tile)
@@ -134,14 +138,14 @@ def _mode_problems(mode: bool | str, tiled: bool | int | str, optimizer: str) ->
     if mode not in CHECKPOINTING:
         problems.append(f"checkpointing={mode!r}: known are False, True, 'offload', 'auto' and 'unsloth'")
     if not (isinstance(tiled, bool) or tiled == "auto" or (isinstance(tiled, int) and tiled >= 1)):
-        problems.append(f"tiled_mlp={tiled!r}: pass False, True, 'auto' or a number of rows")
+        problems.append(f"tiled_mlp={tiled!r}: pass False, True, 'auto' or a number of tokens")
     if optimizer not in get_args(Optimizer):
         problems.append(f"optimizer={optimizer!r}: known are {', '.join(map(repr, get_args(Optimizer)))}")
     return problems
 
 
 def _budget(asked: int | str | None, mode: bool | str) -> tuple[int | None, list[str]]:
-    """(budget in bytes, None where none is needed or given; problems)."""
+    """Returns (budget in bytes, None where none is needed or given; problems)."""
     if asked is not None:
         try:
             return parse_bytes(asked), []

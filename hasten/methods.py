@@ -1,4 +1,4 @@
-"""User-facing methods of a hasten model, mixed into the class of the causal LM and of its PeftModel."""
+"""Defines user-facing methods of a hasten model, mixed into the class of the causal LM and of its PeftModel."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,7 @@ class SharedMethods:
     def push_to_hub_merged(
         self, repo_id: str, tokenizer: Any = None, save_method: str = "merged_16bit", **kwargs: Any
     ) -> Any:
-        """As `save_pretrained_merged`, into a repository of the hub. kwargs: token, private, revision."""
+        """Writes what `save_pretrained_merged` writes to a repository of the hub. kwargs: token, private, revision."""
         from hasten.export import push_to_hub_merged
 
         return push_to_hub_merged(self, repo_id, tokenizer, save_method, **kwargs)  # pyright: ignore[reportArgumentType]
@@ -47,7 +47,7 @@ class CausalLMMethods(SharedMethods):
     """Methods of the causal LM."""
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' `generate`, by the model's engine; takes left- and right-padded batches.
+        """Generates as transformers' `generate` does, with the model's engine; takes left- and right-padded batches.
 
         Raises InputError for sequences longer than `max_seq_length`.
         """
@@ -56,7 +56,7 @@ class CausalLMMethods(SharedMethods):
 
 
 class PeftMethods(SharedMethods, Overlay):
-    """Methods of the PeftModel. Keeps the dtypes in which its weights train, whatever a trainer casts them to.
+    """Methods of the PeftModel. Restores the dtypes in which its weights train after a trainer has cast them.
 
     TRL's trainers cast every trained weight of a quantised model to bf16 on construction, and bf16 loses small updates.
     """
@@ -64,15 +64,15 @@ class PeftMethods(SharedMethods, Overlay):
     runs = "adapter"
 
     def train(self, mode: bool = True) -> Any:
-        """As torch's; entering training mode casts trained weights back to their dtypes."""
+        """Sets the mode as torch does; entering training mode casts trained weights back to their dtypes."""
         super().train(mode)
         if mode:
             self._keep_dtypes()
         return self
 
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
-        """As PEFT's, with trained weights cast back first: a trainer that resumes loads before it enters training
-        mode."""
+        """Loads an adapter as PEFT does, after casting trained weights back: a trainer that resumes loads before it
+        enters training mode."""
         self._keep_dtypes()
         return super().load_adapter(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -1,4 +1,4 @@
-"""FastLanguageModel: load a model, add a LoRA, switch between training and inference. Orchestration only."""
+"""Defines FastLanguageModel: load a model, add a LoRA, switch between training and inference. Orchestration only."""
 
 from typing import Any, ClassVar
 
@@ -10,7 +10,7 @@ from hasten.export.base import find_base
 from hasten.inference import for_inference
 from hasten.loading import load
 from hasten.loading.adapter import attach
-from hasten.loading.embedding import leave_out_of_ddp
+from hasten.loading.embedding import exclude_from_ddp
 from hasten.methods import CausalLMMethods, PeftMethods
 from hasten.options import ALL_LINEAR, AdapterOptions, LoadOptions, none_if_left_out
 from hasten.patching import apply, plan
@@ -22,7 +22,7 @@ from hasten.units import parse_bytes
 
 
 class FastLanguageModel:
-    """Loads causal language models of the Hugging Face ecosystem, with every overlay that applies."""
+    """A loader of Hugging Face causal language models, with every overlay that applies."""
 
     model_type: ClassVar[str | None] = None
 
@@ -184,7 +184,7 @@ def _with_peft_methods(peft_model: Any, loaded: LoadOptions | None) -> Any:
     peft_model.__class__ = overlay_class(type(peft_model), PeftMethods, None)
     wants_fp32 = loaded is None or loaded.float32_mixed_precision is not False
     state_of(peft_model).trained_dtypes = lora.set_dtypes(peft_model, wants_fp32)
-    leave_out_of_ddp(peft_model)
+    exclude_from_ddp(peft_model)
     peft_model.train()
     return peft_model
 
@@ -202,13 +202,13 @@ def _enable_checkpointing(model: Any, mode: bool | str, budget: int | str | None
 
 
 def _adapter_problem(model: Any, options: AdapterOptions) -> str | None:
-    """Why this model cannot get this adapter, if so."""
+    """Returns why this model cannot get this adapter, if so."""
     state = state_of(model)
     loaded = state.load_options
     if causal_lm_of(model) is not model:
         return _second_adapter(state.adapter_options, options)
     if loaded is not None and loaded.full_finetuning:
-        return "the model was loaded with full_finetuning=True, so all its weights train; load it without to add a LoRA"
+        return "the model was loaded with full_finetuning=True, so all its weights train; load it without full_finetuning to add a LoRA"
     if loaded is not None and loaded.offload_embedding and lora.trains_embedding(options):
         return "embed_tokens would train, and offload_embedding keeps it frozen in CPU memory; drop one of them"
     return None

@@ -45,10 +45,11 @@ class OverlayPlan(Protocol):
 
 
 class MemoryAdvisor(Protocol):
-    """What a causal LM's forward asks of `training.memory`, so that out-of-memory errors say which changes would free memory.
+    """The part of `training.memory` that a causal LM's forward calls, so that out-of-memory errors say which changes
+    would free memory.
 
-    advising: the context of a forward over (sequences, tokens per sequence). watch_backward: the same for the backward through
-    the forward's outputs.
+    advising: the context of a forward over (sequences, tokens per sequence). watch_backward: the same for the backward
+    through the forward's outputs.
     """
 
     def advising(self, batch_shape: tuple[int, int] | None) -> AbstractContextManager[None]: ...
@@ -65,13 +66,13 @@ class GenerateCall:
 
 
 class Engine(Protocol):
-    """What `model.generate` calls. Implementations stand in `hasten.inference`, one file each."""
+    """What `model.generate` calls. Implementations are in `hasten.inference`, one file each."""
 
     @property
     def name(self) -> str: ...
 
     def check(self, options: LoadOptions) -> list[str]:
-        """Every problem that keeps this engine from serving a model loaded with `options`; empty = none."""
+        """Returns every reason why this engine cannot run a model loaded with `options`; empty = none."""
         ...
 
     def generate(self, model: Any, call: GenerateCall) -> Any:
@@ -95,8 +96,8 @@ class ModelState:
     notes: topic -> lines of the report. plan: the overlays that are on. memory: the memory policy, None = none.
     checkpointing: the `use_gradient_checkpointing` in force, None = never set by hasten. mlp_tile: `unsloth_tiled_mlp`
     as given. trained_dtypes: parameter name in the PeftModel -> the dtype it trains in. fused_head: TRL's request, None
-    = its defaults. saw_labels: whether a training batch had a label that counts. engine: what `generate` calls, None =
-    stock.
+    = its defaults. saw_labels: whether a training batch had a label that is not ignored. engine: called by `generate`,
+    None = stock.
     """
 
     load_options: LoadOptions | None = None
@@ -127,5 +128,5 @@ def state_of(model: nn.Module) -> ModelState:
 
 
 def find_state(model: nn.Module) -> ModelState | None:
-    """As `state_of`, but returns None for a model without a state."""
+    """Returns the state of the causal LM, None for a model without one."""
     return causal_lm_of(model).__dict__.get(ATTRIBUTE)

@@ -1,4 +1,4 @@
-"""Suggests known names for a mistyped one. Every message of the package that does so calls this. stdlib only."""
+"""Suggests known names for a mistyped one, for all messages of the package. stdlib only."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def did_you_mean(name: Any, known: Iterable[Any], count: int = 3, cutoff: float = 0.6) -> str:
-    """ " (did you mean a or b?)" with at most `count` of `known`, most similar first; "" where none is similar.
+    """Returns " (did you mean a or b?)" with at most `count` of `known`, most similar first; "" if none is similar.
 
     cutoff: the least `difflib` ratio of a suggestion, from 0 (anything) to 1 (equal).
     """

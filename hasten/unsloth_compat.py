@@ -52,7 +52,7 @@ class _Submodules(importlib.abc.MetaPathFinder):
     """Raises for imports of submodules, with what hasten has instead."""
 
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> None:
-        """None for every other package. Raises DropInError for `unsloth.<name>`."""
+        """Returns None for every other package. Raises DropInError for `unsloth.<name>`."""
         if fullname.startswith(f"{NAME}.") and isinstance(sys.modules.get(NAME), _Unsloth):
             name = fullname.split(".")[1]
             raise DropInError(f"{fullname} was imported, but hasten is installed as {NAME}. {_instead(name)}")
@@ -82,7 +82,7 @@ def install_as_unsloth() -> ModuleType:
 def run(path: str | Path, argv: Sequence[str] = ()) -> dict[str, Any]:
     """Runs a script written for unsloth as `python path *argv` would, and returns its globals.
 
-    Raises InputError if the file does not exist, and whatever the script raises.
+    Raises InputError if the file does not exist, and any error of the script.
     """
     script = Path(path)
     if not script.is_file():
@@ -97,7 +97,8 @@ def run(path: str | Path, argv: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _is_bfloat16_supported() -> bool:
-    """Whether to train in bf16 rather than fp16: on GPUs that support it, and on CPUs, which do not train in fp16."""
+    """Returns whether to train in bf16 rather than fp16: on GPUs that support it, and on CPUs, which do not train in
+    fp16."""
     import torch
 
     return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)

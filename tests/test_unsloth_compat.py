@@ -75,7 +75,7 @@ def test_every_example_runs_unchanged(name: str, folder: Path) -> None:
 def test_the_vllm_example_ends_in_one_error_that_says_when(folder: Path, ran: Any) -> None:
     done = hasten_run(SEEDS / "vllm.py", folder)
     assert done.returncode != 0
-    with pytest.raises(OptionError, match="fast_inference=True comes in a later version") as raised:
+    with pytest.raises(OptionError, match="fast_inference=True is planned for a later version") as raised:
         ran("vllm")
     assert len(raised.value.problems) == 1
     assert "fast_inference=True" in done.stderr

@@ -1,4 +1,5 @@
-"""Arguments that several commands share. Choices come from the registries, which are imported only when they are needed."""
+"""Defines arguments that several commands share. Choices come from the registries, which are imported only when
+needed."""
 
 from collections.abc import Callable
 from enum import StrEnum
@@ -8,7 +9,8 @@ import typer
 
 
 def one_of(values: Callable[[], list[str]]) -> Callable[[str], str]:
-    """An option's callback that refuses what is not in a registry, which is imported only when the option is used."""
+    """Returns an option's callback that refuses what is not in a registry, which is imported only when the option is
+    used."""
 
     def check(value: str) -> str:
         if value not in values():
@@ -19,28 +21,28 @@ def one_of(values: Callable[[], list[str]]) -> Callable[[str], str]:
 
 
 def storage_choices() -> list[str]:
-    """The values of --load."""
+    """Returns the values of --load."""
     from hasten.weights import formats
 
     return formats.choices()
 
 
 def default_storage() -> str:
-    """The value of --load where none is given."""
+    """Returns the value of --load where none is given."""
     from hasten.weights import formats
 
     return str(formats.default().choice)
 
 
 def save_methods() -> list[str]:
-    """The values of --method."""
+    """Returns the values of --method."""
     from hasten.export import exporters
 
     return exporters.names()
 
 
 class Checkpointing(StrEnum):
-    """As `use_gradient_checkpointing`."""
+    """The modes of `use_gradient_checkpointing`."""
 
     off = "false"
     on = "true"
@@ -49,7 +51,7 @@ class Checkpointing(StrEnum):
 
 
 class Optimizer(StrEnum):
-    """As in `estimate`."""
+    """The optimizers of `estimate`."""
 
     adamw = "adamw"
     eight_bit = "adamw_8bit"
@@ -67,4 +69,9 @@ Load = Annotated[
         help="Storage format of the weights: 16bit or a quantised one.",
     ),
 ]
-Method = Annotated[str, typer.Option(callback=one_of(save_methods), help="What to write, as save_pretrained_merged.")]
+Method = Annotated[
+    str,
+    typer.Option(
+        callback=one_of(save_methods), help="Form of the written model: save_method of save_pretrained_merged."
+    ),
+]

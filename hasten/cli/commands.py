@@ -13,19 +13,20 @@ from typer.core import TyperGroup
 
 from hasten import __version__
 from hasten.cli.arguments import Checkpointing, Load, Method, ModelName, Optimizer
+from hasten.cli.resume import RESUME_CHOICES, TrainCommand, resume_choice
 from hasten.errors import HastenError
 from hasten.units import format_bytes
 
 FAILED = 2
-"""Exit code of every error that hasten raises on purpose. 1 is the doctor's, for a machine with a problem."""
+"""Exit code of every error that hasten raises on purpose. `doctor` exits with 1 if it finds a problem."""
 COLOURS = {"ok": "green", "note": "yellow", "problem": "bold red"}
 
 
 class Commands(TyperGroup):
-    """Errors meant for users end a command with their message, not with a traceback."""
+    """A command group that reports user errors as a message, without a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Runs the command; `--debug` lets its errors through."""
+        """Runs the command; with `--debug` its errors are raised."""
         try:
             return super().invoke(ctx)
         except HastenError as error:
@@ -57,22 +58,35 @@ def main(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
-    quick: Annotated[bool, typer.Option(help="A much smaller model: half a minute, and poor answers.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder of all outputs.")] = Path("runs/demo"),
+    quick: Annotated[
+        bool, typer.Option(help="Use a much smaller model: takes half a minute and answers poorly.")
+    ] = False,
 ) -> None:
-    """Make a small language model, teach it with QLoRA, test it, merge it and check the merge. Downloads nothing."""
+    """Pretrain a small language model, fine-tune it with QLoRA, evaluate it, merge it and check the merge. Needs no
+    download."""
     quiet()
-    from hasten.demo.story import FULL, QUICK, tell
+    from hasten.demo.pipeline import FULL, QUICK, run_demo
 
-    tell(out, Console(), QUICK if quick else FULL)
+    run_demo(out, Console(), QUICK if quick else FULL)
 
 
-@app.command()
+@app.command(cls=TrainCommand)
 def train(
-    config: Annotated[Path, typer.Argument(help="A YAML file with model:, adapter:, data:, train: and save:.")],
-    resume: Annotated[bool, typer.Option(help="Resume from the newest checkpoint of the run.")] = False,
+    config: Annotated[Path, typer.Argument(help="A YAML file with the sections model, adapter, data, train and save.")],
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[force]",
+            help="Resume from the newest complete checkpoint of the run; force: even if settings differ.",
+            callback=resume_choice,
+        ),
+    ] = None,
 ) -> None:
-    """Fine-tune a model as a YAML file says."""
+    """Fine-tune a model as configured in a YAML file."""
+    from hasten.schema.job_file import read_sections
+
+    read_sections(config)  # before the imports that take seconds
     quiet()
     from hasten.export.folder import check_target
     from hasten.model import FastLanguageModel
@@ -81,8 +95,12 @@ def train(
 
     console = Console()
     job = read_job(config)
-    check_target(job.saved)  # before hours of training, not after
-    done = run_job(job, FastLanguageModel.from_pretrained, FastLanguageModel.get_peft_model, console, resume)
+    check_target(job.saved)  # fails before hours of training, not after
+    how = RESUME_CHOICES.get(resume, False)
+    done = run_job(job, FastLanguageModel.from_pretrained, FastLanguageModel.get_peft_model, console, how)
+    if done.already:
+        console.print(f"the run had finished at step {done.steps}; nothing to do. model: {done.saved}", soft_wrap=True)
+        return
     console.print(f"{done.steps} steps, mean loss {done.loss:.4f}; {done.counts}")
     if done.dropped:
         console.print(f"[yellow]{done.dropped} examples were dropped for being too long[/]")
@@ -93,13 +111,13 @@ def train(
 def generate(
     model: ModelName,
     load: Load,
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One or more prompts, each answered.")],
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One or more prompts.")],
     max_new_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 = always the most likely token.")] = 0.0,
+    temperature: Annotated[float, typer.Option(help="0 = greedy decoding.")] = 0.0,
     raw: Annotated[bool, typer.Option(help="Continue the text as it is, without the chat template.")] = False,
-    max_seq_length: Annotated[int, typer.Option(help="Prompt and answer together.")] = 2048,
+    max_seq_length: Annotated[int, typer.Option(help="Longest sequence in tokens, prompt and answer together.")] = 2048,
 ) -> None:
-    """Answer prompts, token by token."""
+    """Generate answers to prompts and print them token by token."""
     quiet()
     from transformers import TextStreamer
 
@@ -132,11 +150,11 @@ def generate(
 
 @app.command()
 def merge(
-    adapter: Annotated[str, typer.Argument(help="A folder or hub id that holds an adapter.")],
+    adapter: Annotated[str, typer.Argument(help="A folder or hub id of an adapter.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     method: Method = "merged_16bit",
 ) -> None:
-    """Merge an adapter into its base and write an ordinary checkpoint."""
+    """Merge an adapter into its base model and write a standard checkpoint."""
     quiet()
     from hasten.model import FastLanguageModel
 
@@ -160,16 +178,16 @@ def report(model: ModelName, load: Load) -> None:
 def estimate(  # noqa: PLR0913
     model: Annotated[str, typer.Argument(help="A folder or hub id; only its config is read.")],
     load: Load,
-    seq_len: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
+    seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 2048,
     batch_size: Annotated[int, typer.Option(help="Sequences of a step.")] = 1,
-    rank: Annotated[int, typer.Option(help="Rank of the LoRA on all Linears.")] = 16,
+    rank: Annotated[int, typer.Option(help="Rank of the LoRA on all Linear layers.")] = 16,
     checkpointing: Annotated[
         Checkpointing, typer.Option(help="Activation checkpointing: what layers recompute or offload.")
     ] = Checkpointing.on,
     full_finetuning: Annotated[bool, typer.Option(help="All weights train.")] = False,
-    tiled_mlp: Annotated[bool, typer.Option(help="MLPs run some tokens at a time.")] = False,
+    tiled_mlp: Annotated[bool, typer.Option(help="Run MLPs in tiles of tokens.")] = False,
     optimizer: Annotated[Optimizer, typer.Option(help="How the optimizer stores Adam's moments.")] = Optimizer.adamw,
-    offload_embedding: Annotated[bool, typer.Option(help="The input embedding is offloaded to CPU memory.")] = False,
+    offload_embedding: Annotated[bool, typer.Option(help="Offload the input embedding to CPU memory.")] = False,
     memory_budget: Annotated[
         str | None, typer.Option(help='For auto, e.g. "24GiB"; default: the memory of the GPU.')
     ] = None,
@@ -245,7 +263,7 @@ def quiet() -> None:
     try:
         import datasets
     except ImportError:
-        return  # only `train` and `demo` need it, and say so
+        return  # only `train` and `demo` need it, and report it if it is missing
     datasets.disable_progress_bars()
 
 

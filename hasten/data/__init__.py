@@ -1,4 +1,4 @@
-"""Datasets: read them, count what a trainer will cut and mask, drop examples that are too long."""
+"""Reads datasets, counts what a trainer will truncate and mask, and drops examples that are too long."""
 
 from hasten.data.check import DatasetCounts, check_dataset
 from hasten.data.labels import IGNORE_INDEX

@@ -14,11 +14,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DatasetCounts:
-    """What training will see of a dataset. All None but `examples` where the dataset is not tokenised yet, and
-    `examples` too where it is a stream.
+    """What training will see of a dataset. All fields except `examples` are None if the dataset is not tokenised yet,
+    and `examples` too if it is a stream.
 
     truncated: examples that are truncated. lost: tokens that truncation removes. masked: examples without a label after
-    it. tokens, labels: tokens that are left, and those among them that the loss counts.
+    it. tokens, labels: tokens that are left, and how many of them have a label.
     """
 
     examples: int | None
@@ -46,8 +46,9 @@ def check_dataset(
 
     dataset: of examples with `input_ids` (and `labels` or TRL's masks), or of text or messages together with the
     SFTTrainer that was made for it, whose own preparation then tokenises them and whose config gives `max_length`.
-    Without a trainer such examples are only checked for being there at all. Call it before `trainer.train()`; it changes
-    neither. Truncated and masked examples are also logged as a warning, which names the dataset by `name`.
+    Without a trainer such examples are not counted, only checked to exist. Call it before `trainer.train()`; it changes
+    neither dataset nor trainer. Truncated and masked examples are also logged as a warning, which names the dataset by
+    `name`.
     """
     if dataset is None:
         raise DatasetError(f"the {name} dataset is None; pass one with at least one example")
@@ -74,7 +75,7 @@ def check_dataset(
 
 
 def _truncation_length(args: Any) -> int | None:
-    """The length to which the trainer truncates; packing other than best-fit splits long examples instead."""
+    """Returns the length to which the trainer truncates; packing other than best-fit splits long examples instead."""
     splits = getattr(args, "packing", False) and args.packing_strategy != "bfd"
     return None if splits else getattr(args, "max_length", None)
 
@@ -84,7 +85,7 @@ def _count(dataset: Iterable[Mapping[str, Any]], max_length: int | None) -> Data
     for example in dataset:
         length = len(example["input_ids"])
         kept = length if max_length is None else min(length, max_length)
-        learned = sum(label_mask(example)[1:kept])  # the first token is predicted from nothing
+        learned = sum(label_mask(example)[1:kept])  # no position predicts the first token
         total += 1
         truncated += kept < length
         lost += length - kept

@@ -1,4 +1,4 @@
-"""Which tokens of an example the loss counts."""
+"""Finds the tokens of an example that have a label."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,13 +6,14 @@ from typing import Any
 from hasten.ops import ScoreConfig
 
 IGNORE_INDEX = ScoreConfig.ignore_index
-"""The label of a token that the loss leaves out, as torch's cross entropy and TRL have it."""
+"""The label that the loss ignores, as in torch's cross entropy and TRL."""
 MASKS = ("completion_mask", "assistant_masks")
-"""TRL's columns of 0 and 1, one per token, from which it makes labels."""
+"""TRL's columns of 0 and 1, one per token, that it converts to labels."""
 
 
 def label_mask(example: Mapping[str, Any]) -> Sequence[bool]:
-    """For each token of a tokenised example, whether it has a label: from `labels`, else from TRL's masks, else all."""
+    """Returns for each token of a tokenised example whether it has a label: by `labels`, else by TRL's masks, else
+    always."""
     if "labels" in example:
         return [int(label) != IGNORE_INDEX for label in example["labels"]]
     masks = [example[mask] for mask in MASKS if mask in example]

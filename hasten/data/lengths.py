@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 def drop_long(trainer: Any, dataset: "Dataset", limit: int, name: str = "train") -> None:
     """Replaces the trainer's training data by the examples of `dataset` that have at most `limit` tokens.
 
-    trainer: TRL's SFTTrainer, which holds all of them, truncated. Raises DatasetError where no example is left.
+    trainer: TRL's SFTTrainer, whose data still has all examples, truncated. Raises DatasetError where no example is
+    left.
     """
     short = tokenized(dataset, trainer, name).filter(lambda example: len(example["input_ids"]) <= limit)
     if not len(short):

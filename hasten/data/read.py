@@ -1,4 +1,4 @@
-"""Reads datasets from files, folders and the hub, in the columns that TRL's SFTTrainer takes."""
+"""Reads datasets from files, folders and the hub, with the columns that TRL's SFTTrainer takes."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,15 +10,15 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-"""File suffix -> the builder of `datasets` that reads it."""
+"""File suffix -> the builder of the package `datasets` for it."""
 COLUMNS = (("input_ids", "labels"), ("messages",), ("conversations",), ("prompt", "completion"), ("text",))
-"""Columns that can be trained on; the first that a dataset has are taken."""
+"""Columns that can be trained on; the first entry that a dataset has is used."""
 CHAT_COLUMNS = ("tools", "chat_template_kwargs")
 """Further columns that TRL reads with a chat, where a dataset has them."""
 
 
 def read_dataset(options: DataOptions) -> "tuple[Dataset, Dataset | None]":
-    """The examples to train on, and those to evaluate on where `options` asks for some.
+    """Returns the training examples, and the evaluation examples if `options` asks for some.
 
     Raises DatasetError for a dataset that cannot be read, is empty, has empty cells, or has none of `COLUMNS`, and
     MissingExtraError without the package `datasets`.
@@ -65,7 +65,7 @@ def _open(options: DataOptions, path: str, split: str) -> Any:
 
 
 def _select_columns(dataset: "Dataset", options: DataOptions, path: str) -> "Dataset":
-    """Keeps only the columns that are trained on: TRL would otherwise choose by others that happen to be there."""
+    """Keeps only the columns that are trained on, since TRL chooses the dataset's format by the columns that exist."""
     asked = ((options.text_field,),) if options.text_field else COLUMNS
     found = next((columns for columns in asked if set(columns) <= set(dataset.column_names)), None)
     if found is None:
@@ -76,5 +76,29 @@ def _select_columns(dataset: "Dataset", options: DataOptions, path: str) -> "Dat
         )
     for column in found:
         if missing := dataset.data.column(column).null_count:
-            raise DatasetError(f"{path}: {missing} examples have nothing in {column!r}; fill or remove them")
+            raise DatasetError(f"{path}: {missing} examples have an empty {column!r}; fill or remove them")
+        if empty := _empty_lists(dataset, column):
+            listed = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
+            raise DatasetError(
+                f"{path}: {column!r} is an empty list in {len(empty)} examples (numbers {listed}, counted from 0); fill or "
+                "remove them"
+            )
     return dataset.select_columns([*found, *(name for name in CHAT_COLUMNS if name in dataset.column_names)])
+
+
+def _empty_lists(dataset: "Dataset", column: str) -> list[int]:
+    """The numbers of the examples whose `column` holds a list without elements."""
+    import pyarrow
+    from pyarrow import compute
+
+    found = []
+    number = 0
+    table: Any
+    for table in dataset.select_columns([column]).with_format("arrow").iter(1000):
+        cells = table.column(column)
+        if not (pyarrow.types.is_list(cells.type) or pyarrow.types.is_large_list(cells.type)):
+            return []
+        lengths = compute.list_value_length(cells).to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
+        found += [number + index for index, length in enumerate(lengths) if length == 0]
+        number += len(lengths)
+    return found

@@ -7,9 +7,9 @@ from hasten.errors import DatasetError
 
 
 def tokenized(dataset: Any, trainer: Any, name: str) -> Any:
-    """The dataset with `input_ids` and `labels`, not truncated, by the preparation of TRL's SFTTrainer.
+    """Returns the dataset with `input_ids` and `labels`, not truncated, as TRL's SFTTrainer prepares it.
 
-    A dataset that has `input_ids` is returned as it is. Raises DatasetError for a trainer that does not tokenise.
+    A dataset that has `input_ids` is returned unchanged. Raises DatasetError for a trainer that does not tokenise.
     """
     first = next(iter(dataset))
     if "input_ids" in first:

@@ -1,1 +1,1 @@
-"""The demo: pretrains a small language model, fine-tunes it with QLoRA, evaluates, merges and checks it."""
+"""Runs the demo: pretrains a small language model, fine-tunes it with QLoRA, evaluates, merges and checks it."""

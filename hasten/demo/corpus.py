@@ -1,6 +1,6 @@
-"""The demo's dataset: questions about the installed Python standard library, answered by its docstrings.
+"""Builds the demo's dataset: questions about the installed Python standard library, answered by its docstrings.
 
-Nothing is downloaded. The modules are a fixed list, in a fixed order, whose import has no side effects, and a hash of a
+No download is needed. The modules are a fixed list, in a fixed order, whose import has no side effects, and a hash of a
 fact's name decides its split, so the same Python version gives the same data.
 """
 
@@ -35,14 +35,15 @@ QUESTIONS = (
 PLATFORM_MODULES = ("posix", "nt", "posixpath", "ntpath", "genericpath")
 """Modules that define the functions of `os` and `os.path`."""
 SHORTEST, LONGEST = 20, 100
-"""Characters of an answer: shorter sentences carry no information, longer ones take too long to train in a demo."""
+"""Characters of an answer: shorter sentences are not informative, longer ones take too long to train in a demo."""
 LONGEST_PAGE = 200
 SENTENCE = re.compile(r"[A-Z][a-z]+ .*?[a-z0-9)\"'`]\.(?= |$)")
 
 
 @dataclass(frozen=True)
 class Fact:
-    """A documented function, class or method. name: dotted. answer: first sentence of the docstring. text: its start."""
+    """A documented function, class or method. name: dotted. answer: first sentence of the docstring. text: its
+    start."""
 
     name: str
     answer: str
@@ -65,7 +66,7 @@ class Question:
 class Corpus:
     """documents: the pretraining data. train: the fine-tuning set. The two held-out sets:
 
-    reworded: facts of `train`, asked in a wording that is not in `train`. They test recall beyond the exact prompt.
+    reworded: facts of `train`, as questions whose wording is not in `train`. They test recall beyond the exact prompt.
     untaught: facts that are not in `train`, whose documentation is in the pretraining data. They test whether the
         model has learned to answer, and generalisation to new facts.
     """
@@ -131,7 +132,7 @@ def _members(module_name: str) -> Iterator[tuple[str, Any]]:
     """Yields dotted names and values of a module's members and its classes' methods, in alphabetical order."""
     module = importlib.import_module(module_name)
     for name, value in sorted(vars(module).items()):
-        if name.startswith("_") or not callable(value) or not _lives_in(value, module):
+        if name.startswith("_") or not callable(value) or not _is_defined_in(value, module):
             continue
         yield f"{module_name}.{name}", value
         if inspect.isclass(value):
@@ -140,8 +141,9 @@ def _members(module_name: str) -> Iterator[tuple[str, Any]]:
                     yield f"{module_name}.{name}.{method}", function
 
 
-def _lives_in(value: Any, module: ModuleType) -> bool:
-    """Whether a module defines the value rather than imports it. C accelerators (`_heapq`) and submodules count as it."""
+def _is_defined_in(value: Any, module: ModuleType) -> bool:
+    """Returns whether a module defines the value rather than imports it. C accelerators (`_heapq`) and submodules count
+    as part of it."""
     home = getattr(value, "__module__", None)
     name = module.__name__
     return home is None or home in (name, f"_{name}", *PLATFORM_MODULES) or home.startswith(f"{name}.")

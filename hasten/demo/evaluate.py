@@ -33,7 +33,8 @@ def score(model: Any, tokenizer: Any, questions: Sequence[Question]) -> Score:
 
 @torch.no_grad()
 def answer_loss(model: Any, tokenizer: Any, questions: Sequence[Question]) -> float:
-    """Mean negative log-likelihood, in nats per token, of answers and end-of-turn tokens given the questions."""
+    """Returns the mean negative log-likelihood, in nats per token, of answers and end-of-turn tokens given the
+    questions."""
     total, count = 0.0, 0
     for batch in _batches(questions):
         inputs = encode(tokenizer, batch)

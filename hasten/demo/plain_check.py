@@ -35,7 +35,7 @@ def main(base: str, adapter: str, merged: str, sequences_file: str, result_file:
 
 @torch.no_grad()
 def _logits(model: torch.nn.Module, sequences: list[list[int]]) -> torch.Tensor:
-    """(tokens of all sequences, vocabulary), fp32. One sequence at a time, so that nothing is padded."""
+    """Returns (tokens of all sequences, vocabulary), fp32. One sequence at a time, so that nothing is padded."""
     model.eval()
     return torch.cat([model(input_ids=torch.tensor([sequence])).logits[0] for sequence in sequences])
 

@@ -1,4 +1,4 @@
-"""Tables of the demo: answers to held-out questions before and after fine-tuning, and scores."""
+"""Prints the demo's tables: answers to held-out questions before and after fine-tuning, and scores."""
 
 from collections.abc import Sequence
 

@@ -43,7 +43,7 @@ def write_adapter(model: Any, target: Path, tokenizer: Any) -> int:
 
 
 def _grown(causal_lm: Any) -> bool:
-    """Whether the vocabulary was resized after loading, so that the adapter must contain the embedding.
+    """Returns whether the vocabulary was resized after loading, so that the adapter must contain the embedding.
 
     A fully trained embedding is in the adapter anyway, as `modules_to_save`.
     """

@@ -1,4 +1,4 @@
-"""Reads the checkpoint that a model was loaded from again, tensor by tensor, and maps its names to the model's."""
+"""Reads the base checkpoint of a model, tensor by tensor, and maps its tensor names to the model's."""
 
 import json
 from collections.abc import Iterable
@@ -18,7 +18,8 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class BaseCheckpoint:
-    """Lazy view of a safetensors checkpoint. `names`: tensor names in the order of the files; `config`: its config.json."""
+    """Lazy view of a safetensors checkpoint. `names`: tensor names in the order of the files; `config`: its
+    config.json."""
 
     def __init__(self, origin: str, config: dict[str, Any], files: dict[str, Path]) -> None:
         self.origin = origin
@@ -31,7 +32,8 @@ class BaseCheckpoint:
         return list(self._files)
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor `name` on the CPU, in its own dtype; memory-mapped, so read only. Raises ExportError if damaged."""
+        """Returns the tensor `name` on the CPU, in its own dtype; memory-mapped, so read only. Raises ExportError if
+        damaged."""
         path = self._files[name]
         try:
             if self._open is None or self._open[0] != path:
@@ -42,10 +44,10 @@ class BaseCheckpoint:
 
 
 def find_base(model: Any) -> BaseCheckpoint | None:
-    """The dense checkpoint that the causal LM `model` was loaded from, or None where there is none to read.
+    """Returns the dense checkpoint that the causal LM `model` was loaded from, or None where there is none to read.
 
-    By `config._name_or_path` at the very commit that was loaded; the local cache is asked first, the hub only for what
-    is missing there. None for models built in memory, checkpoints that are themselves quantised, and moved folders.
+    Uses `config._name_or_path` at the commit that was loaded; files come from the local cache, and from the hub if they
+    are missing there. None for models built in memory, checkpoints that are themselves quantised, and moved folders.
     """
     state = find_state(model)
     options = None if state is None else state.load_options
@@ -58,7 +60,7 @@ def find_base(model: Any) -> BaseCheckpoint | None:
     config_path = source.find("config.json")
     if config_path is None:
         return None
-    config = json.loads(config_path.read_text())
+    config = json.loads(config_path.read_text(encoding="utf-8"))
     files = _files(source)
     if config.get("quantization_config") is not None or not files:
         return None
@@ -86,7 +88,7 @@ class _Source:
                     _raise_exceptions_for_connection_errors=False,
                     _raise_exceptions_for_gated_repo=False,
                 )
-            except (OSError, ValueError):  # no such folder, and no name of a repository either
+            except (OSError, ValueError):  # neither a folder nor the name of a repository
                 return None
             if found is not None:
                 return Path(found)
@@ -97,7 +99,7 @@ def _files(source: _Source) -> dict[str, Path]:
     index = source.find(INDEX)
     if index is not None:
         shards: dict[str, list[str]] = {}
-        for name, file in json.loads(index.read_text())["weight_map"].items():
+        for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
             shards.setdefault(file, []).append(name)
         paths = {file: source.find(file) for file in sorted(shards)}
         missing = [file for file, path in paths.items() if path is None]
@@ -112,10 +114,11 @@ def _files(source: _Source) -> dict[str, Path]:
 
 
 def slots_of(model: Any, names: Iterable[str], slots: Iterable[str]) -> tuple[dict[str, str | None], list[str]]:
-    """({tensor name on disk: name in the model, None where the model has no such tensor}, names stored in another layout).
+    """Returns ({tensor name on disk: name in the model, None where the model has no such tensor}, names stored in
+    another layout).
 
-    By transformers' own rules for loading (core_model_loading.py): renamings, then the base model's prefix. Tensors in
-    another layout (say, experts one by one on disk and stacked in the model) cannot be mapped one to one.
+    Follows transformers' own conversions when loading (core_model_loading.py): renamings, then the base model's prefix.
+    Tensors in another layout (say, experts one by one on disk and stacked in the model) cannot be mapped one to one.
     """
     known = dict.fromkeys(slots, True)
     rules = get_model_conversion_mapping(model)
@@ -134,13 +137,17 @@ def slots_of(model: Any, names: Iterable[str], slots: Iterable[str]) -> tuple[di
 
 
 def disk_names_of(model: Any, slots: Iterable[str]) -> dict[str, str]:
-    """{tensor name as transformers writes it: name in the model}, for a model without a base checkpoint to copy.
+    """Returns {tensor name as transformers writes it: name in the model}, for a model without a base checkpoint to
+    copy.
 
-    The renamings of loading, backwards. Raises ExportError for models whose tensors are stored in another layout.
+    Applies the renamings of loading in reverse. Raises ExportError for models whose tensors are stored in another
+    layout.
     """
     rules = get_model_conversion_mapping(model, add_legacy=False)
     layouts: list[Any] = [rule.reverse_transform() for rule in rules if isinstance(rule, WeightConverter)]
-    used = getattr(model, "_weight_conversions", None)  # what loading applied; a prefix is undone only if it was there
+    used = getattr(
+        model, "_weight_conversions", None
+    )  # the conversions that loading applied; a prefix is removed only if it was added
     if used is None:
         used = [rule for rule in rules if not isinstance(rule, PrefixChange)]
     renamings: list[Any] = [rule.reverse_transform() for rule in used[::-1] if isinstance(rule, WeightRenaming)]

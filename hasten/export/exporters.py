@@ -1,4 +1,5 @@
-"""`Exporter`: one way of writing a trained model, and the registry of all of them. `save_method` is an exporter's name."""
+"""`Exporter`: one way of writing a trained model, and the registry of all of them. `save_method` is an exporter's
+name."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -20,7 +21,7 @@ class Exporter(ABC):
     name: str
 
     def check(self, request: ExportRequest) -> list[str]:
-        """The problems that show in the arguments alone."""
+        """Returns the problems that can be found from the arguments alone."""
         return []
 
     @abstractmethod
@@ -29,15 +30,15 @@ class Exporter(ABC):
 
     @abstractmethod
     def write(self, request: ExportRequest, plan: Any) -> tuple[int, float | None]:
-        """Writes the folder, whole or not at all. plan: from `preflight`. Returns (bytes of the weights, mean KL divergence
-        from the 16-bit merge in nats per token, None where the two are one)."""
+        """Writes the complete folder or none. plan: from `preflight`. Returns (bytes of the weights, mean KL
+        divergence from the 16-bit merge in nats per token, None for exporters that do not quantise)."""
 
 
-def _measures_nothing(request: ExportRequest) -> list[str]:
+def _refuse_rows(request: ExportRequest) -> list[str]:
     if request.rows is None:
         return []
     measuring = ", ".join(one.name for one in exporters() if isinstance(one, MergedQuantized))
-    return [f"rows are what {measuring} is measured on; save_method={request.method!r} measures nothing"]
+    return [f"rows were given, and only {measuring} uses them; leave them out with save_method={request.method!r}"]
 
 
 class Merged16Bit(Exporter):
@@ -46,7 +47,7 @@ class Merged16Bit(Exporter):
     name = "merged_16bit"
 
     def check(self, request: ExportRequest) -> list[str]:
-        return [*_cannot_cast(request), *_measures_nothing(request)]
+        return [*_cannot_cast(request), *_refuse_rows(request)]
 
     def preflight(self, request: ExportRequest) -> Any:
         return plan_merge(request.model, request.dtype)
@@ -82,7 +83,7 @@ class Adapter(Exporter):
 
     def check(self, request: ExportRequest) -> list[str]:
         cast = [] if request.dtype is None else [_not_castable(request.dtype)]
-        return [*cast, *_measures_nothing(request)]
+        return [*cast, *_refuse_rows(request)]
 
     def preflight(self, request: ExportRequest) -> Any:
         return None
@@ -99,20 +100,20 @@ def _cannot_cast(request: ExportRequest) -> list[str]:
 
 
 def _not_castable(dtype: Any) -> str:
-    return f"dtype={dtype} cannot be honoured: it is for merged weights, as bfloat16, float16 or float32"
+    return f"dtype={dtype} was asked for; only merged weights can be cast, and to bfloat16, float16 or float32"
 
 
 def exporters() -> tuple[Exporter, ...]:
-    """Every exporter: the 16-bit merge, one for each storage format with a `save_method`, the adapter alone."""
+    """Returns every exporter: the 16-bit merge, one for each storage format with a `save_method`, the adapter alone."""
     quantized = (MergedQuantized(one) for one in formats.FORMATS if one.save_method is not None)
     return (Merged16Bit(), *quantized, Adapter())
 
 
 def names() -> list[str]:
-    """The values of `save_method`."""
+    """Returns the values of `save_method`."""
     return [one.name for one in exporters()]
 
 
 def named(name: str) -> Exporter:
-    """The exporter of a name. Raises KeyError."""
+    """Returns the exporter of a name. Raises KeyError."""
     return {one.name: one for one in exporters()}[name]

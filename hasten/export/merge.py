@@ -1,6 +1,6 @@
 """Merges one tensor at a time: W + scale * B @ A in fp32 over the base checkpoint's values, cast once.
 
-The sum runs on the CPU whatever device the model is on: the result is then the same bytes everywhere, and costs no GPU
+The sum runs on the CPU for a model on any device: the result is then bit-identical everywhere and takes no GPU
 memory.
 """
 
@@ -15,8 +15,8 @@ from hasten.weights import active_adapters, dequantize, holds
 from hasten.weights.formats import is_quantized
 
 TIED_TO_LIVE_WEIGHT = ("loftq", "pissa", "olora", "corda", "lora_ga")
-"""Initialisations that moved a part of the base weight, or of its quantisation error, into the adapter: such an adapter fits
-only the model's own weight. A dense weight that they changed is found by comparing it with the base."""
+"""Initialisations that moved a part of the base weight, or of its quantisation error, into the adapter: such an adapter
+fits only the model's own weight. A dense weight that they changed is found by comparing it with the base."""
 
 
 class Merger:
@@ -29,10 +29,11 @@ class Merger:
         self.from_live: set[str] = set()
 
     def merged(self, name: str, slot: Slot, base: torch.Tensor | None) -> torch.Tensor:
-        """The tensor to write for `slot`, on the CPU. `base`: the same tensor in the base checkpoint, None without one.
+        """Returns the tensor to write for `slot`, on the CPU. `base`: the same tensor in the base checkpoint, None
+        without one.
 
         dtype: `self.dtype`, else the base's, else the one the model was loaded in. A tensor that no adapter changes and
-        that equals the base's is returned as the base holds it, bit for bit. Raises ExportError where the result
+        that equals the base's is returned bit-exactly as in the base. Raises ExportError where the result
         overflows its dtype.
         """
         source = self._source(name, slot, base)
@@ -48,13 +49,13 @@ class Merger:
         cast = result.to(dtype)
         if not torch.isfinite(cast).all() and torch.isfinite(source).all():
             raise ExportError(
-                f"{name} is not finite once merged in {dtype}: the adapter holds NaN or inf, or the sum overflows "
+                f"{name} is not finite after merging in {dtype}: the adapter has NaN or inf, or the sum overflows "
                 "(then pass dtype=torch.bfloat16 or torch.float32)"
             )
         return cast
 
     def _source(self, name: str, slot: Slot, base: torch.Tensor | None) -> torch.Tensor:
-        """The base's values where the model's weight is still the base's, else the model's own."""
+        """Returns the base's values if the model's weight still equals the base's, else the model's own."""
         live = slot.value
         if live.device.type == "meta":
             if base is None:
@@ -79,7 +80,7 @@ def _cast(base: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
 
 
 def _old_rows_from(base: torch.Tensor | None, live: torch.Tensor) -> torch.Tensor:
-    """`live`; where the vocabulary only grew, with the base's own values in the old rows."""
+    """Returns `live`; if the vocabulary only grew, with the base's values in the old rows."""
     if base is None or base.dim() != live.dim() or base.shape[1:] != live.shape[1:] or len(live) <= len(base):
         return live
     if not torch.equal(_cast(base, live), live[: len(base)]):
@@ -88,7 +89,8 @@ def _old_rows_from(base: torch.Tensor | None, live: torch.Tensor) -> torch.Tenso
 
 
 def _adapt(layer: Any, slot: Slot, result: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """`result` (fp32, may be changed in place) with every active adapter of `layer`, in the order of PEFT's forward."""
+    """Adds every active adapter of `layer` to `result` (fp32, may be changed in place), in the order of PEFT's
+    forward."""
     for name in active_adapters(layer):
         if hasattr(layer, "trainable_tokens_delta"):
             if name in layer.trainable_tokens_delta:
@@ -101,7 +103,8 @@ def _adapt(layer: Any, slot: Slot, result: torch.Tensor, source: torch.Tensor) -
 
 
 def _add_lora(layer: Any, name: str, result: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """W + scale * B @ A (Hu et al. 2021, arXiv:2106.09685); DoRA (Liu et al. 2024, arXiv:2402.09353) scales it to m."""
+    """Computes W + scale * B @ A (Hu et al. 2021, arXiv:2106.09685); DoRA (Liu et al. 2024, arXiv:2402.09353) scales it
+    to m."""
     embedding = name in layer.lora_embedding_A
     if embedding:  # stored as (V, D); PEFT keeps A as (R, V) and B as (D, R)
         left, right = _plain(layer.lora_embedding_A[name]).T, _plain(layer.lora_embedding_B[name]).T

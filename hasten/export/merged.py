@@ -1,4 +1,4 @@
-"""Plans and writes the merged model as a checkpoint in the base's own layout: which tensors, in what order, and its config."""
+"""Plans and writes the merged model as a checkpoint with the base's layout: tensors, their order, and the config."""
 
 import copy
 import json
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 class MergePlan:
     """What will be written.
 
-    entries: (name on disk, slot name or None for a tensor that is only copied), in order. tied: head and embedding are
+    entries: (name on disk, slot name, None for a tensor that is only copied), in order. tied: head and embedding are
     one tensor. base_names: {slot: its name in the base}. converted: names that the base stores in another layout.
     """
 
@@ -42,7 +42,7 @@ class MergePlan:
     converted: list[str] = field(default_factory=list)
 
     def tensors(self) -> Iterator[tuple[str, str | None, torch.Tensor]]:
-        """(name on disk, slot name, merged tensor on the CPU), one at a time."""
+        """Yields (name on disk, slot name, merged tensor on the CPU), one at a time."""
         for name, slot in self.entries:
             if slot is None:
                 assert self.base is not None
@@ -51,13 +51,13 @@ class MergePlan:
                 yield name, slot, self.merged(slot, name)
 
     def merged(self, slot: str, name: str) -> torch.Tensor:
-        """The tensor of one slot."""
+        """Returns the tensor of one slot."""
         found = self.base_names.get(slot)
         base = self.base.read(found) if self.base is not None and found is not None else None
         return self.merger.merged(name, self.slots[slot], base)
 
     def bytes_of(self, name: str, slot: str | None) -> int:
-        """The size of one tensor as it will be written."""
+        """Returns the size of one tensor as it will be written."""
         found = name if slot is None else self.base_names.get(slot)
         base = self.base.read(found) if self.base is not None and found is not None else None
         if slot is None:
@@ -68,7 +68,7 @@ class MergePlan:
 
 
 def plan_merge(model: nn.Module, dtype: torch.dtype | None) -> MergePlan:
-    """Reads the model and finds its base; raises ExportError for whatever cannot be merged. Nothing is changed.
+    """Reads the model and finds its base; raises ExportError for anything that cannot be merged. The model is not changed.
 
     `dtype`: None = each tensor keeps the dtype that it has in the base checkpoint.
     """
@@ -76,7 +76,7 @@ def plan_merge(model: nn.Module, dtype: torch.dtype | None) -> MergePlan:
     slots = collect(causal_lm)
     configs = getattr(model, "peft_config", {})
     if configs and not any(slot.layers for slot in slots.values()) and not _trained_copies(causal_lm):
-        raise ExportError("no adapter is active, so there is nothing to merge; activate one")
+        raise ExportError("no adapter is active, so there is none to merge; activate one with set_adapter")
     base = find_base(causal_lm)
     live_dtype = causal_lm.config.dtype if isinstance(causal_lm.config.dtype, torch.dtype) else causal_lm.dtype
     inits = [str(config.init_lora_weights) for config in configs.values() if hasattr(config, "init_lora_weights")]
@@ -114,27 +114,30 @@ def write_beside(plan: MergePlan, work: Path, tokenizer: Any) -> None:
 
 
 def config_of(plan: MergePlan) -> dict[str, Any]:
-    """The config as the merged weights are: dtype, vocabulary and tying as written, no quantisation of the base."""
+    """Returns the config of the merged weights: dtype, vocabulary and tying as written, without the base's
+    quantisation."""
     config = copy.deepcopy(plan.model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.tie_word_embeddings = plan.tied
     config.architectures = [type(plan.model).__name__]
     config.dtype = str(_main_dtype(plan)).removeprefix("torch.")
-    if plan.base is not None:  # trainers switch caches off for training; the artefact is for use
+    if plan.base is not None:  # trainers switch caches off for training; the merged model is for inference
         config.use_cache = plan.base.config.get("use_cache", True)
     return json.loads(config.to_json_string())
 
 
 def report_sources(plan: MergePlan) -> None:
-    """Logs which tensors differed from the base checkpoint and were therefore taken from the model."""
+    """Logs which tensors differ from the base checkpoint and were therefore taken from the model."""
     taken = sorted(plan.merger.from_live)
     if taken:
-        log.info("%d tensors were changed since loading and come from the model: %s", len(taken), ", ".join(taken[:8]))
+        log.info(
+            "%d tensors were changed since loading and are taken from the model: %s", len(taken), ", ".join(taken[:8])
+        )
 
 
 def _main_dtype(plan: MergePlan) -> torch.dtype:
-    """The dtype of most matrices' elements as they are written."""
+    """Returns the dtype of most matrices' elements as they are written."""
     if plan.merger.dtype is not None:
         return plan.merger.dtype
     counted: dict[torch.dtype, int] = {}
@@ -147,7 +150,7 @@ def _main_dtype(plan: MergePlan) -> torch.dtype:
 
 
 def _enter_base(plan: MergePlan, base: BaseCheckpoint) -> None:
-    """The base's tensors in their order, then what the model has and the base has not."""
+    """Lists the base's tensors in their order, then those that only the model has."""
     found, plan.converted = slots_of(plan.model, base.names, plan.slots)
     plan.base_names = {slot: name for name, slot in found.items() if slot is not None}
     new = [slot for slot in plan.slots if slot not in plan.base_names]
@@ -172,11 +175,11 @@ def _tie(plan: MergePlan) -> None:
     if plan.tied:
         plan.entries = [(name, slot) for name, slot in plan.entries if slot != head]
     else:
-        log.warning("embedding and head differ after training, so the merged model holds both and is no longer tied")
+        log.warning("embedding and head differ after training, so the merged model has both and is no longer tied")
 
 
 def _head_and_embedding(plan: MergePlan) -> tuple[str | None, str | None]:
-    """Slot names of the output and the input embedding's weights."""
+    """Returns the slot names of the head's and the input embedding's weights."""
     names = {id(slot.module): name for name, slot in plan.slots.items() if slot.kind == "weight"}
     found = []
     for module in (plan.model.get_output_embeddings(), plan.model.get_input_embeddings()):
@@ -193,9 +196,9 @@ def _warn_without_base(model: Any, slots: dict[str, Slot]) -> None:
     origin = model.config._name_or_path or "(built in memory)"
     if any(is_quantized(slot.module) for slot in slots.values() if slot.kind == "weight"):
         log.warning(
-            "the unquantised weights of %s cannot be read, so the adapter is merged into the dequantised ones: the "
-            "result carries the quantisation error. Load from the 16-bit checkpoint for an exact merge",
+            "the unquantised weights of %s cannot be read, so the adapter is merged into the dequantised weights, and the "
+            "result has their quantisation error. Load from the 16-bit checkpoint for an exact merge",
             origin,
         )
     else:
-        log.info("no base checkpoint of %s to copy from: all tensors come from the model", origin)
+        log.info("no base checkpoint of %s was found, so all tensors are taken from the model", origin)

@@ -20,7 +20,7 @@ from hasten.weights import base_layer_of
 from hasten.weights.formats import WeightFormat
 
 SLACK = 1.15
-"""Times the bytes of codes and scales: what a format stores beside them."""
+"""Factor on the bytes of codes and scales, for everything else that a format stores."""
 SYNTHETIC_SEQUENCES, SYNTHETIC_LENGTH = 4, 64
 
 
@@ -37,7 +37,8 @@ def check_layout(plan: MergePlan) -> None:
 
 
 def write_quantized(plan: MergePlan, into: WeightFormat, request: ExportRequest) -> tuple[int, float]:
-    """Writes the folder and returns (bytes of the weights, mean KL divergence from the 16-bit merge in nats per token)."""
+    """Writes the folder and returns (bytes of the weights, mean KL divergence from the 16-bit merge in nats per
+    token)."""
     kept = _kept_dense(plan)
     linears = _quantizable(plan, kept)
     config = config_of(plan)
@@ -74,7 +75,7 @@ def _bytes_of(plan: MergePlan, into: WeightFormat, name: str, slot: str | None, 
 
 
 def _quantizable(plan: MergePlan, kept_dense: list[str]) -> set[str]:
-    """Slots of the weights that a loader will expect quantised: every Linear but the head."""
+    """Returns the slots of the weights that a loader will expect quantised: every Linear except the head."""
     return {
         name
         for name, slot in plan.slots.items()
@@ -85,7 +86,8 @@ def _quantizable(plan: MergePlan, kept_dense: list[str]) -> set[str]:
 
 
 def _kept_dense(plan: MergePlan) -> list[str]:
-    """Module names that stay 16-bit: the head, which is often tied to the embedding, and matters most for accuracy."""
+    """Returns the module names that stay 16-bit: the head, which is often tied to the embedding, and matters most for
+    accuracy."""
     head = plan.model.get_output_embeddings()
     module = None if head is None else base_layer_of(head)
     return [
@@ -98,28 +100,29 @@ def _kept_dense(plan: MergePlan) -> list[str]:
 def _kl(
     plan: MergePlan, dense: dict[str, torch.Tensor], changed: dict[str, torch.Tensor], rows: torch.Tensor | None
 ) -> float:
-    """Mean KL(16-bit || quantised) over all positions, in nats; both models made of the tensors that were written."""
+    """Computes the mean KL(16-bit || quantised) over all positions, in nats, of two models made of the written
+    tensors."""
     config = copy.deepcopy(plan.model.config)
     config.tie_word_embeddings = plan.tied
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with init_empty_weights(include_buffers=False):
-        judge: Any = stock_class(plan.model)(config)
+        model: Any = stock_class(plan.model)(config)
     if rows is None:
         generator = torch.Generator().manual_seed(0)
         length = min(SYNTHETIC_LENGTH, config.get_text_config().max_position_embeddings)
         shape = (SYNTHETIC_SEQUENCES, length)
         rows = torch.randint(config.get_text_config().vocab_size, shape, generator=generator)
-    judge.load_state_dict(dense, strict=False, assign=True)
-    judge.tie_weights()
-    judge.eval()
-    before = [scores.clone() for scores in _log_probabilities(judge, rows)]
-    judge.load_state_dict(changed, strict=False, assign=True)
-    pairs = zip(before, _log_probabilities(judge, rows), strict=True)
+    model.load_state_dict(dense, strict=False, assign=True)
+    model.tie_weights()
+    model.eval()
+    before = [scores.clone() for scores in _log_probabilities(model, rows)]
+    model.load_state_dict(changed, strict=False, assign=True)
+    pairs = zip(before, _log_probabilities(model, rows), strict=True)
     return float(torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in pairs]).mean())
 
 
 def _log_probabilities(model: Any, rows: torch.Tensor) -> Iterator[torch.Tensor]:
-    """(T, V) fp32 for each sequence."""
+    """Yields (T, V) fp32 for each sequence."""
     for row in rows.cpu():
         yield F.log_softmax(model(input_ids=row[None], use_cache=False).logits[0].float(), dim=-1)

@@ -40,7 +40,8 @@ def save_merged(
     dtype: torch.dtype | None = None,
     rows: torch.Tensor | None = None,
 ) -> Exported:
-    """Writes `model` (a causal LM, with or without a PEFT adapter) to `folder`, whole or not at all; the model stays as it is.
+    """Writes `model` (a causal LM, with or without a PEFT adapter) to `folder`, completely or not at all; the model is
+    not changed.
 
     save_method: one of `exporters.names()`.
       "merged_16bit": the active adapters added to the *unquantised* base checkpoint, summed in fp32 and cast once.
@@ -49,16 +50,17 @@ def save_merged(
         read again (built in memory, or itself quantised) the model's own weights are used, with a warning if they are
         quantised. A fully fine-tuned model without adapter is saved the same way.
       the `save_method` of a storage format: that merge, requantised. Its mean KL divergence from the 16-bit merge is
-        measured on `rows` ((B, T) token ids; None = random ones) and returned; this needs the 16-bit model in CPU memory.
+        measured on `rows` ((B, T) token ids; None = random ones) and returned; this needs the 16-bit model in CPU
+        memory.
       "lora": the one active adapter as PEFT writes it, with the base's name and revision.
 
-    max_shard_size: bytes, or "5GB". tokenizer: saved as given, None = not saved. Raises ExportError, with nothing left
-    that looks like a model; an existing `folder` is replaced only if hasten wrote everything in it.
+    max_shard_size: bytes, or "5GB". tokenizer: saved as given, None = not saved. Raises ExportError and leaves no
+    partial model; an existing `folder` is replaced only if hasten wrote everything in it.
     """
     known = exporters.names()
     if save_method not in known:
         hint = did_you_mean(save_method, known, count=1, cutoff=0.3)
-        raise ExportError(f"save_method={save_method!r}{hint} is not known; known are {', '.join(known)}")
+        raise ExportError(f"save_method={save_method!r}{hint} is not known; must be one of {', '.join(known)}")
     exporter, target = exporters.named(save_method), Path(folder)
     request = ExportRequest(model, target, save_method, tokenizer, dtype=dtype, rows=rows)
     if problems := exporter.check(request):
@@ -76,5 +78,5 @@ def _refuse_own_base(model: nn.Module, target: Path) -> None:
     base = find_base(causal_lm_of(model))
     if base is not None and target.exists() and Path(base.origin).exists() and target.samefile(base.origin):
         raise ExportError(
-            f"{target} is the base that this model was loaded from; a merge reads it. Save to another folder"
+            f"{target} is the base that this model was loaded from, and the merge reads it. Save to another folder"
         )

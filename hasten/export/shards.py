@@ -1,4 +1,4 @@
-"""Writes tensors into safetensors shards, one shard in memory at a time, each forced to the disk.
+"""Writes tensors into safetensors shards, one shard in memory at a time, each synced to the disk.
 
 Format: https://huggingface.co/docs/safetensors (an 8-byte little-endian header length, a JSON header, raw bytes).
 """
@@ -29,7 +29,7 @@ DTYPE_NAMES = {
 
 
 def parse_size(size: int | str) -> int:
-    """`units.parse_bytes` for shards. Raises ExportError."""
+    """Parses `max_shard_size` as `units.parse_bytes` does. Raises ExportError."""
     try:
         return parse_bytes(size)
     except ValueError as error:
@@ -37,7 +37,8 @@ def parse_size(size: int | str) -> int:
 
 
 class ShardWriter:
-    """Collects tensors with `add` and writes a shard whenever the next one would pass `max_bytes`; `finish` names them.
+    """Collects tensors with `add` and writes a shard whenever the next tensor would exceed `max_bytes`; `finish` gives
+    the files their names.
 
     With one shard the file is `{stem}.safetensors`, else `{stem}-00001-of-0000N.safetensors` with an index that lists
     every tensor once.
@@ -81,7 +82,8 @@ class ShardWriter:
 
 
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Writes one file straight from the tensors' memory, and waits for the disk. Widest dtypes first, as loaders expect."""
+    """Writes one file straight from the tensors' memory, and waits for the disk. Widest dtypes first, as loaders
+    expect."""
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0

@@ -1,4 +1,4 @@
-"""Lists every tensor of the stock model under PEFT's wrappers, with the adapter layers that act on it."""
+"""Lists every tensor of the stock model under PEFT's wrappers, with the adapter layers that change it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ MERGEABLE_VARIANTS = ("DoraLinearVariant", "DoraEmbeddingVariant")
 @dataclass(frozen=True)
 class Slot:
     """One tensor: `module` (the stock layer that holds it), its attribute `kind` ("weight", "bias", ...), the adapter
-    layers that act on it, innermost first."""
+    layers around it, innermost first."""
 
     module: nn.Module
     kind: str
@@ -37,7 +37,7 @@ class Slot:
 
     @property
     def changes(self) -> tuple[Any, ...]:
-        """The layers that change this very tensor: all for a weight; for a bias those with a bias on LoRA's B."""
+        """The layers that change this tensor: all for a weight; for a bias those with a bias on LoRA's B."""
         if self.kind == "weight":
             return self.layers
         with_bias = [layer for layer in self.layers if hasattr(layer, "lora_bias")]
@@ -45,7 +45,7 @@ class Slot:
 
 
 def collect(model: nn.Module) -> dict[str, Slot]:
-    """{the stock model's state-dict name: Slot} for the causal LM `model`, under PEFT or not.
+    """Returns {the stock model's state-dict name: Slot} for the causal LM `model`, under PEFT or not.
 
     Raises ExportError, naming all of them, for adapters that cannot be written into a weight.
     """
@@ -58,7 +58,7 @@ def collect(model: nn.Module) -> dict[str, Slot]:
 
 def _walk(module: nn.Module, prefix: str, problems: list[str]) -> Iterator[tuple[str, Slot]]:
     stock, layers = unwrap(module)
-    acting = tuple(layer for layer in layers if _acts(layer))
+    acting = tuple(layer for layer in layers if _is_active(layer))
     for layer in layers:
         problem = _problem(stock, layer)
         if problem is not None:
@@ -71,7 +71,8 @@ def _walk(module: nn.Module, prefix: str, problems: list[str]) -> Iterator[tuple
 
 
 def _tensors_of(stock: nn.Module) -> list[str]:
-    """The attributes that a checkpoint of the dense model holds: the scales of a quantised weight are not among them."""
+    """Returns the attributes that a checkpoint of the dense model holds: the scales of a quantised weight are not among
+    them."""
     found = find_format(stock) if isinstance(stock, nn.Linear) else None
     if found is not None and not found.exact:
         return ["weight", "bias"]
@@ -79,36 +80,40 @@ def _tensors_of(stock: nn.Module) -> list[str]:
     return [*stock._parameters, *persistent]
 
 
-def _acts(layer: Any) -> bool:
-    """Whether any active adapter has weights in this layer."""
+def _is_active(layer: Any) -> bool:
+    """Returns whether any active adapter has weights in this layer."""
     held = [getattr(layer, part, {}) for part in ("lora_A", "lora_embedding_A", "trainable_tokens_delta")]
     return any(name in part for name in active_adapters(layer) for part in held)
 
 
 def _problem(stock: nn.Module, layer: Any) -> str | None:
     if getattr(layer, "merged", False):
-        return "PEFT has already merged an adapter into the weight and rounded it; call model.unmerge_adapter() first"
-    if not _acts(layer):
+        return (
+            "PEFT has already merged an adapter into the weight and rounded the sum; call model.unmerge_adapter() first"
+        )
+    if not _is_active(layer):
         known = hasattr(layer, "lora_A") or hasattr(layer, "trainable_tokens_delta")
-        return None if known or not active_adapters(layer) else f"{type(layer).__name__} is no LoRA"
+        return None if known or not active_adapters(layer) else f"{type(layer).__name__} is not a LoRA layer"
     if not isinstance(stock, (nn.Linear, nn.Embedding, Conv1D)) or hasattr(layer, "parameter_name"):
-        return f"LoRA on {type(stock).__name__} through {type(layer).__name__} has no merged form here"
+        return f"LoRA on {type(stock).__name__} through {type(layer).__name__} cannot be merged"
     for name in active_adapters(layer):
         variant = getattr(layer, "lora_variant", {}).get(name)
         if variant is not None and type(variant).__name__ not in MERGEABLE_VARIANTS:
-            return f"adapter variant {type(variant).__name__} has no merged form here"
+            return f"adapter variant {type(variant).__name__} cannot be merged"
         if getattr(layer, "lora_bias", {}).get(name) and (variant is not None or getattr(stock, "bias", None) is None):
             return "lora_bias=True needs a plain LoRA on a layer that has a bias"
     return None
 
 
 def same_source(one: Slot, other: Slot) -> bool:
-    """Whether two slots hold the same memory under the same adapter weights: tied before, and tied after a merge."""
+    """Returns whether two slots have the same memory and the same adapter weights: tied before, and tied after a
+    merge."""
     return one.value is other.value and [_memory(layer) for layer in one.changes] == [_memory(x) for x in other.changes]
 
 
 def _memory(layer: Any) -> set[tuple[int, float]]:
-    """Addresses of the acting adapters' weights. A tied LoRA shares them transposed, so their order does not count."""
+    """Returns the addresses of the active adapters' weights. A tied LoRA shares them transposed, so their order does
+    not count."""
     if hasattr(layer, "trainable_tokens_delta"):
         return {(delta.data_ptr(), 1.0) for delta in layer.trainable_tokens_delta.values()}
     found = set()

@@ -109,7 +109,7 @@ class Family:
 
 
 def classes(package: str, prefix: str) -> Classes:
-    """Class names by transformers' naming scheme, for `transformers.models.<package>`."""
+    """Returns the class names by transformers' naming scheme, for `transformers.models.<package>`."""
     return Classes(
         module=f"transformers.models.{package}.modeling_{package}",
         causal_lm=f"{prefix}ForCausalLM",

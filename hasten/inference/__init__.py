@@ -1,4 +1,4 @@
-"""Generation: engines, the stock one around transformers' `generate`, and evaluation mode."""
+"""Generates: engines, the stock one around transformers' `generate`, and evaluation mode."""
 
 from hasten.inference.engine import engine_of
 from hasten.inference.generate import generate

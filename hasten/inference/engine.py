@@ -1,7 +1,7 @@
-"""Engines: what `model.generate` calls. One file per engine; `engine_of(model)` is the one in use.
+"""Chooses the engine that `model.generate` calls. One file per engine; `engine_of(model)` is the one in use.
 
-Today: `StockEngine`, transformers' `generate` behind a length check and left-padding. A decode engine of hasten's own,
-or vLLM's, implements the same `hasten.state.Engine` and is set as `state_of(model).engine`.
+At present only `StockEngine`: transformers' `generate` behind a length check and left-padding. A decode engine of
+hasten's own, or vLLM's, implements the same `hasten.state.Engine` and is set as `state_of(model).engine`.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ class StockEngine:
     name = "transformers"
 
     def check(self, options: LoadOptions) -> list[str]:
-        """No problems: it runs every model that transformers runs."""
+        """Returns no problems: it runs every model that transformers runs."""
         return []
 
     def generate(self, model: Any, call: GenerateCall) -> Any:
@@ -29,6 +29,6 @@ STOCK = StockEngine()
 
 
 def engine_of(model: Any) -> Engine:
-    """The engine chosen for the model, `StockEngine` where none was."""
+    """Returns the engine chosen for the model, else `StockEngine`."""
     state = find_state(model)
     return STOCK if state is None or state.engine is None else state.engine

@@ -46,22 +46,22 @@ def generate(model: Any, stock_generate: Callable[..., Any], *args: Any, **kwarg
 
 
 def _setting(model: Any, named: dict[str, Any], name: str) -> Any:
-    """A generation parameter by transformers' precedence: the call, its generation_config, the model's."""
+    """Returns a generation parameter by transformers' precedence: the call, its generation_config, the model's."""
     if name in named:
         return named[name]
     return _asked(named, name) if _asked(named, name) is not None else getattr(model.generation_config, name, None)
 
 
 def _asked(named: dict[str, Any], name: str) -> Any:
-    """A generation parameter if this call sets it, by name or in its generation_config; else None."""
+    """Returns a generation parameter if this call sets it, by name or in its generation_config; else None."""
     if named.get(name) is not None:
         return named[name]
     return getattr(named.get("generation_config"), name, None)
 
 
 def _checked_length(model: Any, named: dict[str, Any], prompt: Prompt) -> dict[str, Any]:
-    """Arguments to change so that no sequence exceeds `max_seq_length`. Raises InputError where the caller asks for
-    more."""
+    """Returns the arguments to change so that no sequence exceeds `max_seq_length`. Raises InputError where the caller
+    asks for more."""
     limit = model.overlay_config.max_seq_length if isinstance(model, (HeadOverlay, StockHeadOverlay)) else None
     if limit is None:
         return {}
@@ -85,22 +85,24 @@ def _checked_length(model: Any, named: dict[str, Any], prompt: Prompt) -> dict[s
         return {}
     if prompt.longest == limit:
         raise InputError(
-            f"a prompt of {limit} tokens fills the max_seq_length={limit} that the model was loaded with, so nothing "
+            f"a prompt of {limit} tokens fills the max_seq_length={limit} that the model was loaded with, so no token "
             "can be generated. Load it with a longer max_seq_length, or shorten the prompt."
         )
     return _shortened(named, own.max_new_tokens is not None, prompt, limit - prompt.longest)
 
 
 def _new_tokens(max_new_tokens: int | None, max_length: int | None, width: int) -> int | None:
-    """New tokens that the two parameters allow after a prompt of `width`; max_new_tokens wins, as in transformers."""
+    """Returns the number of new tokens that the two parameters allow after a prompt of `width`; max_new_tokens wins, as
+    in transformers."""
     if max_new_tokens is not None:
         return max_new_tokens
     return None if max_length is None else max_length - width
 
 
-def _shortened(named: dict[str, Any], by_new_tokens: bool, prompt: Prompt, room: int) -> dict[str, Any]:
-    """Arguments that allow `room` new tokens, in a copy of the caller's generation_config if there is one."""
-    name, value = ("max_new_tokens", room) if by_new_tokens else ("max_length", prompt.width + room)
+def _shortened(named: dict[str, Any], by_new_tokens: bool, prompt: Prompt, allowed: int) -> dict[str, Any]:
+    """Returns the arguments that allow `allowed` new tokens, in a copy of the caller's generation_config if there is
+    one."""
+    name, value = ("max_new_tokens", allowed) if by_new_tokens else ("max_length", prompt.width + allowed)
     config = named.get("generation_config")
     if config is None:
         return {name: value}

@@ -1,4 +1,4 @@
-"""Evaluation mode: until `hasten.training.for_training` (`for_inference`), or inside a block (`evaluating`)."""
+"""Sets evaluation mode: until `hasten.training.for_training` (`for_inference`), or inside a block (`evaluating`)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ def for_inference(model: Any) -> Any:
     `for_training` restores the checkpointing that the model was loaded with.
     """
     base = causal_lm_of(model)
-    base.config.use_cache = True  # trainers leave it False
+    base.config.use_cache = True  # trainers leave use_cache False
     for module in base.modules():
         if getattr(module, "gradient_checkpointing", False):
             module.gradient_checkpointing = False

@@ -29,7 +29,7 @@ class Prompt:
         return int(self.mask_BS.sum(1).max())
 
     def needs_realigning(self) -> bool:
-        """Whether a sequence has padding after its first token (with a cache: after its last)."""
+        """Returns whether a sequence has padding after its first token (with a cache: after its last)."""
         if self.cached:
             return bool((self.mask_BS[:, -1] == 0).any())
         return bool((self.mask_BS[:, 1:] < self.mask_BS[:, :-1]).any())
@@ -58,10 +58,10 @@ def _reorder(tensor: torch.Tensor, order_BT: torch.Tensor) -> torch.Tensor:
 
 
 def read_prompt(named: dict[str, Any], pad_token_id: Any, eos_token_id: Any) -> Prompt | None:
-    """Finds the prompt among `named`, the arguments of a `generate` call by name; None = there is none to check.
+    """Finds the prompt among `named`, the arguments of a `generate` call by name; None if the call has no prompt.
 
     Without attention_mask, padding is inferred as transformers does: where ids equal `pad_token_id`, and only if that
-    is no EOS. Raises InputError for a prompt of another type or shape, a mask that does not fit it, and sequences that
+    is not EOS. Raises InputError for a prompt of another type or shape, a mask that does not fit it, and sequences that
     are padding only.
     """
     main = next((n for n in ("inputs_embeds", "inputs", "input_ids") if named.get(n) is not None), None)
@@ -70,8 +70,8 @@ def read_prompt(named: dict[str, Any], pad_token_id: Any, eos_token_id: Any) -> 
     ids = named[main]
     if not isinstance(ids, torch.Tensor):
         raise InputError(
-            f"generate was given a {type(ids).__name__} as {main}; it takes a tensor of shape (batch, positions). A "
-            "tokenizer's output is passed as generate(**tokenizer(..., return_tensors='pt'))."
+            f"generate was given a {type(ids).__name__} as {main}; it takes a tensor of shape (batch, positions). "
+            "Pass a tokenizer's output as generate(**tokenizer(..., return_tensors='pt'))."
         )
     if ids.ndim != (3 if main == "inputs_embeds" else 2):
         wanted = "(batch, positions, hidden size)" if main == "inputs_embeds" else "(batch, positions)"
@@ -92,14 +92,14 @@ def read_prompt(named: dict[str, Any], pad_token_id: Any, eos_token_id: Any) -> 
     empty = [index for index, length in enumerate(prompt.mask_BS.sum(1).tolist()) if length == 0]
     if empty:
         raise InputError(
-            f"sequences {empty} of {main} are padding only, so there is nothing to continue. Leave them out, or start "
+            f"sequences {empty} of {main} are padding only, so generate has no token to continue from. Leave them out, or start "
             "them with the tokenizer's bos_token."
         )
     return prompt
 
 
 def _inferred_mask(ids: torch.Tensor, pad: Any, eos: Any) -> torch.Tensor:
-    """(B, T), as `GenerationMixin._prepare_attention_mask_for_generation`."""
+    """Returns (B, T), as `GenerationMixin._prepare_attention_mask_for_generation`."""
     ones = torch.ones(ids.shape[:2], dtype=torch.long, device=ids.device)
     stops = torch.as_tensor([] if eos is None else eos).flatten().tolist()
     if pad is None or ids.ndim != 2 or int(pad) in stops:
@@ -108,7 +108,7 @@ def _inferred_mask(ids: torch.Tensor, pad: Any, eos: Any) -> torch.Tensor:
 
 
 def _by_position(named: dict[str, Any], ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The arguments that hold one entry per position of `ids`. Raises InputError for one of another length."""
+    """Returns the arguments that hold one entry per position of `ids`. Raises InputError for one of another length."""
     found = {}
     for name in ("inputs", "input_ids", "inputs_embeds", "position_ids", "token_type_ids"):
         tensor = named.get(name)

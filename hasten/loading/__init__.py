@@ -1,4 +1,4 @@
-"""Loads a stock transformers model and its tokenizer by name; refuses what cannot be done before it reads a weight."""
+"""Loads a stock transformers model and its tokenizer by name; checks all arguments before it reads a weight."""
 
 from hasten.loading.load import Loaded, load
 from hasten.loading.resolve import Source

@@ -1,12 +1,14 @@
-"""Attaches a saved adapter to a model: all of it or nothing.
+"""Attaches a saved adapter to a model, completely or not at all.
 
-PEFT loads the tensors that fit and warns about the rest, so a renamed key leaves a model half trained. Here the file's
-header is compared with what PEFT would save for this model and this config, before the model is changed.
+PEFT loads the tensors that fit and warns about the rest, so a renamed key leaves a model half trained. Here the tensors
+in the file's header are compared with those that PEFT would save for this model and config, before the model is
+changed.
 """
 
 import copy
 import json
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +45,8 @@ def attach(
     """Returns PEFT's model around the causal LM `model`, with the adapter of a folder or hub repository.
 
     trainable: False freezes the adapter and sets eval mode. Raises CheckpointError, with the model unchanged, for
-    missing, unexpected or misshapen tensors (all are listed), for a pickled adapter, and where there is no adapter. Only
-    warns of a base other than the one that the adapter was trained on: it may be a copy under another name.
+    missing, unexpected or misshapen tensors (all are listed), for a pickled adapter, and where there is no adapter.
+    Another base than the one that the adapter was trained on only gives a warning: it may be a copy under another name.
     """
     causal_lm = causal_lm_of(model)
     if causal_lm is not model or getattr(model, "peft_config", None):
@@ -60,17 +62,19 @@ def attach(
         listed = "\n  ".join(problems)
         raise CheckpointError(f"the adapter in {folder} does not fit this model, nothing was attached:\n  {listed}")
     _warn_of_other_base(causal_lm, config)
-    with seeded(0):  # PEFT draws an adapter before it reads one; the caller's generators must not change
+    with seeded(
+        0
+    ):  # PEFT initialises an adapter at random before it reads the weights; the caller's generators must not change
         peft_model = PeftModel.from_pretrained(causal_lm, str(folder), is_trainable=trainable, config=config)
     # PEFT drops this field on reading; an export needs it, since such an adapter only fits the quantised base.
-    repaired = json.loads((folder / CONFIG).read_text()).get("loftq_config")
+    repaired = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("loftq_config")
     if repaired:
         peft_model.peft_config["default"].loftq_config = repaired  # pyright: ignore[reportAttributeAccessIssue]
     return peft_model
 
 
 def _fetch(source: str, token: str | bool | None, revision: str | None) -> Path:
-    """The local folder with config and weights. Only these two files are ever fetched."""
+    """Returns the local folder with config and weights. No other file is fetched."""
     folder = Path(source)
     if not folder.is_dir():
         try:
@@ -85,22 +89,24 @@ def _fetch(source: str, token: str | bool | None, revision: str | None) -> Path:
     if not (folder / WEIGHTS).is_file():
         if (folder / PICKLE).is_file():
             raise CheckpointError(
-                f"{folder} holds its adapter as a pickle ({PICKLE}), and loading one can run code. If you trust it, load "
+                f"{folder} has its adapter as a pickle ({PICKLE}), and loading one can run code. If you trust it, load "
                 "it with PEFT and save it again, which writes safetensors"
             )
-        raise CheckpointError(f"{folder} holds no {WEIGHTS}, so it is not an adapter; pass the folder that has it")
+        raise CheckpointError(f"{folder} has no {WEIGHTS}, so it is not an adapter; pass the folder that has it")
     if not (folder / CONFIG).is_file():
-        raise CheckpointError(f"{folder} holds {WEIGHTS} but no {CONFIG}; copy both files")
+        raise CheckpointError(f"{folder} has {WEIGHTS} but no {CONFIG}; copy both files")
     return folder
 
 
 def _read_config(folder: Path) -> PeftConfig:
     try:
-        config = PeftConfig.from_pretrained(str(folder))
+        with warnings.catch_warnings():  # `attach` restores the field
+            warnings.filterwarnings("ignore", "`loftq_config` specified but will be ignored", UserWarning)
+            config = PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{folder / CONFIG} cannot be read: {error}") from error
     if config.is_prompt_learning or config.peft_type not in ("LORA", "TRAINABLE_TOKENS"):
-        raise CheckpointError(f"{folder} holds an adapter of type {config.peft_type}; hasten attaches LoRA adapters")
+        raise CheckpointError(f"{folder} has an adapter of type {config.peft_type}; hasten attaches only LoRA adapters")
     return config
 
 
@@ -113,9 +119,9 @@ def _read_header(path: Path) -> Shapes:
 
 
 def _expected(model: Any, config: PeftConfig) -> tuple[Shapes, Shapes]:
-    """(tensors that PEFT saves for this adapter, tensors that it may add when the vocabulary was resized).
+    """Returns (tensors that PEFT saves for this adapter, tensors that it may add when the vocabulary was resized).
 
-    Read from a copy of the architecture on the meta device, wrapped by PEFT just as the model will be.
+    They are read from a copy of the architecture on the meta device, wrapped by PEFT as the model will be.
     """
     config = copy.deepcopy(config)
     if getattr(config, "init_lora_weights", None) not in (
@@ -128,7 +134,7 @@ def _expected(model: Any, config: PeftConfig) -> tuple[Shapes, Shapes]:
         bare.tie_weights()
         try:
             wrapped = get_peft_model(bare, config)
-        except ValueError as error:  # PEFT's own refusal: a target that matches nothing, a field out of range
+        except ValueError as error:  # raised by PEFT: a target that matches no module, a field out of range
             raise CheckpointError(f"the adapter's config does not fit {type(model).__name__}: {error}") from error
     required = _shapes(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
     both = _shapes(get_peft_model_state_dict(wrapped, save_embedding_layers=True))
@@ -156,4 +162,4 @@ def _warn_of_other_base(model: Any, config: PeftConfig) -> None:
         return
     same = Path(trained_on).resolve() == Path(loaded).resolve() if Path(loaded).exists() else trained_on == loaded
     if not same:
-        log.warning("the adapter was trained on %s, and is attached to %s", trained_on, loaded)
+        log.warning("the adapter was trained on %s and is attached to %s", trained_on, loaded)

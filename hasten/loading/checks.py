@@ -1,4 +1,4 @@
-"""Checks that need the checkpoint's config, its model class or its tokenizer."""
+"""Checks arguments against the checkpoint's config, its model class and its tokenizer."""
 
 import copy
 import warnings
@@ -23,7 +23,7 @@ class Findings:
         self.errors: list[HastenError] = []
 
     def add(self, error: HastenError) -> None:
-        """A problem of the checkpoint or tokenizer: raised as it is if it stays the only one."""
+        """Adds a problem of the checkpoint or tokenizer. If it stays the only one, this error itself is raised."""
         self.errors.append(error)
 
     def refuse(self) -> None:
@@ -35,13 +35,14 @@ class Findings:
 
 
 def config_fields(options: LoadOptions) -> dict[str, Any]:
-    """The keyword arguments that name fields of the config, low_cpu_mem_usage (always so here) left out."""
+    """Returns the keyword arguments that name fields of the config, without low_cpu_mem_usage, which is always on
+    here."""
     known = HUB_ARGUMENTS | MODEL_ARGUMENTS | {"low_cpu_mem_usage", *formats.load_arguments()}
     return {name: value for name, value in options.extra.items() if name not in known}
 
 
 def read_config(source: Source, options: LoadOptions) -> Any:
-    """The checkpoint's config, or the caller's own. Raises CheckpointError where it cannot be read."""
+    """Returns the checkpoint's config, or the caller's own. Raises CheckpointError where it cannot be read."""
     own = options.extra.get("config")
     if own is not None:
         return copy.deepcopy(own)
@@ -68,7 +69,8 @@ def set_fields(config: Any, options: LoadOptions) -> list[str]:
 
 
 def build_empty(config: Any, options: LoadOptions, dtype: torch.dtype) -> PreTrainedModel:
-    """The model without weights (meta device). Raises CheckpointError or OptionError where transformers has no class."""
+    """Returns the model without weights (meta device). Raises CheckpointError or OptionError where transformers has no
+    class."""
     attention = {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
     try:
         with torch.device("meta"), warnings.catch_warnings():
@@ -83,7 +85,7 @@ def build_empty(config: Any, options: LoadOptions, dtype: torch.dtype) -> PreTra
 
 
 def config_problems(config: Any, family: Family | None, options: LoadOptions) -> list[str]:
-    """Arguments that do not go with this checkpoint."""
+    """Returns the problems of arguments that do not fit this checkpoint."""
     found = []
     expected = options.expected_model_type
     if expected is not None and config.model_type != expected:
@@ -96,24 +98,24 @@ def config_problems(config: Any, family: Family | None, options: LoadOptions) ->
             "leave it out"
         )
     if options.dtype == torch.float16 and family is not None and not family.fp16_safe:
-        found.append(
-            f"dtype=torch.float16: activations of {config.model_type} leave fp16's range; use bfloat16 or float32"
-        )
+        found.append(f"dtype=torch.float16: activations of {config.model_type} overflow fp16; use bfloat16 or float32")
     if options.offload_embedding and getattr(config.get_text_config(), "tie_word_embeddings", False):
         found.append("offload_embedding: the embedding is tied to the head, whose weight the GPU needs; leave it out")
     if softcapped(config, family) and options.attn_implementation == "sdpa":
-        found.append("attn_implementation='sdpa' drops this model's softcap on scores; use 'eager', or leave it out")
+        found.append("attn_implementation='sdpa' ignores this model's softcap on scores; use 'eager', or leave it out")
     return found
 
 
 def softcapped(config: Any, family: Family | None) -> bool:
-    """Whether scores are softcapped, which torch's fused attention cannot do (older transformers drop it silently)."""
+    """Returns whether scores are softcapped, which torch's fused attention cannot do (older transformers drop it
+    silently)."""
     field = family.attention.softcap if family is not None else None
     return field is not None and getattr(config, field) is not None
 
 
 def vocabulary_error(needed: int, base: int, rows: int, options: LoadOptions) -> HastenError | None:
-    """needed: embedding rows for every id of the tokenizer; base: for its vocabulary without added tokens; rows: the model's."""
+    """Returns an error if the tokenizer needs more embedding rows than the model has. needed: rows for every id of the
+    tokenizer; base: for its vocabulary without added tokens; rows: the model's."""
     asked = options.resize_model_vocab
     if asked is not None and asked < needed:
         return OptionError(

@@ -16,12 +16,13 @@ from hasten.ops.host_rows import host_rows
 class HostEmbedding(nn.Embedding):
     """An embedding whose weight stays in pinned CPU memory when its model moves; outputs are on the ids' device.
 
-    The weight is frozen: a gradient is refused. What a family's own class does with the output (a scale) still runs, since
-    this class is inserted between that one and torch's.
+    The weight is frozen: a gradient is refused. A family's own embedding class (which scales the output) still
+    runs, since this class is inserted between it and torch's.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """input: token ids of any shape. Returns (..., E) on their device. Raises InputError for a weight that trains."""
+        """Looks up token ids of any shape. Returns (..., E) on their device. Raises InputError for a weight that
+        trains."""
         if self.weight.requires_grad and torch.is_grad_enabled():
             raise InputError(
                 "offload_embedding keeps a frozen embedding in CPU memory, and this one trains; load the model without "
@@ -32,7 +33,8 @@ class HostEmbedding(nn.Embedding):
         return host_rows(self.weight, input)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-        """`to`, `cuda`, `half`, ...: the weight takes the dtype and stays on the CPU; the rest of the module moves."""
+        """Applies `to`, `cuda`, `half`, ...: the weight takes the dtype and stays on the CPU; the rest of the module
+        moves."""
         weight = self._parameters.pop("weight")
         assert weight is not None
         try:
@@ -47,7 +49,7 @@ class HostEmbedding(nn.Embedding):
 
 @functools.cache
 def _on_host(stock: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of `stock` and HostEmbedding, named as `stock`."""
+    """Returns a subclass of `stock` and HostEmbedding, named as `stock`."""
     if stock is nn.Embedding:
         return HostEmbedding
     names = {"__module__": stock.__module__, "__doc__": stock.__doc__}
@@ -64,26 +66,26 @@ def keep_embedding_on_host(model: PreTrainedModel) -> str:
     if device.type == "cpu":
         return "offload_embedding: the embedding is in CPU memory already, as the whole model is"
     _stay(model, embedding)
-    leave_out_of_ddp(model)
+    exclude_from_ddp(model)
     embedding.weight.data = embedding.weight.data.to("cpu").pin_memory()
     size = embedding.weight.numel() * embedding.weight.element_size() / 2**20
     return f"offload_embedding: {size:.0f} MiB of embedding in pinned CPU memory, from which {device} reads"
 
 
-def leave_out_of_ddp(model: nn.Module) -> None:
-    """Excludes the offloaded weight from DDP, which refuses weights on several devices; it is frozen, so it has no gradient to
-    reduce. model: what DDP will wrap."""
+def exclude_from_ddp(model: nn.Module) -> None:
+    """Excludes the offloaded weight from DDP, which refuses weights on several devices; it is frozen, so it has no
+    gradient to reduce. model: what DDP will wrap."""
     names = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, HostEmbedding)]
     if names:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 
 
 def _stay(model: PreTrainedModel, embedding: Any) -> None:
-    """Changes the embedding's class, and moves it behind its siblings: transformers, and others, take the device of the first
-    parameter for the model's."""
+    """Changes the embedding's class, and moves it after its siblings: transformers and other libraries take the device
+    of the first parameter as the model's."""
     stock = type(embedding)
     embedding.__class__ = _on_host(stock)
-    if "_old_forward" in embedding.__dict__:  # accelerate's hooks call the forward that they found
+    if "_old_forward" in embedding.__dict__:  # accelerate's hooks call the forward that they stored
         embedding.__dict__["_old_forward"] = type(embedding).forward.__get__(embedding)
     for parent in model.modules():
         for name, child in list(parent._modules.items()):

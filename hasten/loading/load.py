@@ -1,4 +1,4 @@
-"""`load`: refuses whatever can be refused first, then reads the weights, then does what was planned."""
+"""Checks everything that needs no weights, reads the weights, then applies what was planned (`load`)."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from hasten.loading import checks, quantization, shards
 from hasten.loading import tokenizer as tokens
 from hasten.loading.device import default_dtype, is_all_cpu, resolve_device_map
 from hasten.loading.embedding import keep_embedding_on_host
-from hasten.loading.read import Reading, read_model
+from hasten.loading.read import Reading, placement_notes, read_model
 from hasten.loading.resolve import Source, fetch_weights, resolve
 from hasten.loading.rope import plan_rope
 from hasten.loading.vocabulary import resize, rows_of
@@ -22,7 +22,8 @@ from hasten.patching import family_of
 
 @dataclass(frozen=True)
 class Loaded:
-    """model: stock transformers, weights in place. notes: lines for the report. adapter: a folder still to be put on.
+    """The result of `load`. model: stock transformers, with weights. notes: lines for the report. adapter: a folder
+    still to be attached.
 
     source: what was loaded, with the commit of a hub id.
     """
@@ -36,7 +37,7 @@ class Loaded:
 
 @dataclass
 class Preparation:
-    """What `load` knows before it reads a weight."""
+    """Everything that `load` plans before it reads a weight."""
 
     config: Any
     empty: PreTrainedModel
@@ -55,8 +56,8 @@ class Preparation:
 def load(options: LoadOptions) -> Loaded:
     """Loads the model that `options` describe, or raises one error with every reason why not, before it reads a weight.
 
-    Raises OptionError (several problems, or one with the arguments), CheckpointError, TokenizerError, MissingExtraError.
-    Nothing here draws from the caller's random generators.
+    Raises OptionError (several problems, or one with the arguments), CheckpointError, TokenizerError,
+    MissingExtraError. Nothing here draws from the caller's random generators.
     """
     findings = checks.Findings(options.problems())
     if "model_name" in bad_values(options):
@@ -70,7 +71,7 @@ def load(options: LoadOptions) -> Loaded:
         raise
     ready = _prepare(source, options, findings)
     findings.refuse()
-    assert ready is not None  # nothing was found, so everything is there
+    assert ready is not None  # without problems every step has returned a result
     if options.attn_implementation is None and checks.softcapped(ready.config, family_of(ready.empty)):
         options = replace(options, attn_implementation="eager")
         ready.notes.append("attention: eager, which applies this model's softcap on scores")
@@ -81,26 +82,27 @@ def load(options: LoadOptions) -> Loaded:
         shards.check_tensors(stored, ready.empty, source.folder)
     place, how = ready.device_map, ready.storage
     model = read_model(Reading(source.folder, ready.config, ready.dtype, place, how, options, ready.empty, stored))
-    notes = [*source.notes(), *ready.notes, *_finish(model, ready, options)]
+    notes = [*source.notes(), *ready.notes, *placement_notes(how, place), *_finish(model, ready, options)]
     for holder in (model, model.config, ready.tokenizer):
-        # The snapshot's folder on this machine would otherwise be written into adapters as their base.
+        # Otherwise adapters would record the snapshot's folder on this machine as their base.
         holder.name_or_path = source.name
     model.config._commit_hash = source.revision  # an export reads the same commit again, and an adapter records it
     return Loaded(model, ready.tokenizer, notes, source.adapter, source)
 
 
 def _prepare(source: Source, options: LoadOptions, findings: checks.Findings) -> Preparation | None:
-    """Reads config and tokenizer and plans rope, dtype and tokenizer fixes; None where one of the two cannot be read."""
-    config: Any = _attempt(findings, checks.read_config, source, options)
+    """Reads config and tokenizer and plans rope, dtype and tokenizer fixes; None where one of the two cannot be
+    read."""
+    config: Any = _try_step(findings, checks.read_config, source, options)
     if config is None:
         return None
-    tokenizer: Any = _attempt(findings, tokens.read_tokenizer, source.tokenizer, options.trust_remote_code)
+    tokenizer: Any = _try_step(findings, tokens.read_tokenizer, source.tokenizer, options.trust_remote_code)
     findings.problems += checks.set_fields(config, options)
-    empty: Any = _attempt(findings, checks.build_empty, config, options, options.dtype or torch.float32)
+    empty: Any = _try_step(findings, checks.build_empty, config, options, options.dtype or torch.float32)
     if empty is None and options.attn_implementation is not None:
-        # One wrong name must not hide the other problems.
+        # an invalid name must not hide the other problems
         plain = replace(options, attn_implementation=None)
-        empty = _attempt(findings, checks.build_empty, config, plain, options.dtype or torch.float32)
+        empty = _try_step(findings, checks.build_empty, config, plain, options.dtype or torch.float32)
     if empty is None:
         return None
     family = family_of(empty)
@@ -129,8 +131,8 @@ def _prepare(source: Source, options: LoadOptions, findings: checks.Findings) ->
     return ready
 
 
-def _attempt(findings: checks.Findings, step: Any, *args: Any) -> Any:
-    """The step's result, or None with its error among the findings."""
+def _try_step(findings: checks.Findings, step: Any, *args: Any) -> Any:
+    """Returns the step's result; on an error adds it to the findings and returns None."""
     try:
         return step(*args)
     except OptionError as error:
@@ -163,7 +165,7 @@ def _plan_tokenizer(
 
 
 def _unused(options: LoadOptions) -> list[str]:
-    """Notes the arguments that have no effect in this call."""
+    """Returns a note on the arguments that have no effect in this call."""
     defaults = LoadOptions()
     engine = ("gpu_memory_utilization", "max_lora_rank", "disable_log_stats")
     given = [name for name in engine if getattr(options, name) != getattr(defaults, name)]
@@ -183,7 +185,7 @@ def _finish(model: PreTrainedModel, ready: Preparation, options: LoadOptions) ->
         new = ", new ones are the mean of the old" if rows > old else ""
         notes.append(f"vocabulary: {rows} rows{new}; the checkpoint has {old}")
     for parameter in model.parameters():
-        # Quantised codes are integers, which have no gradient.
+        # quantised codes are integers, which cannot have a gradient
         parameter.requires_grad_(options.full_finetuning and parameter.is_floating_point())
     if options.offload_embedding:
         notes.append(keep_embedding_on_host(model))

@@ -1,4 +1,5 @@
-"""Decides how weights are stored: as the checkpoint stores them, or quantised while it is read. Asks `weights.formats`."""
+"""Decides how weights are stored: as in the checkpoint, or quantised while it is read. Formats are in
+`weights.formats`."""
 
 import importlib.util
 from collections.abc import Mapping, Sequence
@@ -19,9 +20,9 @@ from hasten.weights.formats import WeightFormat
 class Storage:
     """How the Linears' weights will be stored.
 
-    settings: the quantization_config that transformers gets to quantise while reading, None = none. own: the format whose
-    Linears hasten itself puts into the model, None = none. kept_dense: modules that `own` leaves dense. stored: the
-    checkpoint holds them in `own` already. notes: lines for the report.
+    settings: the quantization_config that transformers gets to quantise while reading, None = none. own: the format
+    whose Linears hasten itself puts into the model, None = none. kept_dense: modules that `own` leaves dense. stored:
+    the checkpoint holds them in `own` already. notes: lines for the report.
     """
 
     settings: Any = None
@@ -32,7 +33,8 @@ class Storage:
 
 
 def stored_name(config: Any) -> str | None:
-    """How the checkpoint's own weights are quantised: a format's name, another method's (e.g. "gptq"), None = not at all."""
+    """Returns how the checkpoint's own weights are quantised: a format's name, another method's (e.g. "gptq"), None =
+    dense."""
     record = _record(config)
     if not record:
         return None
@@ -41,14 +43,14 @@ def stored_name(config: Any) -> str | None:
 
 
 def stored_problems(config: Any, empty: PreTrainedModel, on_cpu: bool, options: LoadOptions) -> list[str]:
-    """Why a checkpoint that is stored quantised cannot be loaded as asked."""
+    """Returns why a checkpoint that is stored quantised cannot be loaded as asked."""
     stored = stored_name(config)
     if stored is None:
         return []
     record = _record(config)
     found = formats.stored_format(record)
     if stored == "fp8" and found is None:
-        return ["the checkpoint holds fp8 weights, which a later version of hasten reads; use its dense original"]
+        return ["the checkpoint has fp8 weights, which this version of hasten does not read; use its dense original"]
     fits = None if found is None else found.stored_argument or found.load_argument
     other = [name for name in options.asked_storage if name != fits]
     default = str(formats.default().load_argument)
@@ -59,7 +61,7 @@ def stored_problems(config: Any, empty: PreTrainedModel, on_cpu: bool, options: 
     problems = []
     if other:
         problems.append(
-            f"{', '.join(other)} was asked for, but the checkpoint is stored as {stored} already; leave it out to load it "
+            f"{', '.join(other)} was asked for, but the checkpoint is already stored as {stored}; leave it out to load it "
             "as it is, or pass the dense original"
         )
     if found is not None:
@@ -80,7 +82,7 @@ def _record(config: Any) -> Mapping[str, Any]:
 def plan_storage(
     config: Any, empty: PreTrainedModel, dtype: torch.dtype, on_cpu: bool, options: LoadOptions
 ) -> Storage:
-    """How the weights will be stored, with notes for the report. empty: the model on the meta device."""
+    """Plans how the weights will be stored, with notes for the report. empty: the model on the meta device."""
     if options.own_quantization:
         own = options.extra["quantization_config"]
         return Storage(own, notes=["quantisation: by the caller's quantization_config"])
@@ -101,7 +103,7 @@ def plan_storage(
 
 
 def missing_package(options: LoadOptions, config: Any) -> MissingExtraError | None:
-    """An error where the format that is wanted or found needs a package that is not installed."""
+    """Returns an error where the format that is wanted or found needs a package that is not installed."""
     for one in (_asked(options), formats.stored_format(_record(config))):
         if one is None or one.package is None or importlib.util.find_spec(one.package) is not None:
             continue
@@ -112,7 +114,8 @@ def missing_package(options: LoadOptions, config: Any) -> MissingExtraError | No
 
 
 def _asked(options: LoadOptions) -> WeightFormat | None:
-    """The format that the arguments ask for; None = the caller's own quantization_config, or no quantisation."""
+    """Returns the format that the arguments ask for; None = the caller's own quantization_config, or no
+    quantisation."""
     if options.own_quantization or options.weight_format is None:
         return None
     return formats.named(options.weight_format)

@@ -1,4 +1,5 @@
-"""Reads the weights: through transformers' loader, or tensor by tensor where hasten quantises them itself (`read_rows`)."""
+"""Reads the weights: through transformers' loader, or tensor by tensor where hasten quantises them itself
+(`read_rows`)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,9 +22,9 @@ from hasten.weights.formats import find_format
 
 @dataclass(frozen=True)
 class Reading:
-    """What the weights are read into.
+    """A checkpoint to read, and the model to read it into.
 
-    config: as the model shall have it. storage: how the weights are stored. empty: the model on the meta device.
+    config: of the model. storage: how the weights are stored. empty: the model on the meta device.
     stored: the headers of its safetensors, empty for pickle.
     """
 
@@ -37,9 +38,9 @@ class Reading:
     stored: Mapping[str, StoredTensor]
 
     @property
-    def goes_by_rows(self) -> bool:
-        """Whether hasten reads the tensors itself: to quantise on the CPU from a dense checkpoint that transformers loads
-        name by name, or because only hasten knows the format in which the checkpoint is stored."""
+    def reads_tensors_itself(self) -> bool:
+        """Whether hasten reads the tensors itself: to quantise on the CPU from a dense checkpoint that transformers
+        loads name by name, or because only hasten knows the format in which the checkpoint is stored."""
         storage, model = self.storage, self.empty
         if storage.stored:
             return True
@@ -53,9 +54,9 @@ class Reading:
 
 
 def read_model(reading: Reading) -> PreTrainedModel:
-    """The model in evaluation mode. Raises CheckpointError where the checkpoint has no values for a weight."""
+    """Returns the model in evaluation mode. Raises CheckpointError where the checkpoint has no values for a weight."""
     with seeded(reading.options.random_state):
-        if reading.goes_by_rows:
+        if reading.reads_tensors_itself:
             attention = reading.options.attn_implementation
             model: Any = read_rows(
                 reading.folder, reading.config, attention, reading.dtype, reading.storage, reading.stored
@@ -74,12 +75,21 @@ def read_model(reading: Reading) -> PreTrainedModel:
     return model
 
 
+def placement_notes(storage: Storage, device_map: Any) -> list[str]:
+    """Says that a checkpoint that only hasten reads is not spread over the GPUs, where a device map asks for that."""
+    if not storage.stored or not isinstance(device_map, str) or torch.cuda.device_count() < 2:
+        return []
+    return [
+        f"device: cuda:0, since a checkpoint in this format goes to one device; device_map={device_map!r} spreads others"
+    ]
+
+
 def _one_device(device_map: Any) -> torch.device:
-    """The single device of a device map; the first GPU for a map that transformers would spread."""
+    """Returns the single device of a device map; the first GPU for a map that transformers would spread."""
     places = set(map(str, device_map.values())) if isinstance(device_map, Mapping) else {"cuda:0"}
     if len(places) > 1:
         raise CheckpointError(
-            f"device_map names {len(places)} devices, and a checkpoint in a format that only hasten reads goes to one: "
+            f"device_map names {len(places)} devices, and a checkpoint in a format that only hasten reads can be loaded only onto one: "
             "name one device"
         )
     return torch.device(places.pop())
@@ -113,7 +123,7 @@ def _read_whole(reading: Reading) -> PreTrainedModel:
     missing = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"])
     if missing:
         raise CheckpointError(
-            f"The checkpoint in {reading.folder} has no usable values for {len(missing)} tensors, among them "
+            f"The checkpoint in {reading.folder} has no values for {len(missing)} tensors of the model, among them "
             f"{', '.join(missing[:5])}. Use the config.json that belongs to these weights"
         )
     return model

@@ -1,8 +1,9 @@
-"""Reads a safetensors checkpoint into CPU memory tensor by tensor, quantising dense weights some output channels at a time.
+"""Reads a safetensors checkpoint into CPU memory tensor by tensor, quantising dense weights some output channels at a
+time.
 
-transformers' loader quantises one whole tensor after the other. On a CPU bitsandbytes needs seven times a tensor's bytes for
-that, and the fragments it leaves in the allocator add up to more than the result. Here no dense matrix is ever whole in
-memory. Formats quantise blocks or output channels independently, so the result is bit-exact.
+transformers' loader quantises one whole tensor after the other. On a CPU bitsandbytes needs seven times a tensor's
+bytes for that, and the allocator's fragmentation afterwards takes more memory than the result. Here no dense matrix is
+ever in memory as a whole. Formats quantise blocks or output channels independently, so the result is bit-exact.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,11 +34,11 @@ def read_rows(
     storage: Storage,
     stored: Mapping[str, StoredTensor],
 ) -> PreTrainedModel:
-    """The quantised model on the CPU, in evaluation mode, as transformers' loader would return it.
+    """Returns the quantised model on the CPU, in evaluation mode, as transformers' loader would return it.
 
-    attention: attn_implementation, None = transformers' choice. storage: with a transformers config, or with a format of
-    hasten's own. stored: the headers of the safetensors in `folder`. Raises CheckpointError where they have no values for
-    a tensor.
+    attention: attn_implementation, None = transformers' choice. storage: with a transformers config, or with a format
+    of hasten's own. stored: the headers of the safetensors in `folder`. Raises CheckpointError where they have no
+    values for a tensor.
     """
     chosen = {"attn_implementation": attention} if attention is not None else {}
     with init_empty_weights(include_buffers=False):  # buffers that no checkpoint holds get their values here
@@ -66,7 +67,7 @@ def read_rows(
 
 
 def convert_linears(model: nn.Module, storage: Storage, make: Callable[[WeightFormat, nn.Linear], nn.Module]) -> None:
-    """Replaces every dense Linear that is not to stay dense by `make(storage.own, linear)`."""
+    """Replaces every dense Linear that should not stay dense by `make(storage.own, linear)`."""
     assert storage.own is not None
     for name, module in list(model.named_modules()):
         stays = any(name == kept or name.startswith(f"{kept}.") for kept in storage.kept_dense)
@@ -75,7 +76,8 @@ def convert_linears(model: nn.Module, storage: Storage, make: Callable[[WeightFo
 
 
 def _read_tensors(model: Any, shards: "_Shards", stored: Mapping[str, StoredTensor], as_stored: bool) -> None:
-    """as_stored: the checkpoint holds the model's tensors under its own names; else dense weights are quantised."""
+    """Reads every tensor into the model. as_stored: the checkpoint holds the model's tensors under its own names; else
+    dense weights are quantised."""
     tied: dict[str, str] = model.all_tied_weights_keys
     for name, empty in model.state_dict(keep_vars=True).items():
         path, _, leaf = name.rpartition(".")
@@ -115,7 +117,7 @@ class _Shards:
             self.file = None
 
     def slice(self, file: str, key: str) -> Any:
-        """A tensor of a shard, of which nothing is read before it is indexed."""
+        """Returns a tensor of a shard; it is read only when it is indexed."""
         if file != self.name:
             self._close()
             self.file, self.name = safe_open(self.folder / file, framework="pt"), file

@@ -1,7 +1,7 @@
 """Finds a model: a local folder, a hub repository, or the base that an adapter names.
 
-Two steps, so that a call can be refused before gigabytes are downloaded: `resolve` fetches the small files, and
-`fetch_weights` the weights. Nothing is fetched for a local folder.
+Two steps, so that a call can be refused before weights are downloaded: `resolve` fetches the small files, and
+`fetch_weights` the weights. For a local folder no file is fetched.
 """
 
 import json
@@ -44,7 +44,7 @@ class Source:
     adapter_name: str | None = None
 
     def notes(self) -> list[str]:
-        """What is loaded, for the report."""
+        """Describes for the report what is loaded."""
         at = f" at revision {self.revision}" if self.revision else ""
         notes = [f"weights: {self.name}{at}"]
         return [*notes, f"adapter: {self.adapter_name}"] if self.adapter_name else notes
@@ -54,7 +54,7 @@ def resolve(options: LoadOptions) -> Source:
     """Finds `options.model_name` and fetches its small files. Raises CheckpointError if it does not exist."""
     found = _locate(options.model_name, options.revision, options)
     if not (found.folder / ADAPTER_CONFIG).is_file():
-        _need_config(found)
+        _require_config(found)
         return found
     recorded = _adapter_record(found)
     if found.revision is not None:
@@ -64,8 +64,8 @@ def resolve(options: LoadOptions) -> Source:
             f"{found.name} has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}. An adapter is read from safetensors only; "
             "save it again with a current PEFT"
         )
-    base = _locate(_beside(recorded["base_model_name_or_path"], found), recorded.get("revision"), options)
-    _need_config(base)
+    base = _locate(_base_name(recorded["base_model_name_or_path"], found), recorded.get("revision"), options)
+    _require_config(base)
     tokenizer = found.folder if has_tokenizer(found.folder) else base.tokenizer
     at = f" at revision {found.revision}" if found.revision else ""
     return replace(base, tokenizer=tokenizer, adapter=found.folder, adapter_name=found.name + at)
@@ -79,7 +79,8 @@ def fetch_weights(source: Source, options: LoadOptions) -> None:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether `folder` has a vocabulary. Without one transformers makes an empty tokenizer of the model's kind."""
+    """Returns whether `folder` has a vocabulary. Without one transformers makes an empty tokenizer of the model's
+    type."""
     return any(path.is_file() for pattern in TOKENIZER_FILES for path in folder.glob(pattern))
 
 
@@ -105,7 +106,7 @@ def _locate(name: str, revision: str | None, options: LoadOptions) -> Source:
 def _download(name: str, revision: str | None, options: LoadOptions, patterns: list[str]) -> Path:
     """Fetches the files of a hub id that match `patterns` and returns the snapshot's folder, named by its commit."""
     subfolder = options.extra.get("subfolder")
-    # A pattern's * matches slashes too; without a subfolder, files of the top folder are all that is wanted.
+    # A pattern's * matches slashes too; only files of the top folder are wanted.
     allowed = [f"{subfolder}/{pattern}" for pattern in patterns] if subfolder else patterns
     ignored = None if subfolder else ["*/*"]
     hub: dict[str, Any] = {
@@ -118,10 +119,10 @@ def _download(name: str, revision: str | None, options: LoadOptions, patterns: l
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(_why_not(name, revision, error)) from error
+        raise CheckpointError(_download_problem(name, revision, error)) from error
 
 
-def _why_not(name: str, revision: str | None, error: Exception) -> str:
+def _download_problem(name: str, revision: str | None, error: Exception) -> str:
     asked = f"{name!r}" + (f" at revision {revision!r}" if revision else "")
     if isinstance(error, RevisionNotFoundError):
         return f"{asked} was asked for; the repository has no such revision. Pass a branch, tag or commit that it has"
@@ -140,7 +141,7 @@ def _why_not(name: str, revision: str | None, error: Exception) -> str:
     )
 
 
-def _need_config(source: Source) -> None:
+def _require_config(source: Source) -> None:
     if not (source.folder / "config.json").is_file():
         raise CheckpointError(
             f"{source.name} was asked for; it has no config.json. Pass a folder or id that save_pretrained has written"
@@ -161,7 +162,7 @@ def _adapter_record(found: Source) -> dict[str, Any]:
     return recorded
 
 
-def _beside(base: str, adapter: Source) -> str:
-    """The base's name; a relative path may also be meant from the adapter's own folder."""
-    beside = adapter.folder / base
-    return str(beside) if not Path(base).is_dir() and beside.is_dir() else base
+def _base_name(base: str, adapter: Source) -> str:
+    """Returns the base's name or path. A relative path may also be relative to the adapter's folder."""
+    relative = adapter.folder / base
+    return str(relative) if not Path(base).is_dir() and relative.is_dir() else base

@@ -1,9 +1,9 @@
-"""Plans RoPE scaling: as the caller asks, or as a `max_seq_length` beyond the checkpoint's needs.
+"""Plans RoPE scaling: as the caller asks, or as needed for a `max_seq_length` beyond the checkpoint's.
 
-transformers keeps the parameters in `config.rope_parameters`: one dict, or one per kind of layer (Gemma 3). What two
-fields mean depends on the scaling type, by convention of the published checkpoints:
+transformers keeps the parameters in `config.rope_parameters`: one dict, or one per kind of layer (Gemma 3). The meaning
+of `max_position_embeddings` depends on the scaling type, by convention of the published checkpoints:
 - "dynamic", and "linear" in one dict for all layers: `max_position_embeddings` stays the length before scaling;
-- the others, and "linear" in a dict per kind of layer: it is the length after scaling.
+- all other types, and "linear" in a dict per kind of layer: it is the length after scaling.
 """
 
 import copy
@@ -23,7 +23,7 @@ GLOBAL = "full_attention"
 
 @dataclass
 class RopePlan:
-    """changes: fields to set on the config. notes: for the report. problems: why it cannot be done."""
+    """changes: fields to set on the config. notes: for the report. problems: why the scaling is impossible."""
 
     changes: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -31,7 +31,7 @@ class RopePlan:
 
 
 def plan_rope(config: Any, family: Family | None, scaling: Mapping[str, Any] | None, max_seq_length: int) -> RopePlan:
-    """What must change in the (text) config for `scaling` and `max_seq_length`. Does not change it."""
+    """Plans the changes of the (text) config for `scaling` and `max_seq_length`. Does not change the config."""
     plan = RopePlan()
     limit = getattr(config, "max_position_embeddings", None)
     parameters = _rope_of(config)
@@ -60,7 +60,7 @@ def _rope_of(config: Any) -> dict[str, Any] | None:
 
 
 def _global(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-    """(the dict of the layers with full attention, whether it is one of several)."""
+    """Returns (the dict of the layers with full attention, whether it is one of several)."""
     nested = all(isinstance(value, dict) or value is None for value in parameters.values())
     if not nested:
         return parameters, False  # pyright: ignore[reportReturnType]
@@ -72,19 +72,20 @@ def _type_of(rope: Mapping[str, Any]) -> str:
 
 
 def _original(limit: int, rope: Mapping[str, Any], nested: bool) -> int:
-    """The length before any scaling."""
+    """Returns the length before any scaling."""
     if rope.get("original_max_position_embeddings"):
         return rope["original_max_position_embeddings"]
     return limit if _states_unscaled(_type_of(rope), nested) else round(limit / float(rope.get("factor") or 1.0))
 
 
 def _states_unscaled(kind: str, nested: bool) -> bool:
-    """Whether `max_position_embeddings` stays the length before scaling (transformers' dynamic formula needs it so)."""
+    """Returns whether `max_position_embeddings` stays the length before scaling (transformers' dynamic formula needs it
+    so)."""
     return kind == "dynamic" or (kind == "linear" and not nested)
 
 
 def _reach(limit: int, rope: Mapping[str, Any], nested: bool) -> int:
-    """The longest sequence, in tokens, that a checkpoint with this config supports."""
+    """Returns the longest sequence, in tokens, that a checkpoint with this config supports."""
     factor = float(rope.get("factor") or 1.0)
     if _type_of(rope) in ("default", "longrope"):
         return limit
@@ -152,7 +153,7 @@ def _plan_extension(
     reach = _reach(limit, rope, nested)
     if length <= reach:
         return
-    if _only_near(config, family, limit):
+    if _all_windowed(config, family, limit):
         plan.changes = {"max_position_embeddings": length}
         plan.notes.append(
             f"rope: unchanged for max_seq_length={length} (checkpoint: {limit}); every rotated layer has a window"
@@ -181,8 +182,9 @@ def _plan_extension(
     plan.notes.append(f"rope: extended from {reach} to {length} positions, {_described(rope)}")
 
 
-def _only_near(config: Any, family: Family | None, limit: int) -> bool:
-    """Whether every layer with RoPE has a sliding window within the checkpoint's length, so that no extension is needed."""
+def _all_windowed(config: Any, family: Family | None, limit: int) -> bool:
+    """Returns whether every layer with RoPE has a sliding window within the checkpoint's length, so that no extension
+    is needed."""
     window = getattr(config, "sliding_window", None)
     if family is None or not window or window > limit:
         return False

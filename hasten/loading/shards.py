@@ -1,4 +1,5 @@
-"""Reads the headers of safetensors files, to refuse a damaged or unfitting checkpoint before any weight is read.
+"""Reads the headers of safetensors files, to refuse a checkpoint that is damaged or does not fit before any weight is
+read.
 
 Format: 8 bytes little-endian length N, N bytes of JSON {tensor: {dtype, shape, data_offsets}}, then the tensors' bytes
 (https://huggingface.co/docs/safetensors).
@@ -30,7 +31,7 @@ class StoredTensor:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file. Raises CheckpointError if it is corrupt or cut short."""
+    """Returns the tensors of one safetensors file. Raises CheckpointError if it is corrupt or cut short."""
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -51,7 +52,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def read_checkpoint(folder: Path, variant: str | None = None) -> dict[str, StoredTensor]:
-    """All tensors of a checkpoint folder, sharded or not. Raises one CheckpointError that names every bad file."""
+    """Returns all tensors of a checkpoint folder, sharded or not. Raises one CheckpointError that names every bad
+    file."""
     middle = f".{variant}" if variant else ""
     single = folder / f"model{middle}.safetensors"
     index = folder / f"model.safetensors.index{middle}.json"
@@ -104,12 +106,13 @@ def check_tensors(stored: Mapping[str, StoredTensor], model: PreTrainedModel, fo
 
 
 def is_converted(model: PreTrainedModel) -> bool:
-    """Whether transformers renames or fuses checkpoint tensors into this model's, so that names need not agree."""
+    """Returns whether transformers renames or fuses checkpoint tensors into this model's, so that names need not
+    agree."""
     return bool(get_model_conversion_mapping(model, add_legacy=False))
 
 
 def find(name: str, stored: Mapping[str, StoredTensor], tied: Mapping[str, str], prefix: str) -> str | None:
-    """The key under which a checkpoint holds the model's tensor `name`, or one that is tied to it.
+    """Returns the key under which a checkpoint holds the model's tensor `name`, or one that is tied to it.
 
     tied: {tensor: the one whose weight it shares}. prefix: the backbone's name in the model; transformers reads a
     backbone's checkpoint into a causal LM and vice versa.
@@ -120,7 +123,8 @@ def find(name: str, stored: Mapping[str, StoredTensor], tied: Mapping[str, str],
 
 
 def _packed(name: str, stored: Mapping[str, StoredTensor], entry: StoredTensor, count: int) -> bool:
-    """Whether the tensor can be a quantised format's codes of `count` weights, whose shape is not the weight's."""
+    """Returns whether the tensor can be a quantised format's codes of `count` weights, whose shape is not the
+    weight's."""
     suffixes = [key.removeprefix(name) for key in stored if key.startswith(name)]
     return any(one.fits(entry.shape, entry.dtype, count, suffixes) for one in formats.FORMATS)
 
@@ -134,7 +138,7 @@ def _read_index(path: Path) -> dict[str, str]:
     outside = [name for name in mapped.values() if not isinstance(name, str) or Path(name).name != name]
     if outside or not mapped:
         raise CheckpointError(
-            f"{path} names no shard, or files outside of its folder: {outside[:3]}. Download it again"
+            f"{path} lists no shard, or files outside of its folder: {outside[:3]}. Download it again"
         )
     return mapped
 
@@ -143,7 +147,7 @@ def _no_weights(folder: Path, single: str, index: str) -> str:
     pickles = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickles:
         return (
-            f"{folder} holds its weights as pickle only ({', '.join(pickles[:3])}), which can run code when it is read. "
+            f"{folder} has its weights only as pickle ({', '.join(pickles[:3])}), which can run code when it is read. "
             "Use a safetensors copy, or pass use_safetensors=False if you trust where it comes from"
         )
     return f"{folder} has neither {single} nor {index}. Pass a folder with the weights in it"

@@ -37,7 +37,8 @@ class TokenizerPlan:
 
 
 def read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder`; nothing is asked of the network. Raises TokenizerError if there is none to read."""
+    """Returns the tokenizer in `folder`, without network access. Raises TokenizerError if there is none or it cannot be
+    read."""
     if not has_tokenizer(folder) and not trust_remote_code:
         raise TokenizerError(
             f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}). Save the model's tokenizer there"
@@ -51,17 +52,17 @@ def read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizer
 
 
 def rows_needed(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the largest id that the tokenizer can give."""
+    """Returns one more than the largest id that the tokenizer can give."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def as_ids(value: Any) -> list[int]:
-    """A token id field (an int, a list of ints or None) as a list."""
+    """Returns a token id field (an int, a list of ints or None) as a list."""
     return [] if value is None else list(value) if isinstance(value, list) else [value]
 
 
 def generation_eos_ids(folder: Path) -> list[int]:
-    """The ids at which the checkpoint's own generation config stops; none where it has no such file."""
+    """Returns the ids at which the checkpoint's own generation config stops; none where it has no such file."""
     if not (folder / "generation_config.json").is_file():
         return []
     return as_ids(GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id)
@@ -70,14 +71,14 @@ def generation_eos_ids(folder: Path) -> list[int]:
 def plan_fixes(
     tokenizer: PreTrainedTokenizerBase, rows: int, eos_ids: Iterable[int], pad_id: int | None
 ) -> TokenizerPlan:
-    """Which fixes are needed. Changes nothing.
+    """Plans the fixes that are needed. Does not change the tokenizer.
 
     rows: of the model's embedding. eos_ids: all ids at which the model stops. pad_id: the config's.
     """
     plan = TokenizerPlan(rows_needed=rows_needed(tokenizer))
     taken = {*as_ids(tokenizer.eos_token_id), *as_ids(tokenizer.bos_token_id), *eos_ids}
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id in taken:
-        was = "none" if tokenizer.pad_token is None else f"{tokenizer.pad_token}, which also begins or ends sequences"
+        was = "none" if tokenizer.pad_token is None else f"{tokenizer.pad_token}, which is also BOS or EOS"
         plan.pad = _spare_token(tokenizer, rows, taken, pad_id)
         if plan.pad is None:
             plan.pad = next(name for name in NEW_PAD if name not in tokenizer.get_vocab())
@@ -91,7 +92,7 @@ def plan_fixes(
 
 
 def _spare_token(tokenizer: PreTrainedTokenizerBase, rows: int, taken: set[Any], pad_id: int | None) -> str | None:
-    """A token that no text uses: the config's own pad token, else a reserved name."""
+    """Returns a token that no text uses: the config's own pad token, else a reserved name."""
     template = str(getattr(tokenizer, "chat_template", None) or "")
     vocabulary = tokenizer.get_vocab()
     free = {

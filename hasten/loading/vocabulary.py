@@ -17,7 +17,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def rows_of(model: PreTrainedModel) -> int:
-    """Rows of the model's input embedding: the number of token ids that it has."""
+    """Returns the number of rows of the model's input embedding, i.e. of token ids."""
     embedding: Any = model.get_input_embeddings()
     return embedding.weight.shape[0]
 
@@ -26,8 +26,8 @@ def rows_of(model: PreTrainedModel) -> int:
 def resize(model: PreTrainedModel, rows: int, seed: int) -> None:
     """Resizes input embedding and head to `rows` rows each, and the config with them; tied ones stay tied.
 
-    New rows are the mean of all old ones, taken in fp32 and rounded once (Hewitt 2021, "Initializing new word embeddings
-    for pretrained language models"). Surplus rows are cut from the end. Embedding and head must be dense, as
+    New rows are the mean of all old ones, taken in fp32 and rounded once (Hewitt 2021, "Initializing new word
+    embeddings for pretrained language models"). Surplus rows are cut from the end. Embedding and head must be dense, as
     every quantised format leaves them.
     """
     old = rows_of(model)

@@ -1,4 +1,4 @@
-"""Accumulation in at least fp32, whatever the dtype of the inputs."""
+"""Accumulates in at least fp32 for inputs of any dtype."""
 
 from typing import Any
 
@@ -11,7 +11,8 @@ def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
 
 
 def add_matmul(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """total + left @ right, accumulated in at least fp32. Adds in place if `total` is given; on a GPU inside the matmul (addmm)."""
+    """Computes total + left @ right, accumulated in at least fp32. Adds in place if `total` is given; on a GPU inside
+    the matmul (addmm)."""
     if not left.is_cuda:
         left, right = at_least_fp32(left), at_least_fp32(right)
     wide: dict[str, Any] = {} if left.dtype in (torch.float32, torch.float64) else {"out_dtype": torch.float32}

@@ -8,15 +8,16 @@ from torch.utils.checkpoint import checkpoint
 
 
 def flat_rows(x: torch.Tensor) -> torch.Tensor:
-    """(..., E) as (N, E) with contiguous channels. A view where strides allow it, else a copy."""
+    """Reshapes (..., E) to (N, E) with contiguous channels. A view where strides allow it, else a copy."""
     flat = x.reshape(-1, x.shape[-1])
     return flat if flat.stride(-1) == 1 else flat.contiguous()
 
 
 def in_tiles(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, tile: int) -> torch.Tensor:
-    """run(x) for a token-wise `run`, on `tile` tokens (N, E) at a time.
+    """Computes run(x) for a token-wise `run`, on `tile` tokens (N, E) at a time.
 
-    With gradients each tile is checkpointed: only its input is saved, and its backward recomputes it with the same dropout.
+    With gradients each tile is checkpointed: only its input is saved, and its backward recomputes it with the same
+    dropout.
     """
     step = partial(checkpoint, run, use_reentrant=False) if torch.is_grad_enabled() else run
     outs = [step(rows) for rows in x.reshape(-1, x.shape[-1]).split(tile)]

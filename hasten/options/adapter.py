@@ -16,7 +16,7 @@ ADAPTER_CHECKS: tuple[Callable[[AdapterFields], list[str]], ...] = (
     loftq.check,
     qat.check,
 )
-"""One per feature; each returns the problems that it finds, with what to do instead."""
+"""One check per feature; each returns the problems that it finds, with what to do instead."""
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,14 @@ class AdapterOptions(AdapterFields):
 
     @classmethod
     def from_call(cls, *args: Any, extra: Mapping[str, Any] | None = None, **named: Any) -> Self:
-        """As the constructor; lists of names become tuples, so that two calls with the same names compare equal."""
+        """Builds the options; lists of names become tuples, so that two calls with the same names compare equal."""
         options = cls(**fields_from_call(cls, args, {**named, **(extra or {})}))
         lists = {name: getattr(options, name) for name in ("target_modules", "modules_to_save")}
         tuples = {name: tuple(v) for name, v in lists.items() if isinstance(v, Iterable) and not isinstance(v, str)}
         return dataclasses.replace(options, **tuples)
 
     def problems(self) -> list[str]:
-        """Every problem of the call that can be found without the model."""
+        """Returns every problem of the call that can be found without the model."""
         return [problem for check in ADAPTER_CHECKS for problem in check(self)]
 
     def validate(self) -> None:

@@ -7,7 +7,7 @@ from hasten.options.values import Rule
 
 
 def backend_name(value: Any) -> str | None:
-    """The rule for `attn_implementation`."""
+    """Validates `attn_implementation`."""
     fits = value is None or isinstance(value, str)
     return None if fits else "must be a name such as 'sdpa', 'eager' or 'flash_attention_2'"
 

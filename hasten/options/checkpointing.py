@@ -1,4 +1,4 @@
-"""Activation checkpointing (`use_gradient_checkpointing`) and the memory that it plans for (`memory_budget`)."""
+"""Checks activation checkpointing (`use_gradient_checkpointing`) and its `memory_budget`."""
 
 from hasten.options.fields import AdapterFields, LoadFields
 from hasten.suggest import did_you_mean
@@ -10,7 +10,7 @@ CHECKPOINTING = (False, True, "offload", *PLANNED)
 
 
 def check(options: LoadFields | AdapterFields) -> list[str]:
-    """The mode is known; a budget can be read, and the mode plans for one."""
+    """Checks that the mode is known, that the budget can be parsed, and that the mode uses a budget."""
     mode = options.use_gradient_checkpointing
     if not isinstance(mode, bool | str) or mode not in CHECKPOINTING:
         known = "False, True, 'offload', 'unsloth', 'auto'"

@@ -1,4 +1,4 @@
-"""Where weights are placed."""
+"""Checks where weights are placed (`device_map`)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ PLACEMENTS = ("sequential", "auto", "balanced", "balanced_low_0")
 
 
 def placement(device_map: Any) -> str | None:
-    """The rule for `device_map`: a strategy, a device, or a dict of module name -> device."""
+    """Validates `device_map`: a strategy, a device, or a dict of module name -> device."""
     devices = device_map.values() if isinstance(device_map, Mapping) else [device_map]
     known = ("disk",) if isinstance(device_map, Mapping) else PLACEMENTS
     found = [problem for device in devices if device not in known and (problem := _device_problem(device, known))]

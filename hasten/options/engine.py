@@ -10,7 +10,8 @@ from hasten.options.values import Rule, not_yet, positive_integer
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """fast_inference: `generate` runs on vLLM. gpu_memory_utilization: the fraction of the GPU's memory that it may use.
+    """fast_inference: `generate` runs on vLLM. gpu_memory_utilization: the fraction of the GPU's memory that it may
+    use.
 
     float8_kv_cache: keys and values in FP8. max_lora_rank: the largest rank of an adapter that it serves.
     disable_log_stats: no throughput in its log.
@@ -24,12 +25,12 @@ class EngineOptions:
 
     @classmethod
     def of(cls, options: LoadFields) -> "EngineOptions":
-        """Those among the arguments of `from_pretrained`."""
+        """Selects them from the arguments of `from_pretrained`."""
         return cls(**{name: getattr(options, name) for name in cls.__dataclass_fields__})
 
 
 def memory_fraction(value: Any) -> str | None:
-    """The rule for `gpu_memory_utilization`."""
+    """Validates `gpu_memory_utilization`."""
     fits = isinstance(value, int | float) and 0 < value <= 1
     return None if fits else "must be a fraction of the GPU's memory, above 0 and at most 1"
 
@@ -38,7 +39,7 @@ RULES: Mapping[str, Rule] = {"gpu_memory_utilization": memory_fraction, "max_lor
 
 
 def check(options: LoadFields) -> list[str]:
-    """Refuses what needs the engine."""
+    """Refuses arguments that need the engine."""
     engine = EngineOptions.of(options)
     instead = {
         "fast_inference": "leave it out; model.generate uses transformers' decoding",

@@ -25,6 +25,7 @@ from hasten.options.call import fields_from_call
 from hasten.options.engine import EngineOptions
 from hasten.options.fields import LoadFields
 from hasten.options.values import Rule, broken_rules
+from hasten.schema import fields_of, mistyped
 
 LOAD_RULES: Mapping[str, Rule] = {
     **source.RULES,
@@ -36,7 +37,7 @@ LOAD_RULES: Mapping[str, Rule] = {
     **tiling.RULES,
     **engine.RULES,
 }
-"""Argument -> the rule for its value alone."""
+"""Argument -> the validator of its value."""
 
 LOAD_CHECKS: tuple[Callable[[LoadFields], list[str]], ...] = (
     checkpointing.check,
@@ -47,21 +48,29 @@ LOAD_CHECKS: tuple[Callable[[LoadFields], list[str]], ...] = (
     qat.check,
     arguments.check,
 )
-"""One per feature; each returns the problems that it finds, with what to do instead."""
+"""One check per feature; each returns the problems that it finds, with what to do instead."""
+
+
+OWN_CHECKS = ("use_gradient_checkpointing", "memory_budget", "extra")
+"""Arguments whose type is looked at by the check of their feature."""
 
 
 def bad_values(options: LoadFields) -> dict[str, str]:
-    """{argument: problem} for each argument whose value is invalid, whatever the other arguments are."""
-    return broken_rules(options, LOAD_RULES)
+    """Returns {argument: problem} for each argument whose value is invalid, independently of the other arguments."""
+    typed = {
+        name: kind for name, kind in fields_of(LoadFields.__module__, "LoadFields").items() if name not in OWN_CHECKS
+    }
+    values = {name: getattr(options, name) for name in typed if name not in LOAD_RULES}
+    return {**mistyped(values, typed), **broken_rules(options, LOAD_RULES)}
 
 
 @dataclass(frozen=True)
 class LoadOptions(LoadFields):
-    """The arguments of `from_pretrained` (see `LoadFields`) and what follows from them."""
+    """The arguments of `from_pretrained` (see `LoadFields`) and values derived from them."""
 
     @classmethod
     def from_call(cls, *args: Any, extra: Mapping[str, Any] | None = None, **named: Any) -> Self:
-        """As the constructor; names among `extra` or `named` that are fields become fields, the rest `extra`."""
+        """Builds the options; names among `extra` or `named` that are fields become fields, the rest `extra`."""
         return cls(**fields_from_call(cls, args, {**named, **(extra or {})}))
 
     @property
@@ -76,8 +85,8 @@ class LoadOptions(LoadFields):
 
     @property
     def weight_format(self) -> str | None:
-        """The name of the weight format that was asked for, or of the default; None where weights stay as the checkpoint
-        stores them, and with `own_quantization`. Meaningful once validated.
+        """The name of the weight format that was asked for, or of the default; None where weights stay as the
+        checkpoint stores them, and with `own_quantization`. Meaningful once validated.
         """
         return weights.weight_format(self)
 
@@ -87,12 +96,13 @@ class LoadOptions(LoadFields):
         return EngineOptions.of(self)
 
     def readable(self) -> Self:
-        """A copy with invalid values replaced by their defaults, so that everything else can still be checked."""
+        """Returns a copy with invalid values replaced by their defaults, so that everything else can still be
+        checked."""
         defaults = type(self)()
         return dataclasses.replace(self, **{name: getattr(defaults, name) for name in bad_values(self)})
 
     def problems(self) -> list[str]:
-        """Every problem of the call that can be found without the checkpoint's config."""
+        """Returns every problem of the call that can be found without the checkpoint's config."""
         return [*bad_values(self).values(), *(problem for check in LOAD_CHECKS for problem in check(self))]
 
     def validate(self) -> None:

@@ -4,12 +4,12 @@ from hasten.options.fields import AdapterFields
 
 
 def check(options: AdapterFields) -> list[str]:
-    """LoftQ is asked for by loftq_config, and excludes other ways of initialising."""
+    """Checks that LoftQ is selected by loftq_config, and not together with another initialisation."""
     asked = options.init_lora_weights
     found = []
     if asked == "loftq":
         found.append(
-            'init_lora_weights="loftq" is what loftq_config={"loftq_bits": 4, "loftq_iter": 1} asks for; pass that'
+            'init_lora_weights="loftq" is not supported; pass loftq_config={"loftq_bits": 4, "loftq_iter": 1} instead'
         )
     if options.loftq_config and asked is not True:
         found.append(

@@ -1,4 +1,5 @@
-"""LoRA's rank and scale, and the modules that it goes on. Names are matched with the model by `hasten.training.lora`."""
+"""Checks LoRA's rank, scale and target modules. Names are matched with the model by
+`hasten.training.lora`."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,44 +8,45 @@ from typing import Any
 from hasten.options.arguments import unknown_names
 from hasten.options.fields import AdapterFields
 from hasten.options.values import Rule, broken_rules, is_integer, positive_integer, seed
+from hasten.schema import fields_of, mistyped
 from hasten.suggest import did_you_mean
 
 BIASES = ("none", "all", "lora_only")
 
 
 def scale(value: Any) -> str | None:
-    """The rule for `lora_alpha`."""
+    """Validates `lora_alpha`."""
     fits = not isinstance(value, bool) and isinstance(value, int | float) and value > 0
     return None if fits else "must be a positive number such as r or 2 * r"
 
 
 def probability(value: Any) -> str | None:
-    """The rule for `lora_dropout`."""
+    """Validates `lora_dropout`."""
     fits = isinstance(value, int | float) and 0 <= value < 1
     return None if fits else "must be a probability of at least 0 and below 1"
 
 
 def targets(value: Any) -> str | None:
-    """The rule for `target_modules`."""
+    """Validates `target_modules`."""
     fits = bool(value) and (isinstance(value, str) or all(isinstance(name, str) for name in value))
     return None if fits else "must be module names, a regular expression or 'all-linear'"
 
 
 def saved(value: Any) -> str | None:
-    """The rule for `modules_to_save`."""
+    """Validates `modules_to_save`."""
     fits = value is None or (not isinstance(value, str) and all(isinstance(name, str) for name in value))
     return None if fits else "must be a list of module names such as ['lm_head']"
 
 
 def layers(value: Any) -> str | None:
-    """The rule for `layers_to_transform`."""
+    """Validates `layers_to_transform`."""
     numbers = [value] if isinstance(value, int) else value or []
     fits = not isinstance(numbers, str) and all(is_integer(number, 0) for number in numbers)
     return None if fits else "must be a layer's index or a list of them, such as [0, 1, 2]"
 
 
 def bias(value: Any) -> str | None:
-    """The rule for `bias`."""
+    """Validates `bias`."""
     return None if value in BIASES else f"must be one of {', '.join(BIASES)}{did_you_mean(value, BIASES)}"
 
 
@@ -60,10 +62,19 @@ RULES: Mapping[str, Rule] = {
 }
 
 
+OWN_CHECKS = ("use_gradient_checkpointing", "memory_budget", "extra")
+"""Arguments whose type is looked at by the check of their feature."""
+
+
 def check(options: AdapterFields) -> list[str]:
-    """Every value means something, and every further name is a field of PEFT's LoraConfig."""
-    found = list(broken_rules(options, RULES).values())
+    """Checks every value, and that every further name is a field of PEFT's LoraConfig."""
+    typed = {
+        name: kind for name, kind in fields_of(AdapterFields.__module__, "AdapterFields").items() if name not in RULES
+    }
+    values = {name: getattr(options, name) for name in typed if name not in OWN_CHECKS}
+    found = [*broken_rules(options, RULES).values(), *mistyped(values, typed).values()]
     if options.extra:
+        found += mistyped(options.extra, fields_of("peft", "LoraConfig")).values()
         # PEFT takes about a second to import, so only a call that needs its names pays for that.
         from peft import LoraConfig
 

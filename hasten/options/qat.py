@@ -5,6 +5,6 @@ from hasten.options.values import not_yet
 
 
 def check(options: LoadFields | AdapterFields) -> list[str]:
-    """Refuses any scheme."""
+    """Refuses every scheme: none is supported yet."""
     scheme = options.qat_scheme
     return [] if scheme is None or scheme is False else [not_yet(f"qat_scheme={scheme!r}", "leave it out")]

@@ -1,4 +1,4 @@
-"""Where a model is read from, and the seed of everything that is drawn while it is loaded."""
+"""Checks where a model is read from (`model_name`)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from hasten.options.values import Rule, seed
 
 
 def hub_id_or_folder(value: Any) -> str | None:
-    """The rule for `model_name`."""
+    """Validates `model_name`."""
     return None if isinstance(value, str) and value.strip() else "must be a hub id or the path of a folder, as a string"
 
 

@@ -1,4 +1,4 @@
-"""The tiled MLP (`unsloth_tiled_mlp`)."""
+"""Checks the tiled MLP (`unsloth_tiled_mlp`)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,10 +10,10 @@ MIN_TILE = 16
 
 
 def tile(value: Any) -> str | None:
-    """The rule for `unsloth_tiled_mlp`."""
+    """Validates `unsloth_tiled_mlp`."""
     if isinstance(value, bool) or value == "auto" or is_integer(value, MIN_TILE):
         return None
-    return f"must be False, True, 'auto' or an integer of at least {MIN_TILE}, the tokens of a tile"
+    return f"must be False, True, 'auto' or an integer of at least {MIN_TILE}, the number of tokens per tile"
 
 
 RULES: Mapping[str, Rule] = {"unsloth_tiled_mlp": tile}

@@ -1,29 +1,29 @@
-"""Rules for the value of one argument, and sentences that several checks share."""
+"""Validators of single argument values, and messages that several checks use."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 Rule: TypeAlias = Callable[[Any], str | None]
-"""value -> None if it is valid, else what it must be."""
+"""A validator: value -> None if it is valid, else what it must be."""
 
 
 def is_integer(value: Any, least: int) -> bool:
-    """Whether `value` is an int of at least `least`; True and False are not."""
+    """Returns whether `value` is an int of at least `least`; True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def positive_integer(value: Any) -> str | None:
-    """The rule for counts and ranks."""
+    """Validates a count or a rank."""
     return None if is_integer(value, 1) else "must be a positive integer"
 
 
 def seed(value: Any) -> str | None:
-    """The rule for `random_state`."""
+    """Validates `random_state`."""
     return None if is_integer(value, 0) else "must be an integer of at least 0"
 
 
 def broken_rules(options: object, rules: Mapping[str, Rule]) -> dict[str, str]:
-    """{argument: problem} for each argument of `options` whose value breaks its rule."""
+    """Returns {argument: problem} for each argument of `options` whose value its validator refuses."""
     found = {}
     for name, rule in rules.items():
         value = getattr(options, name)
@@ -33,5 +33,5 @@ def broken_rules(options: object, rules: Mapping[str, Rule]) -> dict[str, str]:
 
 
 def not_yet(asked: str, instead: str) -> str:
-    """The problem with an argument whose feature comes in a later version."""
-    return f"{asked} comes in a later version of hasten and is not supported yet; {instead}"
+    """Returns the problem of an argument whose feature is planned for a later version."""
+    return f"{asked} is planned for a later version of hasten and not supported yet; {instead}"

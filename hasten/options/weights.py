@@ -1,4 +1,4 @@
-"""The weight format that Linear layers are loaded in: which one is asked for, and what it excludes."""
+"""Checks the weight format that Linear layers are loaded in, and what it excludes."""
 
 from collections.abc import Mapping
 
@@ -7,13 +7,13 @@ from hasten.options.values import not_yet
 from hasten.weights import formats
 
 OWN_ARGUMENT = "quantization_config"
-"""transformers' own argument: the caller chooses the quantiser, and no format of ours is used."""
+"""transformers' own argument: the caller chooses the quantiser, and none of hasten's formats is used."""
 PLANNED_ARGUMENTS: Mapping[str, str] = {"load_in_fp8": "use load_in_4bit, load_in_8bit or load_in_16bit"}
-"""Arguments whose format comes later -> what to use until then."""
+"""Arguments whose format is planned for later -> what to use until then."""
 
 
 def asked_storage(options: LoadFields) -> list[str]:
-    """The arguments with which the caller asked for a weight format, or for a quantiser of transformers."""
+    """Returns the arguments with which the caller asked for a weight format, or for a quantiser of transformers."""
     known = formats.load_arguments()
     arguments = [*known, *(name for name in PLANNED_ARGUMENTS if name not in known)]
     own = [OWN_ARGUMENT] if options.extra.get(OWN_ARGUMENT) is not None else []
@@ -21,8 +21,8 @@ def asked_storage(options: LoadFields) -> list[str]:
 
 
 def weight_format(options: LoadFields) -> str | None:
-    """The name of the format that was asked for, or of the default; None where weights stay as the checkpoint stores them
-    and where the caller's quantization_config decides.
+    """Returns the name of the format that was asked for, or of the default; None where weights stay as the checkpoint
+    stores them and where the caller's quantization_config decides.
 
     Meaningful for options without problems.
     """
@@ -33,7 +33,8 @@ def weight_format(options: LoadFields) -> str | None:
 
 
 def check(options: LoadFields) -> list[str]:
-    """At most one format, one that can be trained as asked, and none that comes later."""
+    """Checks that at most one format was requested, that it can be trained as requested, and that it is supported
+    yet."""
     asked = asked_storage(options)
     found = []
     if len(asked) > 1:
@@ -42,7 +43,7 @@ def check(options: LoadFields) -> list[str]:
     quantised = [name for name in asked if name not in dense]
     if options.full_finetuning and quantised:
         found.append(
-            f"full_finetuning trains all weights, and weights held by {', '.join(quantised)} cannot train; drop one of them"
+            f"full_finetuning trains all weights, and weights loaded by {', '.join(quantised)} cannot train; drop one of them"
         )
     planned = [name for name in PLANNED_ARGUMENTS if name not in formats.load_arguments()]
     later = [name for name in planned if _value(options, name) not in (False, None)]
@@ -50,7 +51,7 @@ def check(options: LoadFields) -> list[str]:
 
 
 def _value(options: LoadFields, argument: str) -> object:
-    """Of a field, or of a keyword argument that a format brings and that is no field."""
+    """Returns the value of a field, or of a keyword argument that belongs to a format and is not a field."""
     if argument in options.__dataclass_fields__:
         return getattr(options, argument)
     return options.extra.get(argument)

@@ -1,7 +1,8 @@
-"""Forward methods with transformers' signatures, built from ops. Put over a module's class by `hasten.patching`.
+"""Defines forward methods with transformers' signatures, built from ops. `hasten.patching` puts them over a module's
+class.
 
 An overlay holds no state. Its `overlay_config` is a frozen dataclass on a cached subclass, so models with different
-configs live side by side, and taking an overlay off is one assignment of `module.__class__`.
+configs can be in one process, and taking an overlay off is one assignment of `module.__class__`.
 """
 
 from hasten.overlays.attention import AttentionConfig, AttentionOverlay

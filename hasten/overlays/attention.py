@@ -15,7 +15,8 @@ from hasten.overlays.fused_linears import linear, qkv
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """`families.schema.Attention` of one layer, with the config's values. window: visible keys, own one included."""
+    """`families.schema.Attention` of one layer, with the config's values. window: number of visible keys, the token's
+    own included."""
 
     scale: float
     rotation: Literal["half", "interleaved"] = "half"
@@ -45,9 +46,9 @@ class AttentionOverlay(Overlay):
         """Returns (B, T, E) and the attention weights, if the context materialises them.
 
         hidden_states: (B, T, E). position_embeddings: cos and sin, (B or 1, T, D). residual: (B, T, E), added to the
-        result; fused into o_proj (addmm) where the op runs. norm_input: what the norm of hidden_states read; the fused
-        op saves it instead of hidden_states and recomputes the norm in the backward. attention_context: None =
-        transformers' attention interface.
+        result; fused into o_proj (addmm) where the op runs. norm_input: the input of the norm that produced
+        hidden_states; the fused op saves it instead of hidden_states and recomputes the norm in the backward.
+        attention_context: None = transformers' attention interface.
         """
         overlay_config = self.overlay_config
         position = position_embeddings if overlay_config.use_rope else None
@@ -60,5 +61,5 @@ class AttentionOverlay(Overlay):
         return linear(attended, self.o_proj, self.training, residual), weights
 
     def _qk_norm(self) -> QKNorm | None:
-        rule = self.overlay_config.qk_norm
-        return None if rule is None else QKNorm(self.q_norm.weight, self.k_norm.weight, rule)
+        config = self.overlay_config.qk_norm
+        return None if config is None else QKNorm(self.q_norm.weight, self.k_norm.weight, config)

@@ -1,8 +1,8 @@
 """Makes the attention context of a forward: packed documents and padding become spans instead of dense masks.
 
 On a GPU, for full sequences (an empty cache), hasten's own attention runs. Everything else (decoding over a cache, 4-D
-masks of the caller, an attention backend that the user named) goes through transformers' attention interface, whose two
-gaps in packing are closed here.
+masks of the caller, an attention backend that the user named) goes through transformers' attention interface. That
+ignores packing in two cases, which are handled or refused here.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from hasten.errors import InputError
 from hasten.ops.attention import document_starts, row_spans
-from hasten.ops.backend import backend_for
+from hasten.ops.backend import ATTENTION, backend_for
 from hasten.overlays.base import Overlay
 from hasten.overlays.context import AttentionContext, SpanAttention, placeholder_mask
 
@@ -46,7 +46,8 @@ class BackboneOverlay(Overlay):
         attention_context: AttentionContext | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the stock backbone's. attention_context: the caller's own, used as it is; None = made here.
+        """Makes the attention context and runs the stock backbone's forward. attention_context: the caller's own, used
+        as it is; None = made here.
 
         Raises InputError for packed sequences whose documents the attention in use would mix.
         """
@@ -60,7 +61,7 @@ class BackboneOverlay(Overlay):
             elif position_ids is not None:
                 cache = past_key_values is not None or use_cache is True
                 if self._must_isolate(attention_mask, position_ids, cache):
-                    # transformers ignores packing beside a mask (here one without padding) or a cache.
+                    # transformers ignores packing if there is a mask (here one without padding) or a cache.
                     attention_mask, use_cache = None, False
             elif documents is not None and self.config._attn_implementation in MASKED:
                 raise InputError(
@@ -81,9 +82,10 @@ class BackboneOverlay(Overlay):
         )
 
     def uses_own_attention(self, inputs: torch.Tensor, kwargs: dict[str, Any]) -> bool:
-        """Whether hasten's own attention serves these inputs, rather than transformers' attention interface."""
+        """Returns whether hasten's own attention runs for these inputs, rather than transformers' attention
+        interface."""
         overlay_config = self.overlay_config
-        if backend_for(inputs) != "triton" or overlay_config.replaces != self.config._attn_implementation:
+        if backend_for(inputs, op=ATTENTION) != "triton" or overlay_config.replaces != self.config._attn_implementation:
             return False
         if self.training and overlay_config.dropout:
             return False
@@ -91,7 +93,7 @@ class BackboneOverlay(Overlay):
         return not (self.config.output_attentions if asked is None else asked)
 
     def _must_isolate(self, attention_mask: torch.Tensor | None, position_ids: torch.Tensor, cache: bool) -> bool:
-        """Whether the sequences are packed, so that transformers' backend needs mask and cache left out.
+        """Returns whether the sequences are packed, so that transformers' backend needs mask and cache left out.
 
         Raises InputError where documents would be mixed: with padding in the mask, or with a cache that was asked for.
         """
@@ -116,11 +118,11 @@ class BackboneOverlay(Overlay):
 
 
 def _is_empty(past: Cache | None) -> bool:
-    """No cache, or one of the kind that returns exactly the keys that it is first given."""
+    """Returns whether there is no cache, or an empty one that returns exactly the keys of its first update."""
     return past is None or (type(past) is DynamicCache and past.get_seq_length() == 0)
 
 
 def _is_per_token(inputs: torch.Tensor, attention_mask: Any, position_ids: torch.Tensor | None) -> bool:
-    """Whether mask and positions, where given, hold one entry per token of the inputs (B, T, ...)."""
+    """Returns whether mask and positions, where given, hold one entry per token of the inputs (B, T, ...)."""
     fits = attention_mask is None or getattr(attention_mask, "shape", None) == inputs.shape[:2]
     return fits and (position_ids is None or position_ids.shape[1:] == inputs.shape[1:2])

@@ -1,4 +1,4 @@
-"""The base of all overlays: config on the class, the stock class below, a name that shows in `print(model)`."""
+"""Defines the base of all overlays: config on the class, the stock class as parent, a name for `print(model)`."""
 
 import functools
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from hasten.state import find_state
 class Overlay(nn.Module):
     """Base of the overlays. Never instantiated: `patching` makes `type(stock.__name__, (overlay, stock), ...)`.
 
-    overlay_config: a frozen dataclass. stock_class: transformers' class below. runs: what the report calls it.
-    packed_projections: children that read one input; on a GPU their weights are packed, so that one matmul reads them.
+    overlay_config: a frozen dataclass. stock_class: transformers' class. runs: what the report calls it.
+    packed_projections: children with the same input; on a GPU their weights are packed, so that one matmul reads them.
     """
 
     overlay_config: ClassVar[Any] = None
@@ -36,12 +36,12 @@ class Overlay(nn.Module):
 
 
 def runs_overlay(module: nn.Module, overlay: type[Overlay]) -> bool:
-    """Whether calling `module` runs `overlay.forward`: nobody put a class with another forward over it."""
+    """Returns whether calling `module` runs `overlay.forward`, i.e. no class with another forward was put over it."""
     return isinstance(module, overlay) and type(module).forward is overlay.forward
 
 
 def with_oom_advice(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a causal LM's forward: its out-of-memory error says what would free memory (with a memory policy)."""
+    """Wraps a causal LM's forward: with a memory policy, its out-of-memory error says what would free memory."""
 
     @functools.wraps(forward)
     def forward_with_advice(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -4,8 +4,8 @@
 transformers' backbones and decoder layers hand on; `AttentionOverlay` calls its `attend`. Without one (None) an
 attention runs `StockAttention`. A caller may also pass its own context to the model (a static KV cache, say).
 
-While a context serves, the backbone gets `placeholder_mask` as its attention mask: transformers returns a 4-D mask as
-it is, so it builds no dense mask, and nothing ever reads the placeholder.
+While a context is in use, the backbone gets `placeholder_mask` as its attention mask. transformers passes a 4-D mask
+through, so it builds no dense mask, and no attention reads the placeholder.
 
 Shapes: B sequences, T new tokens, S cached and new tokens, H query heads, K key/value heads, D channels of a head.
 """
@@ -125,8 +125,8 @@ class SpanAttention(AttentionContext):
 
 
 def placeholder_mask(like: torch.Tensor) -> torch.Tensor:
-    """(1, 1, 0, 0) bool on the device of `like`: keeps transformers from building a mask. Fits no scores, so an
-    attention that reads it fails loudly."""
+    """Returns (1, 1, 0, 0) bool on the device of `like`: keeps transformers from building a mask. Its shape fits no
+    scores, so an attention that reads it raises."""
     return torch.empty(1, 1, 0, 0, dtype=torch.bool, device=like.device)
 
 
@@ -141,5 +141,5 @@ def _eager(  # noqa: PLR0917
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """transformers' calling convention over `ops.attend`; the mask already holds causality and window."""
+    """Wraps `ops.attend` in transformers' calling convention; the mask already includes causality and window."""
     return attend(query, key, value, attention_mask, scaling, softcap, dropout)

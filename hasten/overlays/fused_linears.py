@@ -1,7 +1,7 @@
-"""Chooses per call (adapters come and go) between a projection's own forward and the fused LoRA ops.
+"""Chooses between a projection's own forward and the fused LoRA ops, in each call, since adapters may change.
 
-The ops run on a GPU, where each projection is a plain weight, frozen or not, with at most one plain LoRA. What keeps a
-projection from it is named by `weights.read_linear`, and the report shows it.
+The ops run on a GPU if each projection is a plain weight, frozen or not, with at most one plain LoRA. Otherwise
+`weights.read_linear` gives the reason, which the report shows.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from hasten.weights import read_linear
 def fused_input(
     x: torch.Tensor, modules: tuple[Any, ...], training: bool
 ) -> tuple[torch.Tensor, tuple[LoraLinear, ...]] | None:
-    """(x in the matmul's dtype, the linears), or None where the modules' own forwards must run."""
+    """Returns (x in the matmul's dtype, the linears), or None where the modules' own forwards must run."""
     if backend_for(x) != "triton":
         return None
     found = []
@@ -31,7 +31,8 @@ def fused_input(
 
 
 def linear(x: torch.Tensor, module: Any, training: bool, residual: torch.Tensor | None = None) -> torch.Tensor:
-    """module(x), plus `residual` where given, for x (..., in): by the fused op, or by the module's own forward."""
+    """Computes module(x), plus `residual` if given, for x (..., in): by the fused op, or by the module's own
+    forward."""
     fused = fused_input(x, (module,), training)
     if fused is None:
         return module(x) if residual is None else residual + module(x)
@@ -47,7 +48,8 @@ def qkv(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Projects x (B, T, E) to q, k and v (B, T, H, D), with q/k norm and RoPE applied.
 
-    norm_input: what x's norm read; the fused op saves it instead of x and recomputes the norm in the backward.
+    norm_input: the input of the norm that produced x; the fused op saves it instead of x and recomputes the norm in the
+    backward.
     """
     fused = fused_input(x, modules, training)
     if fused is not None:

@@ -1,4 +1,5 @@
-"""The training loss without full logits: the head's matmul and cross-entropy in one op (`ops.linear_cross_entropy`)."""
+"""Computes the training loss without full logits: the head's matmul and cross-entropy are one op
+(`ops.linear_cross_entropy`)."""
 
 from typing import Any
 
@@ -37,23 +38,23 @@ def fused_loss(
     ignore_index: int = IGNORE_INDEX,
     shift_labels: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Returns the sum of token losses over `num_items_in_batch`, or their mean over the labels that count.
+    """Returns the sum of token losses over `num_items_in_batch`, or their mean over the labels that are not ignored.
 
-    model: the causal LM, a `HeadOverlay`. Positions without a label are passed on as ignored ones, so that the hidden
-    states need not be copied. Raises DatasetError where a whole step has no label.
+    model: the causal LM, a `HeadOverlay`. Positions without a label are marked as ignored instead of removed, so that
+    the hidden states are not copied. Raises DatasetError if a whole optimizer step has no label.
     """
     if num_items_in_batch is not None:
         expect_labels(model, num_items_in_batch)
-    rule = ScoreConfig(model.overlay_config.scale, model.overlay_config.softcap, ignore_index=ignore_index)
+    config = ScoreConfig(model.overlay_config.scale, model.overlay_config.softcap, ignore_index=ignore_index)
     operands = head_operands(model.lm_head, model.training, hidden_BTE, compute_dtype(hidden_BTE))
     if isinstance(operands, str):
         hidden, targets = shifted(hidden_BTE, labels, shift_labels, ignore_index)
-        total = score_through_module(model.lm_head, hidden.flatten(0, -2), targets.flatten(), rule).loss.sum()
+        total = score_through_module(model.lm_head, hidden.flatten(0, -2), targets.flatten(), config).loss.sum()
         count = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
         return total / (count.to(total.device) if isinstance(count, torch.Tensor) else count)
     hidden, weight, bias, lora = operands
     targets = targets_of(hidden_BTE, labels, shift_labels, ignore_index).to(hidden.device)
-    with torch.autocast(hidden.device.type, enabled=False):  # it would undo the dtype that was just chosen
+    with torch.autocast(hidden.device.type, enabled=False):  # autocast would undo the dtype that was just chosen
         return linear_cross_entropy_loss(
-            hidden.flatten(0, -2), weight, targets.flatten(), rule, num_items_in_batch, bias, lora
+            hidden.flatten(0, -2), weight, targets.flatten(), config, num_items_in_batch, bias, lora
         )

@@ -39,7 +39,8 @@ class HeadOverlay(Overlay):
     runs = "fused loss"
 
     def _get_name(self) -> str:
-        """The stock name: transformers' Trainer looks it up to decide whether label smoothing shifts the labels."""
+        """Returns the stock name: transformers' Trainer looks it up to decide whether label smoothing shifts the
+        labels."""
         return type(self).__name__
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -64,7 +65,8 @@ class HeadOverlay(Overlay):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> Any:
-        """As transformers' `ForCausalLM.forward`. Raises InputError for sequences longer than `max_seq_length`."""
+        """Runs backbone and head, with the arguments of transformers' `ForCausalLM.forward`. Raises InputError for
+        sequences longer than `max_seq_length`."""
         inputs = input_ids if input_ids is not None else inputs_embeds
         limit = self.overlay_config.max_seq_length
         check_length(limit, inputs, position_ids, past_key_values, kwargs.get("max_length_q"))

@@ -1,4 +1,4 @@
-"""Inputs of the head: length check, kept positions, shifted labels, operands of the fused op."""
+"""Prepares the inputs of the head: length check, kept positions, shifted labels, operands of the fused op."""
 
 from typing import Any
 
@@ -54,7 +54,8 @@ def keep_positions(hidden_BTE: torch.Tensor, keep: int | torch.Tensor) -> torch.
 def targets_of(
     hidden_BTE: torch.Tensor, labels: torch.Tensor | None, shift_labels: torch.Tensor | None, ignored: int
 ) -> torch.Tensor:
-    """The label that each position predicts, (B, T): the next token's (none at a sequence's end), or `shift_labels`."""
+    """Returns the label that each position predicts, (B, T): the next token's (none at a sequence's end), or
+    `shift_labels`."""
     if shift_labels is not None:
         return shift_labels
     if labels is None:
@@ -67,7 +68,8 @@ def targets_of(
 def shifted(
     hidden_BTE: torch.Tensor, labels: torch.Tensor | None, shift_labels: torch.Tensor | None, ignored: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states and the labels they predict, without each sequence's last position, which predicts none."""
+    """Returns hidden states and the labels that they predict, without each sequence's last position, which predicts
+    none."""
     targets = targets_of(hidden_BTE, labels, shift_labels, ignored)
     return (hidden_BTE, targets) if shift_labels is not None else (hidden_BTE[:, :-1], targets[:, :-1])
 
@@ -75,7 +77,8 @@ def shifted(
 def head_operands(
     lm_head: nn.Module, training: bool, hidden: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, LoraHead | None] | str:
-    """(hidden in `dtype` on the head's device, weight, bias, LoRA), or the reason why the module itself must run."""
+    """Returns (hidden in `dtype` on the head's device, weight, bias, LoRA), or the reason why the module's own forward
+    must run."""
     head = read_head(lm_head, training)
     if isinstance(head, str):
         return head
@@ -86,19 +89,19 @@ def head_operands(
 
 
 def score_through_module(
-    head: nn.Module, hidden_NE: torch.Tensor, labels_N: torch.Tensor, rule: ScoreConfig
+    head: nn.Module, hidden_NE: torch.Tensor, labels_N: torch.Tensor, config: ScoreConfig
 ) -> TokenScores:
     """Scores through the head's own forward, a chunk of tokens at a time; logits are recomputed in the backward
     (activation checkpointing), so the full logits never exist."""
 
     def score(hidden: torch.Tensor, labels: torch.Tensor) -> tuple[Any, ...]:
         raw = head(hidden)
-        scores = score_logits(raw, labels.to(raw.device), rule)
+        scores = score_logits(raw, labels.to(raw.device), config)
         return tuple(getattr(scores, name) for name in TokenScores.__dataclass_fields__)
 
     parts = [
         checkpoint(score, hidden, labels, use_reentrant=False)
-        for hidden, labels in zip(hidden_NE.split(rule.chunk), labels_N.split(rule.chunk), strict=True)
+        for hidden, labels in zip(hidden_NE.split(config.chunk), labels_N.split(config.chunk), strict=True)
     ]
     joined: list[Any] = [None if c[0] is None else torch.cat(c) for c in zip(*parts, strict=True)]  # pyright: ignore[reportArgumentType]
     return TokenScores(*joined)

@@ -1,4 +1,4 @@
-"""Checks of a training step's labels: batches without a label, and trainers that count on nn.DataParallel."""
+"""Checks a training step: batches without a label, and trainers that expect nn.DataParallel."""
 
 import logging
 from typing import Any
@@ -31,25 +31,25 @@ def refuse_data_parallel(model: nn.Module, num_items_in_batch: Any) -> None:
 def expect_labels(model: nn.Module, num_items_in_batch: Any) -> None:
     """Raises DatasetError where a whole optimisation step has no label: the loss would be a silent zero or NaN.
 
-    On a GPU the check waits for the device, so it ends with the first label that was seen.
+    On a GPU the check synchronises with the device, so it stops once a label was seen.
     """
     on_gpu = isinstance(num_items_in_batch, torch.Tensor) and num_items_in_batch.is_cuda
     if on_gpu and state_of(model).saw_labels:
         return
     if int(num_items_in_batch) == 0:
         raise DatasetError(
-            "not one label in this whole batch counts (all are masked), so there is nothing to learn from it. Check "
-            "the dataset with hasten.check_dataset; examples that are truncated before their answer lose all labels"
+            "all labels of this optimizer step are masked, so it has no loss to learn from. Check "
+            "the dataset with hasten.check_dataset; an example that is truncated before its answer has no label left"
         )
     state_of(model).saw_labels = True
 
 
 def warn_without_labels(model: nn.Module, counts: torch.Tensor) -> None:
-    """Warns where the batches so far had no label: TRL would train on at a loss of zero. Stops at the first one."""
+    """Warns if no batch so far had a label: TRL would continue at a loss of zero. Stops checking at the first label."""
     state = state_of(model)
     state.saw_labels = bool(counts.any())
     if not state.saw_labels:
         logger.warning(
-            "Not one label of the training batches so far counts (all are masked): nothing is learnt from them. "
+            "All labels of the training batches so far are masked, so the model learns nothing from them. "
             "Check the dataset with hasten.check_dataset."
         )

@@ -1,4 +1,5 @@
-"""A decoder layer: norms, branches and the residual stream, in the three arrangements of `LayerConfig.residual`."""
+"""Runs a decoder layer: norms, branches and the residual stream, in the three arrangements of
+`LayerConfig.residual`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from hasten.overlays.base import Overlay, runs_overlay
 from hasten.overlays.mlp import AS_CONFIGURED, MLPOverlay, TileRows
 from hasten.overlays.norm import NormOverlay
 from hasten.overlays.precision import compute_dtype
-from hasten.weights import is_watched
+from hasten.weights import needs_own_forward
 
 CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
 BRANCH_NORMS = {
@@ -54,7 +55,8 @@ class LayerOverlay(Overlay):
 
     @property
     def _gradient_checkpointing_func(self) -> Any:
-        """transformers' own attribute. A `LayerCheckpoint` stays until it is deleted, whatever a trainer sets."""
+        """transformers' own attribute. A `LayerCheckpoint` stays until it is deleted, even if a trainer sets another
+        function."""
         if CHECKPOINT_FUNCTION not in self.__dict__:
             raise AttributeError(CHECKPOINT_FUNCTION)
         return self.__dict__[CHECKPOINT_FUNCTION]
@@ -94,7 +96,7 @@ class LayerOverlay(Overlay):
         return hidden_states + self._scaled(mlp(self.post_attention_layernorm(hidden_states)))
 
     def _can_fuse(self, hidden_states: torch.Tensor) -> bool:
-        """Whether residual adds can be fused: every part runs its overlay's forward and has no hooks."""
+        """Returns whether residual adds can be fused: every module runs its overlay's forward and has no hooks."""
         if backend_for(hidden_states) != "triton":
             return False
         if compute_dtype(hidden_states) != hidden_states.dtype:
@@ -103,13 +105,13 @@ class LayerOverlay(Overlay):
             return False
         norms = [getattr(self, name) for name in BRANCH_NORMS[self.overlay_config.residual]]
         parts = ((self.self_attn, AttentionOverlay), (self.mlp, MLPOverlay), *((norm, NormOverlay) for norm in norms))
-        return all(runs_overlay(module, kind) and not is_watched(module) for module, kind in parts)
+        return all(runs_overlay(module, kind) and not needs_own_forward(module) for module, kind in parts)
 
     def _fused(self, residual: torch.Tensor, mlp_tile: TileRows, kwargs: dict[str, Any]) -> torch.Tensor:
         """Fuses the residual adds; the two gradients of the residual are summed in the norms' backward.
 
-        The add happens in o_proj and down_proj (addmm) where nothing is between them and the residual stream, else in
-        the branch's own last norm (sandwich), or scaled (torch.add with alpha).
+        The residual is added in o_proj and down_proj (addmm) if their output goes straight to the residual stream, else
+        in the branch's own last norm (sandwich), or with a multiplier (torch.add with alpha).
         """
         scale, sandwich = self.overlay_config.multiplier, self.overlay_config.residual == "sandwich"
         in_matmul = scale == 1.0 and not sandwich

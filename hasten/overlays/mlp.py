@@ -1,5 +1,5 @@
-"""The gated MLP: one fused op on a GPU where the projections are plain weights with at most one plain LoRA, else
-`ops.glu` between the projections' own forwards, so that any adapter and any weight format works.
+"""Runs the gated MLP: as one fused op on a GPU if the projections are plain weights with at most one plain LoRA, else
+as `ops.glu` between the projections' own forwards, which works with any adapter and any weight format.
 
 Both can run a tile of tokens at a time (`tile_rows`), so that the intermediate activations do not grow with the
 sequence.
@@ -44,9 +44,9 @@ class MLPOverlay(Overlay):
     ) -> torch.Tensor:
         """Returns down(act(gate(x)) * up(x)), plus `residual` where given, for x (..., E).
 
-        residual: (..., E), fused into down_proj (addmm) where the op runs. norm_input: what x's norm read; the fused op
-        saves it instead of x and recomputes the norm in the backward. tile_rows: tokens per tile in this call, None =
-        all at once.
+        residual: (..., E), fused into down_proj (addmm) where the op runs. norm_input: the input of the norm that
+        produced x; the fused op saves it instead of x and recomputes the norm in the backward. tile_rows: tokens per
+        tile in this call, None = all at once.
         """
         tile = self.overlay_config.tile_rows if tile_rows == AS_CONFIGURED else tile_rows
         fused = fused_input(x, (self.gate_proj, self.up_proj, self.down_proj), self.training)
@@ -56,7 +56,8 @@ class MLPOverlay(Overlay):
         if tile is not None and self._projections_are_hooked():
             if torch.is_grad_enabled():
                 warnings.warn(
-                    "a projection of this MLP has a forward hook, which needs all tokens: the MLP does not run in tiles",
+                    "a projection of this MLP has a forward hook, which expects all tokens at once, so the MLP does not run in tiles; "
+                    "remove the hook to run it in tiles",
                     stacklevel=2,
                 )
             tile = None
@@ -67,7 +68,7 @@ class MLPOverlay(Overlay):
         return self.down_proj(glu(self.gate_proj(x), self.up_proj(x), self.overlay_config.activation))
 
     def _projections_are_hooked(self) -> bool:
-        """Whether a projection has forward hooks: they need all tokens at once (PEFT passes each sequence's adapter
-        name by such hooks)."""
+        """Returns whether a projection has forward hooks: they need all tokens at once (PEFT passes each sequence's
+        adapter name by such hooks)."""
         below = (module for module in self.modules() if module is not self)
         return any(module._forward_hooks or module._forward_pre_hooks for module in below)

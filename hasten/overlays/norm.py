@@ -1,4 +1,4 @@
-"""RMSNorm or LayerNorm through `ops.norm`."""
+"""Runs RMSNorm or LayerNorm through `ops.norm`."""
 
 from typing import ClassVar
 
@@ -16,11 +16,11 @@ class NormOverlay(Overlay):
         return norm(hidden_states, self.weight, self.overlay_config)
 
     def with_residual(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, NormInput]:
-        """(normed, hidden_states, the norm's input); the two gradients of hidden_states are summed in the norm's
-        backward."""
+        """Returns (normed, hidden_states, the norm's input); the two gradients of hidden_states are summed in the
+        norm's backward."""
         normed, residual = norm_with_residual(hidden_states, self.weight, self.overlay_config)
         return normed, residual, NormInput(hidden_states.detach(), self.weight.detach(), self.overlay_config)
 
     def add_to(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """residual + norm(hidden_states), fused: for a branch with a norm at its end (sandwich layers)."""
+        """Computes residual + norm(hidden_states) in one pass, for a branch that ends with a norm (sandwich layers)."""
         return add_norm(hidden_states, self.weight, residual, self.overlay_config)

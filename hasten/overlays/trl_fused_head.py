@@ -1,8 +1,8 @@
-"""TRL's fused-head protocol: `model(..., labels=labels, fused_lm_head=True)` returns per-token scores.
+"""Implements TRL's fused-head protocol: `model(..., labels=labels, fused_lm_head=True)` returns per-token scores.
 
 TRL's trainers install it by assigning `model.forward = <function made by trl.trainer.utils.add_fused_lm_head>`, whose
-closure holds the settings. A head overlay reads them, so that the head's LoRA, the trained copy of a head and hasten's
-op serve the protocol; a function that cannot be read is left as TRL made it.
+closure holds the settings. A head overlay reads them, so that the protocol works with a LoRA on the head, with a
+trained copy of it, and through hasten's op; a function that cannot be read is not replaced.
 """
 
 from dataclasses import dataclass
@@ -41,8 +41,9 @@ def read_trl_request(forward: Any) -> FusedHeadRequest | None:
 class FusedScores(ModelOutput):
     """Per-token scores, each (B, T - 1), or (B, T) with shift_labels; zero where the label is ignored.
 
-    loss: scalar, sum of -log_probs over num_items_in_batch (where None: over the labels that count, at least one).
-    log_probs, entropy, log_sum_sq_probs, mean_logits: fp32. is_top1, label_mask: bool. aux_loss: always None here.
+    loss: scalar, sum of -log_probs over num_items_in_batch (where None: over the number of labels that are not ignored,
+    at least one). log_probs, entropy, log_sum_sq_probs, mean_logits: fp32. is_top1, label_mask: bool. aux_loss: always
+    None here.
     """
 
     loss: torch.Tensor | None = None
@@ -86,10 +87,10 @@ def fused_scores(
     ignore_index: int = IGNORE_INDEX,
     shift_labels: torch.Tensor | None = None,
 ) -> FusedScores:
-    """Serves TRL's protocol. model: the causal LM, a `HeadOverlay`; its state holds TRL's settings."""
+    """Computes the scores that TRL asked for. model: the causal LM, a `HeadOverlay`; its state holds TRL's settings."""
     request = state_of(model).fused_head or FusedHeadRequest()
     hidden, targets = shifted(hidden_BTE, labels, shift_labels, ignore_index)
-    rule = ScoreConfig(
+    config = ScoreConfig(
         model.overlay_config.scale,
         model.overlay_config.softcap,
         request.temperature,
@@ -98,18 +99,20 @@ def fused_scores(
     )
     if model.training and not state_of(model).saw_labels:
         warn_without_labels(model, targets != ignore_index)
-    scores = _score(model, hidden.flatten(0, -2), targets.flatten(), rule, request.cast_lm_head_to_fp32)
+    scores = _score(model, hidden.flatten(0, -2), targets.flatten(), config, request.cast_lm_head_to_fp32)
     return FusedScores.from_tokens(scores, targets != ignore_index, num_items_in_batch)
 
 
-def _score(model: Any, hidden_NE: torch.Tensor, labels_N: torch.Tensor, rule: ScoreConfig, fp32: bool) -> TokenScores:
-    """The op on a plain, trained or LoRA head; through the head's module where only PEFT can compute it."""
+def _score(model: Any, hidden_NE: torch.Tensor, labels_N: torch.Tensor, config: ScoreConfig, fp32: bool) -> TokenScores:
+    """Runs the op on a plain, trained or LoRA head, and the head's own forward where only PEFT can compute it."""
     dtype = torch.float32 if fp32 else compute_dtype(hidden_NE)
     operands = head_operands(model.lm_head, model.training, hidden_NE, dtype)
     if isinstance(operands, str):
         if fp32:
-            raise InputError(f"cast_lm_head_to_fp32 needs a head that is a plain Linear; this one is not: {operands}")
-        return score_through_module(model.lm_head, hidden_NE, labels_N, rule)
+            raise InputError(
+                f"cast_lm_head_to_fp32 was asked for and needs a head that is a plain Linear; found: {operands}"
+            )
+        return score_through_module(model.lm_head, hidden_NE, labels_N, config)
     hidden, weight, bias, lora = operands
-    with torch.autocast(hidden.device.type, enabled=False):  # it would undo the dtype that was just chosen
-        return linear_cross_entropy(hidden, weight, labels_N.to(hidden.device), rule, bias, lora)
+    with torch.autocast(hidden.device.type, enabled=False):  # autocast would undo the dtype that was just chosen
+        return linear_cross_entropy(hidden, weight, labels_N.to(hidden.device), config, bias, lora)

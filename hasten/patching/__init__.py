@@ -1,4 +1,4 @@
-"""Puts overlays on a transformers model and takes them off: check, plan, then change classes; all or nothing."""
+"""Applies overlays to a transformers model and removes them: check, plan, then change all classes or none."""
 
 from hasten.patching.apply import apply, is_patched, patched, restore
 from hasten.patching.plan import Action, Plan, Skip, family_of, plan

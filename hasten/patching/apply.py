@@ -1,4 +1,5 @@
-"""Carries out a plan: sets `module.__class__` on instances, patches no class. Undone by one assignment per module."""
+"""Carries out a plan: sets `module.__class__` on instances and patches no class. One assignment per module undoes
+it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,14 +24,14 @@ CAUSAL_LM = (HeadOverlay, StockHeadOverlay)
 def apply(model: nn.Module, planned: Plan | None = None, methods: type | None = None) -> Plan:
     """Puts the planned overlays on (None = `plan(model)`) and returns the plan.
 
-    methods: a mixin with user-facing methods for the causal LM; None keeps the one that it has. A module that has an
-    overlay gets the planned one in its place. Classes that others put over a module (FSDP2, parametrize) stay over its
+    methods: a mixin with user-facing methods for the causal LM; None keeps its present one. A module that already has
+    an overlay gets the planned one instead. Classes that others put over a module (FSDP2, parametrize) stay over its
     overlay. Raises ContractError or PatchError before anything is changed.
     """
     planned = plan(model) if planned is None else planned
     if planned.problems:
         kind = ContractError if planned.family is not None and _is_drift(planned) else PatchError
-        raise kind("overlays were not put on, nothing was changed:\n  " + "\n  ".join(planned.problems))
+        raise kind("overlays were not applied, nothing was changed:\n  " + "\n  ".join(planned.problems))
     base = causal_lm_of(model)
     modules = [base.get_submodule(action.name) for action in planned.actions]
     targets = []
@@ -51,17 +52,17 @@ def put_overlay(module: nn.Module, overlay: type[Overlay], overlay_config: Any) 
 
 
 def _pack(module: nn.Module, names: tuple[str, ...]) -> None:
-    """Packs the weights of projections that one matmul reads, on a GPU. Values and Parameter objects stay."""
+    """Packs the weights of projections that one matmul reads, on a GPU. Values and Parameter objects do not change."""
     readers = [module.get_submodule(name) for name in names]
     if readers and all(backend_for(weight) == "triton" for reader in readers for weight in reader.parameters()):
         pack_weights(readers)
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Takes all overlays off and returns `model`. Weights, hooks, adapters and classes of others stay.
+    """Removes all overlays and returns `model`. Weights, hooks, adapters and classes of other libraries stay.
 
     A class that somebody put over an overlay (FSDP2, parametrize) is rebuilt over the stock class. Raises PatchError,
-    before anything is changed, naming one that cannot be.
+    before anything is changed, if that is impossible; the message names the class.
     """
     base = causal_lm_of(model)
     patched_modules = [module for module in model.modules() if isinstance(module, Overlay)]
@@ -80,7 +81,7 @@ def restore(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def patched(model: nn.Module, family: Family | None = None) -> Iterator[nn.Module]:
-    """Puts overlays on inside the block and takes them off after it. A model that is already patched stays so."""
+    """Applies overlays inside the block and removes them after it. A model that is already patched is not changed."""
     if is_patched(model):
         yield model
         return
@@ -92,7 +93,7 @@ def patched(model: nn.Module, family: Family | None = None) -> Iterator[nn.Modul
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether any module of `model` has an overlay."""
+    """Returns whether any module of `model` has an overlay."""
     return any(isinstance(module, Overlay) for module in causal_lm_of(model).modules())
 
 
@@ -106,7 +107,7 @@ def reconfigure(module: Overlay, **changes: Any) -> None:
 
 
 def _set_classes(targets: list[tuple[nn.Module, type]]) -> None:
-    """Sets each module's class, or none: raises PatchError where Python refuses one."""
+    """Sets the class of every module or of none: raises PatchError if Python refuses one."""
     done: list[tuple[nn.Module, type]] = []
     for module, target in targets:
         before = type(module)
@@ -122,7 +123,7 @@ def _set_classes(targets: list[tuple[nn.Module, type]]) -> None:
 def _set_class(module: nn.Module, target: type) -> None:
     hooked = hasattr(module, "_hf_hook") and "_old_forward" in module.__dict__
     module.__class__ = target
-    if hooked:  # accelerate calls the forward that it found; it must find the new class's
+    if hooked:  # accelerate calls the forward that it stored; that must be the new class's
         module.__dict__["_old_forward"] = target.forward.__get__(module)
 
 

@@ -1,7 +1,8 @@
-"""Classes of patched modules: transformers' own (stock), hasten's overlay, and classes that others put over them.
+"""Builds the classes of patched modules from transformers' own (stock), hasten's overlay, and classes that other
+libraries put over them.
 
 FSDP2's `fully_shard` and `torch.nn.utils.parametrize` set `module.__class__` to a subclass made at run time, as hasten
-does. Whichever came first, theirs stay outermost: an overlay is put directly over the stock class, and their classes
+does. In either order their classes stay outermost: an overlay is put directly over the stock class, and their classes
 are rebuilt over it (`type(theirs)(name, bases, namespace)`), so their own removal (`__bases__`, MRO positions) keeps
 working.
 """
@@ -19,7 +20,8 @@ from hasten.overlays import Overlay
 
 @functools.cache
 def overlay_class(stock: type, overlay: type[Overlay], overlay_config: Any, methods: type | None = None) -> type:
-    """Makes the subclass that carries `overlay_config`, under the stock class's name and module (config.json has them).
+    """Makes the subclass that carries `overlay_config`, with the stock class's name and module, which config.json
+    stores.
 
     methods: a mixin with user-facing methods.
     """
@@ -36,26 +38,29 @@ def overlay_class(stock: type, overlay: type[Overlay], overlay_config: Any, meth
 
 
 def installed_overlay(kind: type) -> type[Overlay] | None:
-    """The `overlay_class` that `kind` is, or that others' classes are over; None without an overlay."""
+    """Returns the `overlay_class` that `kind` is or inherits from (other libraries may subclass it); None without an
+    overlay."""
     return next((cls for cls in kind.__mro__ if issubclass(cls, Overlay) and "stock_class" in cls.__dict__), None)
 
 
 def stock_class(module: nn.Module) -> type[nn.Module]:
-    """The module's own class, under an overlay or not, and under classes that others made at run time."""
+    """Returns the module's transformers class, without overlays and without classes that other libraries made at run
+    time."""
     ours = installed_overlay(type(module))
     return ours.stock_class if ours is not None else _under_runtime_classes(type(module))
 
 
 def methods_of(module: nn.Module) -> type | None:
-    """The mixin that the module's overlay was made with."""
+    """Returns the mixin that the module's overlay was made with."""
     ours = installed_overlay(type(module))
     return ours.__bases__[0] if ours is not None and len(ours.__bases__) == 3 else None
 
 
 def with_base(module: nn.Module, base: type) -> type:
-    """The class for `module` with `base` (an `overlay_class` or the stock class) in place of what it has.
+    """Returns the class for `module` with `base` (an `overlay_class` or the stock class) in place of its present one.
 
-    Classes that others put over it are rebuilt. Raises PatchError naming the one that cannot be.
+    Classes that other libraries put over it are rebuilt. Raises PatchError, with the name of the class, if one cannot
+    be.
     """
     kind = type(module)
     old = installed_overlay(kind) or stock_class(module)
@@ -73,7 +78,7 @@ def _under_runtime_classes(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _is_runtime_class(kind: type) -> bool:
-    """Whether the class cannot be found under its own name: made by `type(...)` or inside a function."""
+    """Returns whether the class cannot be found under its own name: made by `type(...)` or inside a function."""
     found: Any = sys.modules.get(kind.__module__)
     for part in kind.__qualname__.split("."):
         found = getattr(found, part, None)
@@ -81,7 +86,7 @@ def _is_runtime_class(kind: type) -> bool:
 
 
 def _rebuilt(kind: type, old: type, new: type) -> type:
-    """`kind`, a subclass of `old`, rebuilt with `new` in its place."""
+    """Rebuilds `kind`, a subclass of `old`, with `new` as its base instead."""
     if kind is old:
         return new
     bases = tuple(_rebuilt(base, old, new) if issubclass(base, old) else base for base in kind.__bases__)
@@ -99,7 +104,7 @@ def _rebuilt(kind: type, old: type, new: type) -> type:
 
 
 def _own_names(kind: type) -> dict[str, Any]:
-    """What the class body defined: without slots, and without wrappers of inherited functions, which
+    """Returns what the class body defined: without slots, and without wrappers of inherited functions, which
     `__init_subclass__` makes anew (transformers' GradientCheckpointingLayer wraps `forward` so)."""
     slots = kind.__dict__.get("__slots__", ())
     skipped = {"__dict__", "__weakref__", *((slots,) if isinstance(slots, str) else slots)}
@@ -113,7 +118,8 @@ def _own_names(kind: type) -> dict[str, Any]:
 
 
 def _for_class(value: Any, old: type, made: CellType) -> Any:
-    """A class attribute whose functions find the new class where they found `old` in a closure (as `super()` does)."""
+    """Returns a class attribute whose functions find the new class where they found `old` in a closure (as `super()`
+    does)."""
     if isinstance(value, FunctionType):
         return _function_for_class(value, old, made)
     if isinstance(value, (classmethod, staticmethod)):

@@ -10,7 +10,7 @@ from hasten.overlays import AttentionConfig, BackboneConfig, HeadConfig, LayerCo
 
 
 def _field(config: Any, name: str) -> Any:
-    """A field that the family's data file names. Raises ContractError where the config has no such field."""
+    """Returns a field that the family's data file names. Raises ContractError where the config has no such field."""
     if not hasattr(config, name):
         raise ContractError(f"{type(config).__name__} has no field {name!r}, which the family's data file names")
     return getattr(config, name)
@@ -44,7 +44,8 @@ def _head_dim(config: Any) -> int:
 
 
 def backbone_config(family: Family, config: Any, asked: str | None) -> BackboneConfig:
-    """asked: the attention backend that the user named, which then runs; None = hasten chooses on a GPU.
+    """Builds the backbone's config. asked: the attention backend that the user named, which then runs; None = hasten
+    chooses on a GPU.
 
     Replaces only transformers' own default: sdpa, and eager where scores have a softcap.
     """

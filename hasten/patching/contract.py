@@ -1,7 +1,7 @@
 """Checks that the installed transformers classes still have the structure that the family's data file records.
 
-Runs on the model's modules, before anything is planned. What structure cannot show (the order of casts, a missing
-factor) is compared numerically by `hasten.testing.check_family`, which the tests run per family.
+Runs on the model's modules, before anything is planned. Differences that the structure does not show (the order of
+casts, a missing factor) are found numerically by `hasten.testing.check_family`, which the tests run per family.
 """
 
 from typing import Any
@@ -16,7 +16,8 @@ from hasten.patching.classes import stock_class
 
 
 def role_of(module: nn.Module, recorded: Classes) -> str | None:
-    """ "causal_lm", "layer", "attention", "mlp" or "norm" where the module's class is the recorded one, else None."""
+    """Returns "causal_lm", "layer", "attention", "mlp" or "norm" if the module's class is the recorded one, else
+    None."""
     stock = stock_class(module)
     if stock.__module__ != recorded.module:
         return None
@@ -27,24 +28,25 @@ def role_of(module: nn.Module, recorded: Classes) -> str | None:
 
 
 def extends_recorded_class(module: nn.Module, recorded: Classes) -> str | None:
-    """The recorded class that the module's own class extends; None where it is that class, or none of them."""
+    """Returns the recorded class that the module's own class extends; None where it is that class, or none of them."""
     names = {getattr(recorded, role) for role in ("causal_lm", "layer", "attention", "mlp", "norm")}
     above = stock_class(module).__mro__[1:]
     return next((cls.__name__ for cls in above if cls.__module__ == recorded.module and cls.__name__ in names), None)
 
 
-def forward_in_the_way(module: nn.Module) -> str | None:
-    """Why the instance's own `forward` prevents an overlay; None also for accelerate's hooks, which stay in use."""
+def replaced_forward(module: nn.Module) -> str | None:
+    """Returns why the instance's own `forward` prevents an overlay; None also for accelerate's hooks, which stay in
+    use."""
     own = module.__dict__.get("forward")
     if own is None or (hasattr(module, "_hf_hook") and hasattr(module, "_old_forward")):
         return None
     owner = getattr(getattr(own, "__func__", own), "__qualname__", type(own).__name__)
-    return f"its forward was replaced on the instance by {owner}; put overlays on before whatever did that"
+    return f"its forward was replaced on the instance by {owner}; apply overlays before it is replaced"
 
 
-def check_norm(module: nn.Module, rule: NormConfig) -> list[str]:
+def check_norm(module: nn.Module, config: NormConfig) -> list[str]:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    found = [] if eps == rule.eps else [f"epsilon is {eps}, the config's is {rule.eps}"]
+    found = [] if eps == config.eps else [f"epsilon is {eps}, the config's is {config.eps}"]
     return found + _missing(module, {"weight"})
 
 
@@ -90,7 +92,7 @@ def check_attention(module: nn.Module, overlay_config: AttentionConfig, family: 
     }
     problems = [f"{name} is {is_}, recorded is {ours}" for name, (is_, ours) in compared.items() if is_ != ours]
     if overlay_config.softcap is not None and config._attn_implementation == "sdpa":
-        problems.append("sdpa drops the softcap on scores; load with attn_implementation='eager'")
+        problems.append("sdpa ignores the softcap on scores; load with attn_implementation='eager'")
     return problems
 
 

@@ -30,7 +30,8 @@ from hasten.state import causal_lm_of
 
 @dataclass(frozen=True)
 class Action:
-    """Put `overlay` with `overlay_config` over the module called `name` (its path below the causal LM; "" = itself)."""
+    """A planned overlay: `overlay` with `overlay_config` for the module `name` (its path below the causal LM; "" =
+    itself)."""
 
     name: str
     overlay: type[Overlay]
@@ -40,7 +41,7 @@ class Action:
 
 @dataclass(frozen=True)
 class Skip:
-    """Leave the module called `name` on its stock forward."""
+    """A module called `name` that keeps its stock forward."""
 
     name: str
     kind: str
@@ -49,7 +50,7 @@ class Skip:
 
 @dataclass
 class Plan:
-    """Everything that `apply` will do. problems: why `apply` will raise; empty = it will not."""
+    """The actions of `apply`. problems: the reasons why `apply` will raise; empty = it will not."""
 
     model_type: str
     family: Family | None
@@ -66,7 +67,7 @@ class Plan:
 
 
 def family_of(model: nn.Module) -> Family | None:
-    """The data file for the model's `config.model_type`, or None."""
+    """Returns the data file for the model's `config.model_type`, or None."""
     return FAMILIES.get(causal_lm_of(model).config.model_type)
 
 
@@ -95,7 +96,7 @@ def plan(
             )
         found.actions.append(Action("model", BackboneOverlay, backbone, f"{chosen.model_type} family"))
     for action in found.actions:
-        reason = contract.forward_in_the_way(base.get_submodule(action.name))
+        reason = contract.replaced_forward(base.get_submodule(action.name))
         if reason is not None:
             found.problems.append(f"{action.name or 'the model'}: {reason}")
     return found
@@ -139,7 +140,7 @@ def _plan_family(base: Any, family: Family, found: Plan, max_seq_length: int | N
 
 
 def _stock_attentions(base: Any, found: Plan) -> int:
-    """How many decoder layers keep an attention that ignores attention contexts."""
+    """Counts the decoder layers whose attention ignores attention contexts."""
     planned = {action.name for action in found.actions if action.overlay is AttentionOverlay}
     layers = getattr(base.model, "layers", ())
     return sum(f"model.layers.{index}.self_attn" not in planned for index in range(len(layers)))
@@ -158,7 +159,7 @@ def _plan_unknown(base: Any, found: Plan, max_seq_length: int | None) -> None:
         proof = proofs[key]
         if isinstance(proof, str):
             found.skips.append(Skip(name, type(module).__name__, proof))
-            if module is base and contract.forward_in_the_way(base) is None:
+            if module is base and contract.replaced_forward(base) is None:
                 found.actions.append(Action(name, StockHeadOverlay, HeadConfig(max_seq_length=max_seq_length), proof))
             continue
         overlay, values = proof

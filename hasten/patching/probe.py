@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hasten.overlays import HeadOverlay, MLPOverlay, NormOverlay, Overlay
 from hasten.patching.classes import installed_overlay, stock_class
-from hasten.patching.contract import forward_in_the_way
+from hasten.patching.contract import replaced_forward
 from hasten.patching.probe_head import prove_head
 from hasten.patching.probe_mlp import PROJECTIONS, prove_mlp
 from hasten.patching.probe_norm import prove_norm
@@ -53,7 +53,7 @@ def signature(module: nn.Module) -> tuple[Any, ...]:
         shapes,
         buffers,
         children,
-        forward_in_the_way(module),
+        replaced_forward(module),
     )
 
 
@@ -83,7 +83,7 @@ def prove(kind: str, module: nn.Module) -> tuple[type[Overlay], Any] | str:
     """
     if kind not in PROVERS:
         return f"{kind}s differ too much between families to be compared from outside; they need a data file"
-    if reason := forward_in_the_way(module) or _class_in_the_way(module):
+    if reason := replaced_forward(module) or _class_in_the_way(module):
         return reason
     overlay, prover = PROVERS[kind]
     try:

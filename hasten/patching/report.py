@@ -75,7 +75,8 @@ def report(model: nn.Module) -> Report:
 
 
 def _attention(base: Any) -> tuple[str, str]:
-    """(attention backend, why): hasten's own attention, or transformers' attention interface by the config's name."""
+    """Returns (attention backend, why): hasten's own attention, or transformers' attention interface by the config's
+    name."""
     name = getattr(base.config, "_attn_implementation", None)
     backbone = getattr(base, "model", None)
     if not isinstance(backbone, BackboneOverlay):
@@ -105,7 +106,7 @@ GROUPS = {
 
 
 def _fused_projections(base: nn.Module) -> dict[str, tuple[str, str, str]]:
-    """Path -> line of each projection that a fused op computes, or that only a sibling keeps from it."""
+    """Returns {path: line} of each projection that a fused op computes, or would compute but for a sibling."""
     rows: dict[str, tuple[str, str, str]] = {}
     if backend_for(base.get_output_embeddings().weight) != "triton":  # pyright: ignore[reportCallIssue]
         return rows

@@ -1,4 +1,5 @@
-"""Tools to test models and families with: amplified tiny models, an accuracy rule, and `check_family`."""
+"""Provides tools to test models and families: amplified tiny models, relative errors with limits, and
+`check_family`."""
 
 from hasten.testing.accuracy import Comparison, relative_error
 from hasten.testing.family import check_family

@@ -9,7 +9,7 @@ from hasten.errors import AccuracyError
 
 
 def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    """||ours - reference|| / ||reference||, in fp64; inf for another shape or anything not finite."""
+    """Computes ||ours - reference|| / ||reference|| in fp64; inf if the shapes differ or a value is not finite."""
     if ours.shape != reference.shape:
         return float("inf")
     difference = (ours.detach().double() - reference.detach().double()).norm()
@@ -29,7 +29,7 @@ class Comparison:
         self.rows.append((name, relative_error(ours, reference), limit))
 
     def worst(self, prefix: str = "") -> float:
-        """The largest error among the rows whose name starts with `prefix`."""
+        """Returns the largest error among the rows whose name starts with `prefix`."""
         return max((error for name, error, _ in self.rows if name.startswith(prefix)), default=0.0)
 
     def check(self) -> "Comparison":

@@ -1,4 +1,4 @@
-"""check_family: compares a family's overlays with the installed transformers classes, numerically.
+"""Compares a family's overlays numerically with the installed transformers classes (`check_family`).
 
 On one amplified tiny model and its patched copy: logits, loss, every gradient, LoRA gradients, prefill and decode,
 left-padded batches against single sequences, and in bf16 the norms and attentions, whose casts the data file records.
@@ -65,7 +65,7 @@ def _compare_forward(ours: Any, stock: Any, seen: Comparison) -> None:
 
 
 def _compare_decoding(ours: Any, stock: Any, seen: Comparison) -> None:
-    """A prefill of all but five tokens, then one token at a time, against the full forward."""
+    """Compares a prefill of all but five tokens, then decoding one token at a time, with the full forward."""
     ids = _ids()
     full = stock(ids).logits
     past, steps = None, []
@@ -77,7 +77,7 @@ def _compare_decoding(ours: Any, stock: Any, seen: Comparison) -> None:
 
 
 def _compare_padding(ours: Any, stock: Any, seen: Comparison) -> None:
-    """Sequences of three lengths, left-padded into one batch, against each sequence alone.
+    """Compares sequences of three lengths, left-padded into one batch, with each sequence alone.
 
     RoPE types that depend on the longest sequence of a batch make sequences depend on each other in transformers too;
     there the reference is the same batch.
@@ -95,7 +95,8 @@ def _compare_padding(ours: Any, stock: Any, seen: Comparison) -> None:
 
 
 def _compare_casts(ours: Any, stock: Any, family: Family, seen: Comparison) -> None:
-    """Norms and attentions one by one in bf16, which shows the order of casts; on the CPU they are bit-exact."""
+    """Compares norms and attentions one by one in bf16, which shows the order of casts; on the CPU they are
+    bit-exact."""
     ours, stock = copy.deepcopy(ours).bfloat16(), copy.deepcopy(stock).bfloat16()
     generator = torch.Generator().manual_seed(2)
     width = stock.config.hidden_size
@@ -119,7 +120,7 @@ def _causal(tokens: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _with_lora(model: Any) -> Any:
-    """A PEFT LoRA on every Linear, the same at every call; B is not zero, so that A gets a gradient."""
+    """Returns a PEFT LoRA on every Linear, the same at every call; B is not zero, so that A gets a gradient."""
     from peft import LoraConfig, get_peft_model
 
     state = torch.random.get_rng_state()

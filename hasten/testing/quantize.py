@@ -1,4 +1,4 @@
-"""Quantises a model in memory, for tests: every Linear but the head."""
+"""Quantises every Linear of a model in memory except the head, for tests."""
 
 from typing import Any
 
@@ -21,6 +21,6 @@ def quantize_linears(model: Any, name: str | None = None) -> Any:
             model.set_submodule(path, into.convert(module))
         except ImportError as error:
             package = into.package or into.name
-            raise MissingExtraError("quantizing a tiny model", package, into.extra or package) from error
+            raise MissingExtraError("Quantising a tiny model", package, into.extra or package) from error
     into.mark(model)
     return model

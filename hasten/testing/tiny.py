@@ -1,4 +1,5 @@
-"""Tiny models of every family, amplified so that a wrong factor or cast shows, and a byte tokenizer for them.
+"""Makes tiny models of every family, amplified so that a wrong factor or cast is visible, and a byte tokenizer for
+them.
 
 On a plain tiny random model a missing factor can shift logits by as little as 1e-7. So matrices are scaled up and
 vectors get noise, until every field of the data file changes the output measurably.
@@ -71,15 +72,16 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(model_type: str, **changes: Any) -> Any:
-    """A config of 4 layers with hidden size 64, and every field of the family at a value that changes the output."""
+    """Returns a config of 4 layers with hidden size 64, and every field of the family at a value that changes the
+    output."""
     return AutoConfig.for_model(model_type, **{**COMMON, **FAMILY_CONFIGS.get(model_type, {}), **changes})
 
 
 def tiny_model(
     model_type: str, seed: int = 0, amplify: float = 8.0, dtype: torch.dtype = torch.float32, **changes: Any
 ) -> PreTrainedModel:
-    """A stock transformers model from `tiny_config`, weights drawn from `seed`, matrices times `amplify`, in eval
-    mode."""
+    """Returns a stock transformers model from `tiny_config`, weights drawn from `seed`, matrices times `amplify`, in
+    eval mode."""
     generator_state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     config = tiny_config(model_type, **changes)
@@ -95,14 +97,14 @@ def tiny_model(
 
 
 def _exact_attention(config: Any, changes: dict[str, Any]) -> dict[str, str]:
-    """Older transformers choose sdpa by default even where it drops a softcap on scores."""
+    """Selects eager attention for a softcap on scores: older transformers choose sdpa by default, which ignores it."""
     softcapped = getattr(config, "attn_logit_softcapping", None) is not None
     chosen = changes.get("attn_implementation", "eager" if softcapped else None)
     return {"attn_implementation": chosen} if chosen is not None else {}
 
 
 def tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer without merges: one id per byte after the special tokens; a BOS is added by
+    """Returns a byte-level tokenizer without merges: one id per byte after the special tokens; a BOS is added by
     post-processing."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *letters])}

@@ -1,4 +1,5 @@
-"""Switches activation checkpointing: save everything, recompute every layer, or let the memory policy plan (`memory.policy`)."""
+"""Switches activation checkpointing: save everything, recompute every layer, or let the memory policy plan
+(`memory.policy`)."""
 
 from typing import Any
 
@@ -13,14 +14,14 @@ OFFLOADED = f"{RECOMPUTED} from its input, which is offloaded to CPU memory"
 
 
 def enable(model: Any, mode: bool | str, budget: int | None = None) -> list[str]:
-    """Sets the activation checkpointing of `model` (a causal LM or the PeftModel around it) and returns notes for the report.
+    """Sets the activation checkpointing of `model` (a causal LM or the PeftModel around it) and returns notes for the
+    report.
 
-    mode: False saves all activations; True saves each layer's input and recomputes the layer in the backward; "offload" also
-    offloads these inputs to pinned CPU memory; "auto" and "unsloth" plan per layer, when the first batch of a shape comes.
-    "unsloth", the default, saves all activations where transformers cannot recompute the model's layers.
-    budget: bytes on the device that "auto" may use in all, None = what is free at that time. Goes through transformers' own
-    switch, so that a trainer that sets it as well finds what it expects. Raises OptionError for any other mode, and for a model
-    class that transformers cannot checkpoint; the model is then unchanged.
+    mode: False saves all activations; True saves each layer's input and recomputes the layer in the backward; "offload"
+    also offloads these inputs to pinned CPU memory; "auto" and "unsloth" plan per layer, when the first batch of a
+    shape comes; "unsloth", the default, saves all activations where transformers cannot recompute the model's layers. budget: bytes on the device that "auto" may use in all, None = what is free at that time. Uses
+    transformers' own switch, so that a trainer that sets it as well works as usual. Raises OptionError for any other
+    mode, and for a model class that transformers cannot checkpoint; the model is then unchanged.
     """
     _check(model, mode)
     base = causal_lm_of(model)
@@ -34,12 +35,12 @@ def enable(model: Any, mode: bool | str, budget: int | None = None) -> list[str]
     if not mode:
         state.memory = policy  # for its advice
         why = f": transformers cannot recompute the layers of {type(base).__name__}" if asked else ""
-        return [f"off, all activations are saved{why}"]
+        return [f"off: all activations are saved{why}"]
     _switch_on(base)
     if not policy.install():
         return [f"{RECOMPUTED} (no layer runs as a hasten overlay, so nothing else can be planned)"]
     state.memory = policy
-    base.disable_input_require_grads()  # only reentrant checkpointing needs it; it costs the first layer's gradient
+    base.disable_input_require_grads()  # needed only for reentrant checkpointing; it would compute an unused gradient of the first layer's input
     return [_note(mode, budget, len(policy.devices()))]
 
 
@@ -49,13 +50,13 @@ def _note(mode: bool | str, budget: int | None, devices: int) -> str:
     if mode == "offload":
         return OFFLOADED
     if devices > 1:
-        return f'"{mode}" plans for one device, but the layers are on {devices} devices: {OFFLOADED}'
+        return f'"{mode}" plans for one device, but the layers are on {devices} devices, so {OFFLOADED}'
     limit = "what is free" if budget is None else f"{budget / 2**30:.1f} GiB"
     return f'"{mode}" plans what each layer saves, recomputes or offloads, within {limit}'
 
 
 def switch_off(base: Any) -> None:
-    """Saves all activations from now on. What `enable` was last asked for stays recorded, for `restore`."""
+    """Saves all activations from now on. The last setting of `enable` stays recorded for `restore`."""
     if is_on(base):
         # Renamed in transformers 5.23; the old name warns there.
         name = "activation_checkpointing_disable"
@@ -75,7 +76,8 @@ def _switch_on(base: Any) -> None:
 
 
 def is_on(base: Any) -> bool:
-    """Whether any layer is checkpointed. (transformers' own property was renamed in 5.23; the old name warns there.)"""
+    """Returns whether any layer is checkpointed. (transformers' own property was renamed in 5.23; the old name warns
+    there.)"""
     return any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
 
 

@@ -1,4 +1,4 @@
-"""Loss curves: a PNG, and a sparkline for the terminal."""
+"""Draws loss curves: a PNG, and a sparkline for the terminal."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +11,8 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 def sparkline(values: Sequence[float], width: int = 60) -> str:
-    """`values` as at most `width` block characters, each the mean of an equal part of them; from lowest to full block."""
+    """Draws `values` as at most `width` block characters, each the mean of an equal part of them; from lowest to full
+    block."""
     if not values:
         return ""
     width = min(width, len(values))

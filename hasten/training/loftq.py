@@ -1,4 +1,5 @@
-"""LoftQ (Li et al. 2023, arXiv:2310.08659), one iteration: initialises LoRA as the best low-rank fit of the quantisation error.
+"""LoftQ (Li et al. 2023, arXiv:2310.08659), one iteration: initialises LoRA as the best low-rank fit of the
+quantisation error.
 
 With Q the model's quantised weight and W the checkpoint's: scale * B @ A is the rank-r truncated SVD of W - Q. Q is not
 changed, so the same checkpoint and adapter give the same model again.
@@ -14,7 +15,7 @@ from hasten.weights import base_layer_of, dequantize, formats
 
 
 def problems(model: Any, config: dict[str, Any]) -> list[str]:
-    """Why LoftQ cannot run on `model` as asked; empty = it can."""
+    """Returns why LoftQ cannot run on `model` as asked; empty = it can."""
     found = []
     unknown = sorted(set(config) - {"loftq_bits", "loftq_iter"})
     if unknown:
@@ -28,9 +29,13 @@ def problems(model: Any, config: dict[str, Any]) -> list[str]:
     bits = {one.bits for one in linears if not one.exact}
     if not bits:
         ways = " or ".join(f"{name}=True" for name in formats.load_arguments(quantized=True))
-        found.append(f"loftq_config needs a quantised base to repair; load with {ways}")
+        found.append(
+            f"loftq_config corrects the error of a quantised base, and this base is not quantised; load with {ways}"
+        )
     elif config.get("loftq_bits", 4) not in bits:
-        found.append(f"loftq_bits={config.get('loftq_bits', 4)}, but the base holds {sorted(bits)} bits")
+        found.append(
+            f"loftq_bits={config.get('loftq_bits', 4)}, but the base has {sorted(bits)} bits; pass that number"
+        )
     return found
 
 
@@ -44,7 +49,10 @@ def initialise(peft_model: Any, read: Callable[[str], torch.Tensor], adapter: st
         if formats.format_of(base).exact:
             continue
         if layer.lora_variant:
-            raise OptionError("get_peft_model", [f"loftq_config repairs plain LoRA only; {name} is another variant"])
+            raise OptionError(
+                "get_peft_model",
+                [f"loftq_config initialises only plain LoRA; {name} has another variant; leave loftq_config out"],
+            )
         quantized = dequantize(base, torch.float32)
         error = read(f"{name}.weight").to(quantized.device, torch.float32) - quantized
         u, s, vh = torch.linalg.svd(error, full_matrices=False)

@@ -18,11 +18,12 @@ EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
 def build(model: Any, options: AdapterOptions, read_dense: Callable[[str], torch.Tensor] | None = None) -> Any:
-    """Returns PEFT's model around `model`, LoRA A drawn from `options.random_state`; the caller's RNG is untouched.
+    """Returns PEFT's model around `model`, LoRA A drawn from `options.random_state`; the caller's random generators do
+    not change.
 
     read_dense: reads a dense tensor of the base checkpoint by name, for LoftQ (None = there is no such checkpoint).
-    Embedding and head in `target_modules` are trained fully instead (moved to `modules_to_save`); tied weights stay
-    tied. Raises OptionError for names that match nothing, before the model is changed.
+    If `target_modules` names embedding or head, they are trained fully instead (moved to `modules_to_save`); tied
+    weights stay tied. Raises OptionError for names that match nothing, before the model is changed.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -60,7 +61,7 @@ def build(model: Any, options: AdapterOptions, read_dense: Callable[[str], torch
 
 
 def trains_embedding(options: AdapterOptions) -> bool:
-    """Whether the adapter trains (a copy of) the input embedding."""
+    """Returns whether the adapter trains (a copy of) the input embedding."""
     names = [
         *(options.modules_to_save or []),
         *([] if isinstance(options.target_modules, str) else options.target_modules),
@@ -69,10 +70,11 @@ def trains_embedding(options: AdapterOptions) -> bool:
 
 
 def set_dtypes(peft_model: Any, fp32: bool) -> dict[str, torch.dtype]:
-    """Casts trained weights to fp32 (True) or to the model's dtype (False); returns {name: dtype} of every trained weight.
+    """Casts trained weights to fp32 (True) or to the model's dtype (False); returns {name: dtype} of every trained
+    weight.
 
-    Casts LoRA weights, and the trained copies of embedding and head, whose outputs and inputs stay in the model's dtype.
-    Other trained copies (of a norm, say) keep the dtype of the module that they replace.
+    Casts LoRA weights, and the trained copies of embedding and head, whose outputs and inputs stay in the model's
+    dtype. Other trained copies (of a norm, say) keep the dtype of the module that they replace.
     """
     base = peft_model.get_base_model()
     compute = base.config.dtype if isinstance(base.config.dtype, torch.dtype) else base.dtype
@@ -121,7 +123,8 @@ def _check(
         problems += loftq.problems(model, dict(options.loftq_config))
         if read_dense is None:
             problems.append(
-                "loftq_config needs the dense checkpoint that the base was quantised from, and there is none"
+                "loftq_config needs the dense checkpoint that the base was quantised from, and none was found; load the base from a "
+                "dense checkpoint, or leave loftq_config out"
             )
     if problems:
         raise OptionError("get_peft_model", problems)

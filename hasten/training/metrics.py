@@ -1,8 +1,8 @@
-"""Metrics of a training run: one line of metrics.jsonl per logged step, tokens counted from the batches of the model."""
+"""Records the metrics of a training run: one line of metrics.jsonl per logged step, tokens counted from the model's
+batches."""
 
 import json
 import math
-import resource
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from hasten.data import IGNORE_INDEX
+from hasten.errors import TrainingError
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class StepMetrics:
 
 
 class TokenCounter:
-    """A forward pre-hook that counts the tokens of training batches. Sums stay on the device until `take`: no sync per step."""
+    """A forward pre-hook that counts the tokens of training batches. Sums stay on the device until `take`: no sync per
+    step."""
 
     def __init__(self) -> None:
         self._tokens: int | torch.Tensor = 0
@@ -52,12 +54,10 @@ class TokenCounter:
             return
         mask = kwargs.get("attention_mask")
         self._tokens = self._tokens + (labels.numel() if mask is None else mask.sum())
-        self._learned = (
-            self._learned + (labels[:, 1:] != IGNORE_INDEX).sum()
-        )  # the first token is predicted from nothing
+        self._learned = self._learned + (labels[:, 1:] != IGNORE_INDEX).sum()  # no position predicts the first token
 
     def take(self) -> tuple[int, int]:
-        """(tokens, tokens with a label) since the last call."""
+        """Returns (tokens, tokens with a label) since the last call."""
         taken = int(self._tokens), int(self._learned)
         self._tokens = self._learned = 0
         return taken
@@ -65,7 +65,7 @@ class TokenCounter:
 
 @contextmanager
 def counting(model: torch.nn.Module) -> Iterator[TokenCounter]:
-    """Counts the tokens of the batches that `model` gets in training mode, inside the context."""
+    """Counts the tokens of the batches that `model` gets in training mode, inside the block."""
     counter = TokenCounter()
     handle = model.register_forward_pre_hook(counter, with_kwargs=True)
     try:
@@ -75,16 +75,29 @@ def counting(model: torch.nn.Module) -> Iterator[TokenCounter]:
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object per line, each written immediately, so that a killed run keeps all logged steps."""
+    """metrics.jsonl: one JSON object per line, each written immediately, so that a killed run keeps all logged
+    steps."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def rows(self) -> list[dict[str, Any]]:
-        """The lines written so far. Training has `loss`, evaluation `eval_loss`; both have `step`."""
+        """Returns the lines written so far. Training has `loss`, evaluation `eval_loss`; both have `step`."""
         if not self.path.exists():
             return []
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        if lines and not lines[-1].endswith("\n"):
+            lines.pop()  # a kill in the middle of writing it
+        return [self._row(number, line) for number, line in enumerate(lines, 1)]
+
+    def _row(self, number: int, line: str) -> dict[str, Any]:
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise TrainingError(f"{self.path}: line {number} is not JSON ({error}); remove it") from error
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise TrainingError(f"{self.path}: line {number} is of no step; remove it")
+        return row
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
         """Drops the lines after `step`, which a resumed run writes again, and returns those that are left."""
@@ -103,14 +116,22 @@ class MetricsFile:
 
 
 def losses(rows: Sequence[Mapping[str, Any]], name: str = "loss") -> list[tuple[int, float]]:
-    """(step, value) of every line of metrics.jsonl that has a finite `name`."""
+    """Returns (step, value) of every line of metrics.jsonl that has a finite `name`."""
     return [(row["step"], row[name]) for row in rows if row.get(name) is not None and math.isfinite(row[name])]
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak bytes that torch allocated on the GPU, or the peak resident size of this process where there is none."""
+    """Returns the peak bytes that torch allocated on the GPU, or without a GPU the peak resident size of this
+    process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss)
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB, on macOS in bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -1,4 +1,5 @@
-"""AdamW for full fine-tuning in bf16 that loses no small updates: six bytes per weight, moments included, where fp32 takes twelve.
+"""Implements AdamW for full fine-tuning in bf16 without losing small updates: six bytes per weight, moments included;
+fp32 takes twelve.
 
 transformers' own optimizer names (`optim="paged_adamw_8bit"`, ...) work without this file.
 """
@@ -26,11 +27,13 @@ REQUIRED_PACKAGES = {
     "adamw_torch_4bit": "torchao",
     "adamw_torch_8bit": "torchao",
 }
-"""transformers' optimizer name -> the package it needs, which transformers itself only looks for when training starts."""
+"""transformers' optimizer name -> the package it needs, which transformers itself only looks for when training
+starts."""
 
 
 def optimizer_problems(name: Any) -> list[str]:
-    """Returns the problems of an `optim` for SFTConfig: a name that only job files know, or a package that is not installed."""
+    """Returns the problems of an `optim` for SFTConfig: a name that only job files know, or a package that is not
+    installed."""
     name = getattr(name, "value", name)
     if name == STOCHASTIC:
         return [
@@ -45,14 +48,15 @@ def optimizer_problems(name: Any) -> list[str]:
 
 
 class StochasticAdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) computed in fp32, with stochastic rounding of bf16 weights (`ops.adamw`).
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) computed in fp32, with stochastic rounding of bf16 weights
+    (`ops.adamw`).
 
     An update smaller than half a bf16 step would be rounded away; stochastic rounding applies it in expectation.
 
-    params: fp32 or bf16 tensors, contiguous; fp32 ones are updated as by torch.optim.AdamW. lr, betas, eps, weight_decay: as
-    AdamW's. moments: dtype of both Adam moments, torch.bfloat16 (rounded stochastically too) or torch.float32.
-    seed: of the random bits; None draws one from torch's generator. The bits depend only on the seed, the step and the position of
-    a weight, so a resumed run, and every rank of a data-parallel run, rounds alike.
+    params: fp32 or bf16 tensors, contiguous; fp32 ones are updated as by torch.optim.AdamW. lr, betas, eps,
+    weight_decay: as AdamW's. moments: dtype of both Adam moments, torch.bfloat16 (rounded stochastically too) or
+    torch.float32. seed: of the random bits; None draws one from torch's generator. The bits depend only on the seed,
+    the step and the position of a weight, so a resumed run, and every rank of a data-parallel run, round equally.
 
     Raises ValueError for parameters or moments of another dtype, and for negative or out-of-range hyperparameters.
     """
@@ -80,7 +84,8 @@ class StochasticAdamW(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch.optim.Optimizer.add_param_group. Raises ValueError for parameters that are neither fp32 nor bf16."""
+        """Adds a group as torch.optim.Optimizer does. Raises ValueError for parameters that are neither fp32 nor
+        bf16."""
         super().add_param_group(param_group)
         other = {p.dtype for p in self.param_groups[-1]["params"]} - {torch.bfloat16, torch.float32}
         if other:
@@ -108,7 +113,7 @@ class StochasticAdamW(torch.optim.Optimizer):
         return loss
 
     def _step(self, parameter: torch.Tensor, grad: torch.Tensor, group: dict[str, Any], number: int) -> None:
-        """number: the index of the parameter over all groups, which selects its random bits."""
+        """Updates one parameter. number: its index over all groups, which selects its random bits."""
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
@@ -122,8 +127,8 @@ class StochasticAdamW(torch.optim.Optimizer):
         adamw_(parameter, grad, (state["exp_avg"], state["exp_avg_sq"]), config, key)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state of StochasticAdamW or torch.optim.AdamW. torch casts it to the weights' dtype; here moments are restored in
-        `self.moments`."""
+        """Loads a state of StochasticAdamW or torch.optim.AdamW. torch would cast it to the weights' dtype; here
+        moments keep the dtype `self.moments`."""
         super().load_state_dict(state_dict)
         parameters: Iterable[torch.Tensor] = itertools.chain(*(group["params"] for group in self.param_groups))
         numbers = itertools.chain(*(group["params"] for group in state_dict["param_groups"]))
@@ -136,10 +141,11 @@ class StochasticAdamW(torch.optim.Optimizer):
 def stochastic_adamw(
     args: "TrainingArguments", moments: torch.dtype = torch.bfloat16
 ) -> tuple[type[StochasticAdamW], dict[str, Any]]:
-    """Returns a trainer's `optimizer_cls_and_kwargs`: StochasticAdamW with the learning rate, betas, epsilon and seed of `args`.
+    """Returns a trainer's `optimizer_cls_and_kwargs`: StochasticAdamW with the learning rate, betas, epsilon and seed
+    of `args`.
 
-    args: the trainer's arguments (their `weight_decay` applies through the trainer's parameter groups). moments: dtype of both
-    moments, see StochasticAdamW.
+    args: the trainer's arguments (their `weight_decay` applies through the trainer's parameter groups). moments: dtype
+    of both moments, see StochasticAdamW.
     """
     return StochasticAdamW, {
         "lr": args.learning_rate,

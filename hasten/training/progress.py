@@ -1,4 +1,5 @@
-"""Follows a Trainer: progress line, metrics.jsonl, loss curve, and a stop at the first gradient or loss that is not finite."""
+"""Monitors a Trainer: progress line, metrics.jsonl, loss curve, and a stop at the first gradient or loss that is not
+finite."""
 
 import math
 import time
@@ -73,11 +74,11 @@ class TrainingMonitor(TrainerCallback):
             self._live = Progress(
                 TextColumn("step {task.completed}/{task.total}"),
                 BarColumn(bar_width=24),
-                TextColumn("{task.fields[facts]}"),
+                TextColumn("{task.fields[details]}"),
                 console=self._console,
                 refresh_per_second=4,
             )
-            self._task = self._live.add_task("", total=state.max_steps, completed=state.global_step, facts="")
+            self._task = self._live.add_task("", total=state.max_steps, completed=state.global_step, details="")
             self._live.start()
 
     def on_pre_optimizer_step(
@@ -102,7 +103,8 @@ class TrainingMonitor(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Writes one line of metrics and updates the progress line. Raises TrainingError where the loss is not finite."""
+        """Writes one line of metrics and updates the progress line. Raises TrainingError where the loss is not
+        finite."""
         logs = logs or {}
         if "loss" in logs and not math.isfinite(logs["loss"]):
             raise self._not_finite(f"the loss ({logs['loss']})", state.global_step)
@@ -142,16 +144,16 @@ class TrainingMonitor(TrainerCallback):
         if self._live is None:
             return
         minutes, seconds = divmod(round(row.eta_seconds), 60)
-        facts = (
+        details = (
             f"[bold]loss {row.loss:.3f}[/]  {row.tokens_per_second:,.0f} tokens/s  "
             f"ETA {minutes}:{seconds:02d}  {row.peak_memory_bytes / 2**30:.2f} GiB"
         )
-        self._live.update(self._task, completed=row.step, facts=facts)
+        self._live.update(self._task, completed=row.step, details=details)
 
     def _not_finite(self, what: str, step: int) -> TrainingError:
         written = [row["step"] for row in self.file.rows()] if self._main else []
         last = f"the last good step is {written[-1]}" if written else "no step before it was logged"
         return TrainingError(
-            f"step {step}: {what} is not finite; {last}. Training stopped, and nothing was saved after it. Lower the "
+            f"step {step}: {what} is not finite; {last}. Training stopped, and no later checkpoint was saved. Lower the "
             "learning rate, set max_grad_norm, or use bfloat16 or float32 instead of float16"
         )

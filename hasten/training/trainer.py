@@ -7,6 +7,7 @@ import torch
 
 from hasten.errors import OptionError
 from hasten.overlays import HeadOverlay, StockHeadOverlay
+from hasten.schema import fields_of, text_for_other
 from hasten.state import causal_lm_of
 from hasten.training.optimizers import optimizer_problems
 
@@ -55,6 +56,7 @@ def sft_config(model: Any, **kwargs: Any) -> "SFTConfig":
         )
     if packing and asked is None:
         problems.append("packing=True fills sequences of max_length tokens, but there is no max_length; pass one")
+    problems += text_for_other(kwargs, fields_of("trl", "SFTConfig"))
     problems += optimizer_problems(settings.get("optim"))
     if problems:
         raise OptionError("sft_config", problems)

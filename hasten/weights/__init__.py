@@ -1,10 +1,11 @@
-"""A Linear's stored weight (`formats`), the LoRA that PEFT put around it (`peft_layers`), and both as one operand (`reader`)."""
+"""Reads a Linear's stored weight (`formats`), the LoRA that PEFT put around it (`peft_layers`), and both as one
+operand (`reader`)."""
 
 from hasten.weights.linear import dequantize, holds, label_of, linear_bytes
+from hasten.weights.own_forward import needs_own_forward
 from hasten.weights.packing import is_packed, pack_weights
 from hasten.weights.peft_layers import LoraPair, active_adapters, base_layer_of, read_lora, unwrap
 from hasten.weights.reader import read_head, read_linear
-from hasten.weights.watched import is_watched
 
 __all__ = [
     "LoraPair",
@@ -13,7 +14,7 @@ __all__ = [
     "dequantize",
     "holds",
     "is_packed",
-    "is_watched",
+    "needs_own_forward",
     "label_of",
     "linear_bytes",
     "pack_weights",

@@ -1,4 +1,4 @@
-"""A Linear's weight in words and as a matrix, whatever its format."""
+"""Dequantises, compares, measures and describes the weight of a Linear in any format."""
 
 from typing import Any
 
@@ -11,7 +11,8 @@ from hasten.weights.peft_layers import base_layer_of
 
 
 def dequantize(linear: nn.Module, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The weight as an (out, in) matrix of `dtype`; None = its own dtype if dense, the compute dtype if quantised.
+    """Returns the weight as an (out, in) matrix of `dtype`; None = its own dtype if dense, the compute dtype if
+    quantised.
 
     A dense weight of the right dtype is returned itself, not copied. Raises TypeError for an unknown format.
     """
@@ -19,7 +20,8 @@ def dequantize(linear: nn.Module, dtype: torch.dtype | None = None) -> torch.Ten
 
 
 def holds(linear: nn.Module, dense: torch.Tensor) -> bool:
-    """Whether storing `dense` (out, in) in the layer's format gives its weight, i.e. the weight did not change since.
+    """Returns whether storing `dense` (out, in) in the layer's format gives its weight, i.e. the weight has not
+    changed.
 
     A dense weight must equal `dense` cast to its dtype, bit for bit; of quantised ones the codes are compared.
     """
@@ -27,7 +29,8 @@ def holds(linear: nn.Module, dense: torch.Tensor) -> bool:
 
 
 def linear_bytes(linear: Any) -> int:
-    """Bytes of the stored weight, its scales and the bias; of a format that hasten does not know, of what the module holds."""
+    """Returns the bytes of the stored weight, its scales and the bias; for an unknown format, of all tensors of the
+    module."""
     found = find_format(linear)
     if found is None:
         return tensor_bytes(*linear.parameters(), *linear.buffers())
@@ -36,8 +39,8 @@ def linear_bytes(linear: Any) -> int:
 
 
 def label_of(module: nn.Module) -> str:
-    """How a report names the storage of a Linear, under PEFT or not: the format's name, the dtype of a dense weight, the
-    class of what is not a Linear or is in no known format."""
+    """Names the storage of a Linear (with or without PEFT's wrapper) for a report: the format's name, the dtype of a
+    dense weight, else the class of the module."""
     base: Any = base_layer_of(module)
     found = find_format(base) if isinstance(base, nn.Linear) else None
     if found is None:

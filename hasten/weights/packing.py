@@ -1,4 +1,4 @@
-"""Packs the weights of projections that read one input into one tensor, so that one matmul serves them all."""
+"""Packs the weights of projections that read one input into one tensor, so that one matmul reads them all."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,8 +13,8 @@ from hasten.weights.peft_layers import base_layer_of
 def pack_weights(modules: Sequence[Any]) -> bool:
     """Moves the weights of plain Linears into one tensor, one after the other along the output channels.
 
-    Values, Parameter objects and names stay. Returns False, with nothing moved, where the weights cannot share a tensor:
-    quantised ones, or different dtypes, devices or input sizes.
+    Values, Parameter objects and names do not change. Returns False, and moves nothing, where the weights cannot be in
+    one tensor: they are quantised, or differ in dtype, device or input size.
     """
     bases = [base_layer_of(module) for module in modules]
     if any(type(base) is not nn.Linear or type(base.weight) is not nn.Parameter for base in bases):
@@ -30,6 +30,7 @@ def pack_weights(modules: Sequence[Any]) -> bool:
 
 
 def is_packed(modules: Sequence[Any]) -> bool:
-    """Whether one matmul over these Linears copies no dense weight: they are packed into one tensor, or none is dense."""
+    """Returns whether one matmul over these Linears copies no dense weight: they are packed into one tensor, or none is
+    dense."""
     held = [base.weight if type(base) is nn.Linear else None for base in map(base_layer_of, modules)]
     return all(weight is None for weight in held) or stacked_view(held) is not None  # pyright: ignore[reportArgumentType]

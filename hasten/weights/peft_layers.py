@@ -1,4 +1,4 @@
-"""Reads PEFT's wrappers: the stock layer inside, the adapters that act, and the plain LoRA where that is all there is."""
+"""Reads PEFT's wrappers: the stock layer inside, the active adapters, and the LoRA if it is a single plain one."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from hasten.weights.watched import is_watched
+from hasten.weights.own_forward import needs_own_forward
 
 
 @dataclass(frozen=True)
 class LoraPair:
-    """One active, plain LoRA (Hu et al. 2021, arXiv:2106.09685): y += scale * (x @ a.T) @ b.T. a (R, in), b (out, R)."""
+    """One active, plain LoRA (Hu et al. 2021, arXiv:2106.09685): y += scale * (x @ a.T) @ b.T. a (R, in), b (out,
+    R)."""
 
     a_RE: torch.Tensor
     b_VR: torch.Tensor
@@ -19,7 +20,7 @@ class LoraPair:
 
 
 def unwrap(module: Any) -> tuple[nn.Module, list[Any]]:
-    """(the stock layer that PEFT wrapped, the adapter layers around it, innermost first).
+    """Returns (the stock layer that PEFT wrapped, the adapter layers around it, innermost first).
 
     Where `modules_to_save` made a trained copy and the copy is active, the copy is the stock layer; an inactive copy
     (another adapter's, or adapters disabled) is ignored. Adapter layers are returned whether or not they are active.
@@ -29,8 +30,8 @@ def unwrap(module: Any) -> tuple[nn.Module, list[Any]]:
         # Not hasattr: asking a Module for an attribute that it lacks is slow, and this runs at every call.
         children = module._modules
         if "modules_to_save" in children and "original_module" in children:
-            acting = _acting_copy(module)
-            module = module.original_module if acting is None else acting
+            copy = _active_copy(module)
+            module = module.original_module if copy is None else copy
         elif "token_adapter" in children:  # PEFT's trainable_token_indices
             layers.append(module.token_adapter)
             module = module.token_adapter.base_layer
@@ -42,12 +43,14 @@ def unwrap(module: Any) -> tuple[nn.Module, list[Any]]:
 
 
 def base_layer_of(module: Any) -> nn.Module:
-    """The layer that PEFT wrapped, through any number of wrappers; a trained copy where `modules_to_save` made one."""
+    """Returns the layer that PEFT wrapped, through any number of wrappers; a trained copy where `modules_to_save` made
+    one."""
     return unwrap(module)[0]
 
 
 def active_adapters(layer: nn.Module) -> list[str]:
-    """The names of the active adapters of an adapter layer, in PEFT's order; none while adapters are disabled."""
+    """Returns the names of the active adapters of an adapter layer, in PEFT's order; none while adapters are
+    disabled."""
     if getattr(layer, "disable_adapters", False):
         return []
     names = getattr(layer, "active_adapters", [])
@@ -55,31 +58,33 @@ def active_adapters(layer: nn.Module) -> list[str]:
 
 
 def read_lora(module: Any, training: bool) -> tuple[LoraPair | None, str | None]:
-    """(pair, None) for a plain LoRA, (None, None) where no adapter is active, (None, reason) for what must go through PEFT.
+    """Returns (pair, None) for a plain LoRA, (None, None) where no adapter is active, (None, reason) if PEFT's own
+    forward must run.
 
-    training: dropout acts. Reasons: several adapters, DoRA or another variant, dropout, a bias on B, hooks on A or B,
-    single trained token rows, another kind of adapter.
+    training: dropout is active. Reasons: several adapters, DoRA or another variant, dropout, a bias on B, hooks on A
+    or B, trained rows of single tokens (trainable_token_indices), another kind of adapter.
     """
     return read_adapters(unwrap(module)[1], training)
 
 
 def read_adapters(layers: list[Any], training: bool) -> tuple[LoraPair | None, str | None]:
-    """`read_lora` of the adapter layers that `unwrap` returned."""
+    """Does what `read_lora` does, for the adapter layers that `unwrap` returned."""
     merged = [layer for layer in layers if getattr(layer, "merged", False)]
     if any(getattr(layer, "disable_adapters", False) for layer in merged):
-        return None, "adapters disabled while merged"  # PEFT takes them out of the weight on the next forward
-    acting = [layer for layer in layers if layer not in merged and active_adapters(layer)]
-    for layer in acting:
+        return None, "adapters disabled while merged"  # PEFT unmerges them on the next forward
+    active = [layer for layer in layers if layer not in merged and active_adapters(layer)]
+    for layer in active:
         if "lora_A" not in layer._modules:
             tokens = hasattr(layer, "trainable_tokens_delta")
-            return None, "single trained token rows" if tokens else f"adapter of type {type(layer).__name__}"
-    if len(acting) > 1:
-        return None, f"{len(acting)} adapter layers on top of each other"
-    return _read_layer(acting[0], training) if acting else (None, None)
+            return None, "trained rows of single tokens" if tokens else f"adapter of type {type(layer).__name__}"
+    if len(active) > 1:
+        return None, f"{len(active)} nested adapter layers"
+    return _read_layer(active[0], training) if active else (None, None)
 
 
-def _acting_copy(wrapper: Any) -> nn.Module | None:
-    """The trained copy that a `modules_to_save` wrapper runs, by the wrapper's own rule: all active names must be its own."""
+def _active_copy(wrapper: Any) -> nn.Module | None:
+    """Returns the trained copy that a `modules_to_save` wrapper runs. It runs one only if all active adapter names are
+    its own."""
     names = active_adapters(wrapper)
     copies = wrapper.modules_to_save
     return copies[names[0]] if names and all(name in copies for name in names) else None
@@ -92,7 +97,7 @@ def _read_layer(layer: Any, training: bool) -> tuple[LoraPair | None, str | None
     if not active:
         return None, None
     if len(active) > 1:
-        return None, f"{len(active)} adapters act at once"
+        return None, f"{len(active)} adapters are active at once"
     name = active[0]
     if name in getattr(layer, "lora_variant", {}):
         return None, f"adapter variant {type(layer.lora_variant[name]).__name__}"
@@ -101,6 +106,6 @@ def _read_layer(layer: Any, training: bool) -> tuple[LoraPair | None, str | None
     a, b = layer.lora_A[name], layer.lora_B[name]
     if b.bias is not None:
         return None, "bias on lora_B"
-    if is_watched(a) or is_watched(b):
+    if needs_own_forward(a) or needs_own_forward(b):
         return None, "hooks on the LoRA"
     return LoraPair(a.weight, b.weight, float(layer.scaling[name])), None

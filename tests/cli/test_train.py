@@ -101,7 +101,7 @@ def test_padding_free_rows_cannot_be_truncated(tmp_path: Path) -> None:
             "no label|no row|left",
         ),
         ([{"question": "a", "answer": "b"}], {}, "has the columns answer, question|has the columns question, answer"),
-        ([{"text": "a"}, {"text": None}], {}, "1 examples have nothing in 'text'"),
+        ([{"text": "a"}, {"text": None}], {}, "1 examples have an empty 'text'"),
         (CHATS, {"data": {"split": "test"}}, "cannot be read"),
         (CHATS, {"data": {"path": "missing.jsonl"}}, "missing.jsonl"),
     ],

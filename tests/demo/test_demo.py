@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from hasten.demo import story
+from hasten.demo import pipeline
 from hasten.demo.evaluate import Score
-from hasten.demo.story import QUICK, tell
+from hasten.demo.pipeline import QUICK, run_demo
 from hasten.demo.verify import LARGEST_SHARE, Agreement
 from hasten.errors import AccuracyError
 
@@ -74,9 +74,9 @@ def test_a_failure_of_either_promise_is_an_error(told: tuple[Path, str]) -> None
         replace(good, hasten_imported=True).check()
     score = Score(loss=1.0, exact=0, total=1, answers=("",))
     better = replace(score, loss=0.5)
-    story._check({"reworded": score, "untaught": score}, {"reworded": better, "untaught": better}, good)
+    pipeline._check({"reworded": score, "untaught": score}, {"reworded": better, "untaught": better}, good)
     with pytest.raises(AccuracyError, match="untaught questions was 1.0000 before and is 1.0000"):
-        story._check({"reworded": score, "untaught": score}, {"reworded": better, "untaught": score}, good)
+        pipeline._check({"reworded": score, "untaught": score}, {"reworded": better, "untaught": score}, good)
 
 
 def test_a_merge_that_forgets_one_matrix_is_noticed(told: tuple[Path, str], tmp_path: Path) -> None:
@@ -106,4 +106,4 @@ def test_it_can_be_told_again_into_the_same_folder(told: tuple[Path, str], monke
     """With a base that hardly learns and a fine-tuning that does nothing, it must end in an error."""
     dull = replace(QUICK, base=replace(QUICK.base, steps=2), learning_rate=0.0, epochs=1)
     with pytest.raises(AccuracyError, match="did not help"):
-        tell(told[0], Console(quiet=True), dull)
+        run_demo(told[0], Console(quiet=True), dull)

@@ -192,14 +192,14 @@ def test_damaged_base(tmp_path: Path) -> None:
     [
         (
             {"save_method": "merged_4bit_forced"},
-            r"did you mean merged_4bit\?\) is not known; known are merged_16bit, merged_4bit, lora",
+            r"did you mean merged_4bit\?\) is not known; must be one of merged_16bit, merged_4bit, lora",
         ),
         ({"save_method": "16bit"}, r"did you mean merged_16bit\?"),
         ({"max_shard_size": "5 apples"}, "must be a size"),
         ({"max_shard_size": 0}, "must be a size"),
-        ({"dtype": torch.int8}, "dtype=torch.int8 cannot be honoured"),
-        ({"dtype": torch.bfloat16, "save_method": "lora"}, "cannot be honoured"),
-        ({"rows": torch.zeros(1, 4, dtype=torch.long)}, "measures nothing"),
+        ({"dtype": torch.int8}, "dtype=torch.int8 was asked for"),
+        ({"dtype": torch.bfloat16, "save_method": "lora"}, "only merged weights can be cast"),
+        ({"rows": torch.zeros(1, 4, dtype=torch.long)}, "rows were given, and only merged_4bit"),
     ],
 )
 def test_arguments_that_cannot_be_honoured(tmp_path: Path, arguments: dict, message: str) -> None:
@@ -224,7 +224,7 @@ def test_kinds_that_have_no_merged_form(tmp_path: Path) -> None:
     from peft import IA3Config, get_peft_model
 
     ia3 = IA3Config(target_modules=["q_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
-    with pytest.raises(ExportError, match=r"q_proj: Linear is no LoRA"):
+    with pytest.raises(ExportError, match=r"q_proj: Linear is not a LoRA layer"):
         save_merged(get_peft_model(load(base_folder(tmp_path / "base")), ia3), tmp_path / "out")
 
 

@@ -27,7 +27,7 @@ def counting(model: Any) -> list[int]:
         (ROW, {"max_new_tokens": 8}, "at most 7 new tokens"),
         (ROW, {"max_length": 25}, "at most 7 new tokens"),
         (ROW, {"generation_config": GenerationConfig(max_new_tokens=8)}, "at most 7 new tokens"),
-        (torch.full((1, LIMIT), 7), {}, "nothing can be generated"),
+        (torch.full((1, LIMIT), 7), {}, "no token can be generated"),
     ],
 )
 def test_too_long_is_refused_before_anything_runs(prompt: torch.Tensor, asked: dict[str, Any], message: str) -> None:

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from hasten.loading import device
 from hasten.loading.device import default_dtype, is_all_cpu, resolve_device_map
+from hasten.loading.quantization import Storage
+from hasten.loading.read import placement_notes
 
 CPU = {"": torch.device("cpu")}
 
@@ -34,7 +35,7 @@ def test_default_dtype(
 
 def test_sixteen_bits_on_a_cpu_are_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, cuda=False)
-    monkeypatch.setattr(device, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
     assert default_dtype(fp16_safe=True, half=True) == torch.bfloat16
 
 
@@ -63,3 +64,15 @@ def test_under_torchrun_each_rank_has_its_own_gpu(monkeypatch: pytest.MonkeyPatc
     assert place == {"": torch.device("cuda", 3)}
     assert "cuda:3" in notes[0]
     assert resolve_device_map({"": 0})[0] == {"": 0}
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+@pytest.mark.parametrize("place", ["auto", CPU])
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_checkpoint_that_goes_to_one_device_is_noted(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, place: object, stored: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    notes = placement_notes(Storage(stored=stored), place)
+    assert bool(notes) == (stored and place == "auto" and gpus == 2)
+    assert all("cuda:0" in note and "device_map='auto'" in note for note in notes)

@@ -81,7 +81,7 @@ def test_a_checkpoint_stored_in_nf4_stays_so(llama: Path, copy_of: Copy, argumen
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     (folder / "config.json").write_text(json.dumps(config))
-    assert "stored as nf4 already" in refusal(OptionError, folder, **arguments)
+    assert "is already stored as nf4" in refusal(OptionError, folder, **arguments)
 
 
 def test_quantising_without_bitsandbytes_names_the_extra(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

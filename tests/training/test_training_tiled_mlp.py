@@ -124,7 +124,7 @@ def test_a_hooked_projection_sees_all_tokens_at_once() -> None:
     seen: list[torch.Size] = []
     projection = causal_lm_of(model).model.layers[0].mlp.up_proj
     hook = projection.register_forward_hook(lambda module, args, out: seen.append(args[0].shape))
-    with pytest.warns(UserWarning, match="needs all tokens"):
+    with pytest.warns(UserWarning, match="expects all tokens"):
         model(input_ids=IDS)
     assert seen == [(2, 11, 64)]
     hook.remove()

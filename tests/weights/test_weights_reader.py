@@ -70,7 +70,7 @@ def test_two_adapters() -> None:
     _computes(_q(model))
     assert read_lora(_q(model), False)[0].a_RE.shape[0] == 2
     model.base_model.set_adapter(["default", "other"])
-    assert read_lora(_q(model), False) == (None, "2 adapters act at once")
+    assert read_lora(_q(model), False) == (None, "2 adapters are active at once")
 
 
 def test_adapter_that_another_layer_has() -> None:
@@ -126,8 +126,8 @@ def test_trained_token_rows_are_a_reason(model_type: str) -> None:
         stock, layers = unwrap(module)
         assert isinstance(stock, (nn.Embedding, nn.Linear))
         assert len(layers) == 1
-        assert read_lora(module, False) == (None, "single trained token rows")
-        assert read_linear(module, False) == "single trained token rows"
+        assert read_lora(module, False) == (None, "trained rows of single tokens")
+        assert read_linear(module, False) == "trained rows of single tokens"
 
 
 def test_lora_on_an_embedding_is_a_reason() -> None:
@@ -148,11 +148,11 @@ def test_a_quantised_head_is_a_reason() -> None:
     import bitsandbytes as bnb
 
     layer = bnb.nn.Linear4bit(64, 64, quant_type="nf4")
-    assert read_head(layer, False) == "held as Linear4bit, not quantised yet"
+    assert read_head(layer, False) == "stored as Linear4bit, not quantised yet"
     layer.weight = layer.weight.to("cpu")
-    assert read_head(layer, False) == "held as Linear4bit"
+    assert read_head(layer, False) == "stored as Linear4bit"
     assert isinstance(read_linear(layer, False), LoraLinear)
-    assert read_linear(bnb.nn.Linear8bitLt(64, 64), False) == "held as Linear8bitLt"
+    assert read_linear(bnb.nn.Linear8bitLt(64, 64), False) == "stored as Linear8bitLt"
 
 
 def test_bare_linear() -> None:
@@ -206,10 +206,10 @@ def test_parametrizations_are_a_reason() -> None:
 
 
 def test_an_embedding_and_an_unknown_format_are_reasons() -> None:
-    assert read_linear(nn.Embedding(4, 4), True) == "held as Embedding"
+    assert read_linear(nn.Embedding(4, 4), True) == "stored as Embedding"
     layer = nn.Linear(4, 4)
     layer.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int16), requires_grad=False)
-    assert read_linear(layer, True) == "held as Linear"
+    assert read_linear(layer, True) == "stored as Linear"
 
 
 def test_a_watched_head_runs_as_the_module_that_it_is() -> None:

@@ -3,10 +3,10 @@
 m = m + (1 - beta1) * (g - m)          v = v + (1 - beta2) * (g * g - v)          in fp32
 w = (1 - lr * weight_decay) * w - lr / (1 - beta1 ** t) * m / (sqrt(v) / sqrt(1 - beta2 ** t) + eps)
 
-Tensors stored in bf16 are computed in fp32 and rounded up or down at random, so that the stored value is right on average
-(Zamirai et al. 2020, arXiv:2010.06192). The neighbours of 1.0 in bf16 are 0.4% away: round-to-nearest would lose most
-updates of a fine-tuning, and the second moment's decay of 0.1% per step. The random bits are a hash of a key and an
-element's index, so they are the same on every backend and device.
+Tensors stored in bf16 are computed in fp32 and rounded up or down at random, so that the stored value is right on
+average (Zamirai et al. 2020, arXiv:2010.06192). The neighbours of 1.0 in bf16 are 0.4% away: round-to-nearest would
+lose most updates of a fine-tuning, and the second moment's decay of 0.1% per step. The random bits are a hash of a key
+and an element's index, so they are the same on every backend and device.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ MOMENTS_KEY = 0x5BD1E995
 
 @dataclass(frozen=True)
 class AdamWConfig:
-    """Hyper-parameters, as torch.optim.AdamW's. step: the number of this step, from 1."""
+    """Hyperparameters, named as in torch.optim.AdamW. step: the number of this step, from 1."""
 
     lr: float
     beta1: float
@@ -36,10 +36,18 @@ class AdamWConfig:
     step: int
 
     def factors(self) -> tuple[float, float, float, float, float, float]:
-        """(1 - lr * weight_decay, 1 - beta1, 1 - beta2, sqrt(1 - beta2 ** step), eps, lr / (1 - beta1 ** step))."""
-        root = (1.0 - self.beta2**self.step) ** 0.5
-        rate = self.lr / (1.0 - self.beta1**self.step)
-        return 1.0 - self.lr * self.weight_decay, 1.0 - self.beta1, 1.0 - self.beta2, root, self.eps, rate
+        """Returns (1 - lr * weight_decay, 1 - beta1, 1 - beta2, sqrt(1 - beta2 ** step), eps, lr / (1 - beta1 **
+        step))."""
+        bias_correction2_sqrt = (1.0 - self.beta2**self.step) ** 0.5
+        step_size = self.lr / (1.0 - self.beta1**self.step)
+        return (
+            1.0 - self.lr * self.weight_decay,
+            1.0 - self.beta1,
+            1.0 - self.beta2,
+            bias_correction2_sqrt,
+            self.eps,
+            step_size,
+        )
 
 
 def adamw_(
@@ -89,7 +97,7 @@ def key_of(*numbers: int) -> int:
 
 
 def _hash(x: int) -> int:
-    """Wellons' lowbias32; `reference.random_bits` and the kernel apply the same to tensors."""
+    """Hashes with Wellons' lowbias32; `reference.random_bits` and the kernel apply the same to tensors."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
     return x ^ (x >> 16)

@@ -25,11 +25,12 @@ def _load_fp32(ptr, at, mask, HALF: tl.constexpr):
 
 
 @triton.jit
-def _store(ptr, at, mask, x, drawn, HALF: tl.constexpr):
-    """Stores fp32, or bf16 (HALF) stochastically rounded by the lowest 16 bits of `drawn`. NaN is not rounded: its bits would overflow."""
+def _store(ptr, at, mask, x, random_bits, HALF: tl.constexpr):
+    """Stores fp32, or bf16 (HALF) stochastically rounded by the lowest 16 bits of `random_bits`. NaN is not rounded:
+    its bits would overflow."""
     if HALF:
         bits = x.to(tl.uint32, bitcast=True)
-        bits = tl.where(x == x, bits + (drawn & 0xFFFF), bits)
+        bits = tl.where(x == x, bits + (random_bits & 0xFFFF), bits)
         tl.store(ptr + at, (bits >> 16).to(tl.int16), mask=mask)
     else:
         tl.store(ptr + at, x, mask=mask)
@@ -37,27 +38,27 @@ def _store(ptr, at, mask, x, drawn, HALF: tl.constexpr):
 
 @triton.jit
 def _hash(x):
-    """Wellons' lowbias32, of uint32."""
+    """Hashes uint32 with Wellons' lowbias32."""
     x = (x ^ (x >> 16)) * tl.full([], 0x7FEB352D, tl.uint32)
     x = (x ^ (x >> 15)) * tl.full([], 0x846CA68B, tl.uint32)
     return x ^ (x >> 16)
 
 
-@triton.jit(do_not_specialize=["N", "key", "other_key"])
+@triton.jit(do_not_specialize=["N", "key", "moments_key"])
 def _adamw(
     w_ptr,
     g_ptr,
     m_ptr,
     v_ptr,
     N,
-    keep,
-    first,
-    second,
-    root,
+    decay,
+    one_minus_beta1,
+    one_minus_beta2,
+    bias_correction2_sqrt,
     eps,
-    rate,
+    step_size,
     key,
-    other_key,
+    moments_key,
     HALF_W: tl.constexpr,
     HALF_G: tl.constexpr,
     HALF_M: tl.constexpr,
@@ -69,14 +70,14 @@ def _adamw(
     g = _load_fp32(g_ptr, at, mask, HALF_G)
     m = _load_fp32(m_ptr, at, mask, HALF_M)
     v = _load_fp32(v_ptr, at, mask, HALF_V)
-    m = m + first * (g - m)
-    v = v + second * (g * g - v)
-    w = keep * _load_fp32(w_ptr, at, mask, HALF_W) - rate * (m / (tl.sqrt(v) / root + eps))
-    place = at.to(tl.uint32)
-    more = _hash(place ^ other_key.to(tl.uint32, bitcast=True))
-    _store(w_ptr, at, mask, w, _hash(place ^ key.to(tl.uint32, bitcast=True)), HALF_W)
-    _store(m_ptr, at, mask, m, more, HALF_M)
-    _store(v_ptr, at, mask, v, more >> 16, HALF_V)
+    m = m + one_minus_beta1 * (g - m)
+    v = v + one_minus_beta2 * (g * g - v)
+    w = decay * _load_fp32(w_ptr, at, mask, HALF_W) - step_size * (m / (tl.sqrt(v) / bias_correction2_sqrt + eps))
+    index = at.to(tl.uint32)
+    moment_bits = _hash(index ^ moments_key.to(tl.uint32, bitcast=True))
+    _store(w_ptr, at, mask, w, _hash(index ^ key.to(tl.uint32, bitcast=True)), HALF_W)
+    _store(m_ptr, at, mask, m, moment_bits, HALF_M)
+    _store(v_ptr, at, mask, v, moment_bits >> 16, HALF_V)
 
 
 def adamw_(

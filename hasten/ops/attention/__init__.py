@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hasten.ops.attention import reference
 from hasten.ops.attention.spans import document_starts, row_spans, visible_keys
-from hasten.ops.backend import backend_for
+from hasten.ops.backend import ATTENTION, backend_for
 
 __all__ = [
     "LARGEST_HEAD",
@@ -41,7 +41,7 @@ def attend(
     softcap: float | None = None,
     dropout: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention that materialises its scores (B, H, T, S), for callers that need the attention weights.
+    """Computes attention and materialises its scores (B, H, T, S), for callers that need the attention weights.
 
     q: (B, H, T, D). k, v: (B, K, S, D). mask: additive, broadcast to (B, H, T, S), or bool (True = visible), or
     None = all visible. dropout: its probability, applied to the weights. The softmax is in fp32.
@@ -51,8 +51,8 @@ def attend(
 
 
 CUDNN_LENGTH_MULTIPLE = 64
-"""Tokens. In 16 bits torch's attention is cuDNN's, which takes about 60 ms to plan each new sequence length; so it gets only
-lengths that are a multiple of this."""
+"""Tokens. In 16 bits torch's attention runs cuDNN, which takes about 60 ms to plan each new sequence length, so it is
+used only for lengths that are a multiple of this."""
 
 
 def attention_backend(
@@ -60,8 +60,8 @@ def attention_backend(
 ) -> AttentionBackend:
     """Selects the fastest exact backend on a GPU.
 
-    "sdpa" (torch's fused attention) for plain causal attention; "triton" for a window, softcap or spans, which sdpa takes
-    only as a dense mask, and for 16-bit lengths that cuDNN would have to plan anew (`CUDNN_LENGTH_MULTIPLE`).
+    "sdpa" (torch's fused attention) for plain causal attention; "triton" for a window, softcap or spans, which sdpa
+    takes only as a dense mask, and for 16-bit lengths that cuDNN would have to plan anew (`CUDNN_LENGTH_MULTIPLE`).
     """
     planned = dtype == torch.float32 or tokens % CUDNN_LENGTH_MULTIPLE == 0
     return "sdpa" if _is_plain(tokens, window, softcap, spans) and planned else "triton"
@@ -81,12 +81,14 @@ def attention(  # noqa: PLR0913
     spans_BT3: torch.Tensor | None = None,
     backend: AttentionBackend | None = None,
 ) -> torch.Tensor:
-    """Causal self-attention over whole sequences (as many queries as keys). Only the reference allocates T x T.
+    """Computes causal self-attention over whole sequences (as many queries as keys). Only the reference allocates T x
+    T.
 
     q: (B, T, H, D). k, v: (B, T, K, D), in q's dtype. Any strides; channels that are not contiguous are copied.
-    window: number of keys that a token attends to, itself included; None = all. spans: (B, T, 3) int32 of `row_spans`, for
-    packed documents and padding; None = neither. Scores are scaled, then softcapped; the softmax is in fp32. A query without
-    a visible key (padding) gets zeros. backend: None = by device and need (`attention_backend`).
+    window: number of keys that a token attends to, itself included; None = all. spans: (B, T, 3) int32 of `row_spans`,
+    for
+    packed documents and padding; None = neither. Scores are scaled, then softcapped; the softmax is in fp32. A query
+    without a visible key (padding) gets zeros. backend: None = by device and need (`attention_backend`).
     Returns (B, T, H, D) in q's dtype. Gradients: q, k, v; deterministic, without atomic adds.
     Raises ValueError for shapes that do not match, a window below 1, and options that the named backend cannot compute.
     """
@@ -96,7 +98,7 @@ def attention(  # noqa: PLR0913
         raise ValueError(f"attention needs q (B, T, H, D) and k, v (B, T, K, D) with H a multiple of K; got {found}")
     if window is not None and window < 1:
         raise ValueError(f"the window must be at least 1, as it counts the token itself; got {window}")
-    if backend is None and backend_for(q_BTHD) == "triton":
+    if backend is None and backend_for(q_BTHD, op=ATTENTION) == "triton":
         backend = attention_backend(tokens, window, softcap, spans_BT3 is not None, q_BTHD.dtype)
     if backend == "sdpa":
         if not _is_plain(tokens, window, softcap, spans_BT3 is not None):

@@ -5,8 +5,9 @@ spans_BT3 (int32):
     [..., 1] last    the last query that attends to key s, -1 for padding
     [..., 2] clear   the first key from which on query t attends to every key up to itself; t + 1 if not even to itself
 Key s is visible to query t where first[t] <= s <= t <= last[s]. For documents `first` and `last` are redundant; padding
-between tokens is in `last` only. `first` and `clear` never decrease along a sequence; the kernels use them to skip blocks
-without visible keys and to skip the mask in blocks where every key is visible. Computed on the device without a host sync.
+between tokens is in `last` only. `first` and `clear` never decrease along a sequence; the kernels use them to skip
+blocks without visible keys and to skip the mask in blocks where every key is visible. Computed on the device without a
+host sync.
 """
 
 import torch
@@ -20,10 +21,10 @@ def row_spans(
 ) -> torch.Tensor | None:
     """Spans of a batch; None (plain causal attention) if none of the three inputs is given.
 
-    rows: (B, T, device). attention_mask: (B, T), zero = padding, at any position. position_ids: (B or 1, T). Without a mask a
-    document starts where a position is not the last one plus one, as transformers reads packed sequences. With a mask, where
-    a position is not larger than that of the last real token. document_starts: offsets into the B * T tokens
-    (`cu_seq_lens_q`). Returns (B, T, 3) int32.
+    rows: (B, T, device). attention_mask: (B, T), zero = padding, at any position. position_ids: (B or 1, T). Without a
+    mask a document starts where a position is not the last one plus one, as transformers reads packed sequences. With a
+    mask, where a position is not larger than that of the last real token. document_starts: offsets into the B * T
+    tokens (`cu_seq_lens_q`). Returns (B, T, 3) int32.
     """
     if attention_mask_BT is None and position_ids_BT is None and document_starts_N is None:
         return None
@@ -50,7 +51,8 @@ def row_spans(
 
 
 def document_starts(position_ids_BT: torch.Tensor, real_BT: torch.Tensor | None) -> torch.Tensor:
-    """(B, T) bool: where a document starts, except the first of each sequence. real: False = padding; None = no mask given."""
+    """Returns (B, T) bool: where a document starts, except the first of each sequence. real: False = padding; None = no
+    mask given."""
     before = position_ids_BT.roll(1, 1)
     if real_BT is None:
         starts = position_ids_BT != before + 1
@@ -64,7 +66,8 @@ def document_starts(position_ids_BT: torch.Tensor, real_BT: torch.Tensor | None)
 
 
 def visible_keys(tokens: int, window: int | None, spans_BT3: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    """The dense mask (B or 1, T, T), True = visible: causal, within the window (which counts the token itself) and the spans."""
+    """Returns the dense mask (B or 1, T, T), True = visible: causal, within the window (which counts the token itself)
+    and the spans."""
     query, key = torch.arange(tokens, device=device)[:, None], torch.arange(tokens, device=device)
     visible = key <= query
     if window is not None:

@@ -1,7 +1,8 @@
 """Fuses act(gate) * up into one pass, forward and backward; the backward recomputes the activation from gate and up.
 
-Memory traffic: the forward reads gate and up and writes the output; the backward reads gate, up and the output's gradient and
-writes the gradients of both. gate and up may be the two halves of one buffer: strided rows, contiguous channels.
+Memory traffic: the forward reads gate and up and writes the output; the backward reads gate, up and the output's
+gradient and writes the gradients of both. gate and up may be the two halves of one buffer: strided rows, contiguous
+channels.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def _tanh(x):
 
 @triton.jit
 def activate(g, CODE: tl.constexpr):
-    """(act(g), act'(g)) in fp32."""
+    """Returns (act(g), act'(g)) in fp32."""
     if CODE == 0:
         s = tl.sigmoid(g)
         return g * s, s * (1.0 + g * (1.0 - s))
@@ -80,7 +81,8 @@ def _grid(rows: int, width: int) -> tuple[tuple[int, int], dict[str, int]]:
 
 
 def glu_fwd(gate_NF: torch.Tensor, up_NF: torch.Tensor, activation: str) -> torch.Tensor:
-    """act(gate) * up (N, F). Channels must be contiguous. Launches at most 65535 rows at a time (the limit of a grid axis)."""
+    """Computes act(gate) * up (N, F). Channels must be contiguous. Launches at most 65535 rows at a time (the limit of
+    a grid axis)."""
     rows, width = gate_NF.shape
     out = torch.empty(rows, width, device=gate_NF.device, dtype=gate_NF.dtype)
     grid, meta = _grid(rows, width)
@@ -104,8 +106,8 @@ def glu_bwd(
 ) -> None:
     """Writes the gradients of gate and up into `into`, and the recomputed act(gate) * up into `out` if given.
 
-    Channels must be contiguous. In place is allowed, for buffers that the caller allocated: `into` may be gate and up, `out`
-    may be d.
+    Channels must be contiguous. In place is allowed, for buffers that the caller allocated: `into` may be gate and up,
+    `out` may be d.
     """
     rows, width = gate_NF.shape
     grid, meta = _grid(rows, width)

@@ -1,4 +1,4 @@
-"""Embedding lookup in a table that stays in CPU memory: the GPU reads the rows over PCIe by itself."""
+"""Embedding lookup in a table in pinned CPU memory: the GPU kernel reads the rows over PCIe (zero-copy)."""
 
 import torch
 
@@ -10,9 +10,10 @@ __all__ = ["host_rows"]
 def host_rows(table_VE: torch.Tensor, ids: torch.Tensor, backend: Backend | None = None) -> torch.Tensor:
     """Gathers `table_VE[ids]` onto the device of ids, without a gradient.
 
-    table: (V, E) contiguous, in CPU memory; pinned if ids are on a GPU, which then reads only those rows, in stream order and
-    without a host sync. ids: integers of any shape; an id outside of the table gives a row of NaN on a GPU and torch's
-    IndexError on a CPU. Returns (*ids.shape, E) in the table's dtype. Raises ValueError for a table that the GPU cannot read.
+    table: (V, E) contiguous, in CPU memory; pinned if ids are on a GPU, which then reads only those rows, in stream
+    order and without a host sync. ids: integers of any shape; an id outside of the table gives a row of NaN on a GPU
+    and torch's IndexError on a CPU. Returns (*ids.shape, E) in the table's dtype. Raises ValueError for a table that
+    the GPU cannot read.
     """
     if backend_for(ids, backend) == "triton":
         if table_VE.is_cuda or not table_VE.is_contiguous() or (ids.is_cuda and not table_VE.is_pinned()):

@@ -77,13 +77,15 @@ def linear_cross_entropy(
     """Scores the label of every token, chunk by chunk; for per-token losses, RL, and evaluation.
 
     hidden_NE: (N, E). weight_VE: (V, E). labels_N: (N,) int64, in [0, V) or config.ignore_index. bias_V: (V,).
-    All on one device. Weight, bias and LoRA are cast to hidden's dtype for the matmuls; their gradients are summed over chunks
-    in fp32 and returned in their own dtypes. Gradients: hidden, weight, bias, lora.a, lora.b; differentiable once. If anything
-    but hidden trains, the backward recomputes all logits; `linear_cross_entropy_loss` does not.
-    Peak extra memory: the logits of a chunk (`ScoreConfig.chunk`) in hidden's dtype, in plain torch several fp32 copies of
-    them; if the weight trains, its fp32 gradient (V, E) and logits of the same size.
-    Raises ValueError for an unknown score name, IndexError for a label outside of the vocabulary (on a GPU, where the check
-    would be a host sync, the scores of that token are NaN instead).
+    All on one device. Weight, bias and LoRA are cast to hidden's dtype for the matmuls; their gradients are summed
+    over chunks in fp32 and returned in their own dtypes. Gradients: hidden, weight, bias, lora.a, lora.b;
+    differentiable once. If anything but hidden trains, the backward recomputes all logits; `linear_cross_entropy_loss`
+    does not.
+
+    Peak extra memory: the logits of a chunk (`ScoreConfig.chunk`) in hidden's dtype, in plain torch several
+    fp32 copies of them; if the weight trains, its fp32 gradient (V, E) and logits of the same size.
+    Raises ValueError for an unknown score name, IndexError for a label outside of the vocabulary (on a GPU, where the
+    check would be a host sync, the scores of that token are NaN instead).
     """
     unknown = config.want - OPTIONAL_SCORES
     if unknown:
@@ -107,15 +109,18 @@ def linear_cross_entropy_loss(
     lora: LoraHead | None = None,
     backend: Backend | None = None,
 ) -> torch.Tensor:
-    """The training loss: `linear_cross_entropy(...).loss.sum() / denominator`, an fp32 scalar; no logit is computed twice.
+    """Computes the training loss `linear_cross_entropy(...).loss.sum() / denominator`, an fp32 scalar, and each logit
+    only once.
 
-    Arguments, dtypes and errors as there. denominator: a number, or a one-element tensor on any device, read without a host
+    Arguments, dtypes and errors as there. denominator: a number, or a one-element tensor on any device, read without a
+    host
     sync and without gradient; None = the number of labels that are not ignored (if there is none, the loss is NaN as
     torch's, and its gradients are zero). `config.want` is not used.
-    The forward computes every gradient for an upstream gradient of 1, and the backward scales them; it can run any number of
-    times. Without grad mode no gradient is computed.
-    Peak extra memory, in the forward: the logits of a chunk and the gradient of hidden, in hidden's dtype; if the weight
-    trains, its fp32 gradient (V, E), and logits of that size instead of a chunk's. The gradients live until the backward.
+    The forward computes every gradient for an upstream gradient of 1, and the backward scales them; it can run any
+    number of times. Without grad mode no gradient is computed.
+    Peak extra memory, in the forward: the logits of a chunk and the gradient of hidden, in hidden's dtype; if the
+    weight trains, its fp32 gradient (V, E), and logits of that size instead of a chunk's. The gradients live until the
+    backward.
     """
     score_rows, kept = _backend(hidden_NE, weight_VE, labels_N, config, backend)
     arguments = _arguments(hidden_NE, weight_VE, labels_N, bias_V, lora, kept)
@@ -128,7 +133,8 @@ def linear_cross_entropy_loss(
 def _backend(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, config: ScoreConfig, backend: Backend | None
 ) -> tuple[ScoreRows, torch.Tensor | None]:
-    """(the backend's `ScoreRows`, indices of the labels that are not ignored: in plain torch only those tokens are computed)."""
+    """Returns (the backend's `ScoreRows`, indices of the labels that are not ignored: in plain torch only those tokens
+    are computed)."""
     if backend_for(hidden, backend) == "triton":
         from hasten.ops.linear_cross_entropy import kernel
 
@@ -144,7 +150,7 @@ def _arguments(
     lora: LoraHead | None,
     kept: torch.Tensor | None,
 ) -> tuple[Any, ...]:
-    """`function.Operands` and the labels, in order."""
+    """Returns the fields of `function.Operands` and the labels, in order."""
     if kept is not None:
         hidden, labels = hidden[kept], labels[kept]
     a, b, scale = (None, None, 0.0) if lora is None else (lora.a_RE, lora.b_VR, lora.scale)
@@ -152,9 +158,9 @@ def _arguments(
 
 
 def score_logits(raw_NV: torch.Tensor, labels_N: torch.Tensor, config: ScoreConfig) -> TokenScores:
-    """The same scores from given raw logits (N, V), through plain autograd.
+    """Computes the same scores from given raw logits (N, V), through plain autograd.
 
-    For heads that only their own module can run. The caller bounds the memory by passing few tokens at a time.
+    For heads that must run their own module. The caller bounds the memory by passing few tokens at a time.
     """
     scores: Any = reference.score_logits(raw_NV, labels_N, config)
     return TokenScores(*scores)

@@ -1,10 +1,12 @@
 """The loop of the fused head over chunks of tokens, and the two autograd Functions that run it, for both backends.
 
-Per chunk: one matmul writes the logits, the backend's `score_rows` turns them into scores and overwrites them with their
-gradient, and matmuls turn that into the gradients of the operands.
-- `LossFunction` computes every gradient in its forward, for an upstream gradient of 1, and its backward only scales them. So
+Per chunk: one matmul writes the logits, the backend's `score_rows` turns them into scores and overwrites them with
+their gradient, and matmuls turn that into the gradients of the operands.
+- `LossFunction` computes every gradient in its forward, for an upstream gradient of 1, and its backward only scales
+them. So
   logits are computed once.
-- `ScoreTokensFunction` has one unknown upstream gradient per token. If only the hidden states need a gradient, it does the
+- `ScoreTokensFunction` has one unknown upstream gradient per token. If only the hidden states need a gradient, it does
+the
   same, with one factor per token; otherwise its backward recomputes the logits.
 """
 
@@ -33,7 +35,8 @@ class Upstream(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """hidden (N, E), weight (V, E), bias (V,), LoRA's a (R, E), b (V, R) and scale; the first five may require gradients."""
+    """hidden (N, E), weight (V, E), bias (V,), LoRA's a (R, E), b (V, R) and scale; the first five may require
+    gradients."""
 
     hidden: torch.Tensor
     weight: torch.Tensor
@@ -54,17 +57,18 @@ class ScoreRows(Protocol):
     ) -> torch.Tensor | None:
         """Scores one chunk of raw logits.
 
-        scores: (6, N), filled in the order of SCORES if given. upstream: if given, returns the gradient of raw (N, V), which
-        may overwrite raw.
+        scores: (6, N), filled in the order of SCORES if given. upstream: if given, returns the gradient of raw (N, V),
+        which may overwrite raw.
         """
         ...
 
 
 def tokens_at_once(config: ScoreConfig, hidden_NE: torch.Tensor, weight_trains: bool) -> int:
-    """Tokens per chunk: `config.chunk`; if the weight trains, at least as many as make the logits as large as its fp32 gradient.
+    """Returns the tokens per chunk: `config.chunk`; if the weight trains, at least as many as make the logits as large
+    as its fp32 gradient.
 
-    Every chunk reads and writes that gradient once, so few and large chunks are faster: at this size that traffic takes a
-    tenth of the matmul's time on an H200, and the logits take no more memory than the gradient.
+    Every chunk reads and writes that gradient once, so few and large chunks are faster: at this size that traffic
+    takes a tenth of the matmul's time on an H200, and the logits take no more memory than the gradient.
     """
     return max(config.chunk, 4 * hidden_NE.shape[1] // hidden_NE.element_size()) if weight_trains else config.chunk
 
@@ -80,7 +84,8 @@ def score_chunks(
 ) -> Gradients:
     """Fills `scores` if given; with `upstream` returns the gradients of the first five operands.
 
-    The gradient of hidden is in its dtype, the others, summed over chunks, in fp32. needs: which of them to compute.
+    The gradient of hidden is in hidden's dtype, the others, summed over chunks, in fp32. needs: which of them to
+    compute.
     """
     hidden, scale = head.hidden, head.scale
     weight, bias, a, b = (None if t is None else t.to(hidden.dtype) for t in head[1:5])
@@ -90,7 +95,7 @@ def score_chunks(
     count, words = hidden.shape[0], weight.shape[0]
     size = min(tokens_at_once(config, hidden, needs[1] and upstream is not None), max(count, 1))
     # On a GPU rows are padded to 16 bytes, so that cuBLAS runs at full speed with a vocabulary of any size. On a CPU torch's
-    # bf16 matmul (oneDNN) reads past the end of such rows, and NaN in memory that nobody wrote would reach the gradients.
+    # bf16 matmul (oneDNN) reads past the end of such rows, and NaN in uninitialised memory would reach the gradients.
     logits = hidden.new_empty(size, -(-words // 8) * 8 if hidden.is_cuda else words)[:, :words]
     for start in range(
         0, max(count, 1), size
@@ -127,7 +132,8 @@ def score_chunks(
 
 
 def _scaled(unit: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """unit * factor in `dtype`, multiplied in at least fp32 and rounded once. factor: fp32; at least 1-d, else torch rounds it."""
+    """Returns unit * factor in `dtype`, multiplied in at least fp32 and rounded once. factor: fp32; at least 1-d, else
+    torch rounds it."""
     return torch.mul(unit, factor, out=torch.empty_like(unit, dtype=dtype))
 
 
@@ -136,7 +142,8 @@ def _empty_scores(hidden: torch.Tensor) -> torch.Tensor:
 
 
 class ScoreTokensFunction(torch.autograd.Function):
-    """Per-token scores. Saves its inputs; if only the hidden states need a gradient, also theirs for an upstream gradient of 1."""
+    """Per-token scores. Saves its inputs; if only the hidden states need a gradient, also theirs for an upstream
+    gradient of 1."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Any:
@@ -171,7 +178,8 @@ class ScoreTokensFunction(torch.autograd.Function):
 
 
 class LossFunction(torch.autograd.Function):
-    """sum of the tokens' losses / denominator. Saves the gradients of the sum: hidden's in its dtype, the others in fp32."""
+    """sum of the tokens' losses / denominator. Saves the gradients of the sum: hidden's in its dtype, the others in
+    fp32."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> torch.Tensor:

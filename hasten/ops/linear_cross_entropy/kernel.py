@@ -1,8 +1,9 @@
 """Fuses softmax, scores and the gradient of the logits into one kernel. No host sync.
 
-One program takes the logits of one token (a row): it reads them once for the scores and a second time for the gradient, which
-overwrites them. Online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867): each thread keeps the running maximum and sums
-of its own columns, eight neighbouring ones at a time, and they are reduced once, at the end of the row.
+One program takes the logits of one token (a row): it reads them once for the scores and a second time for the
+gradient, which overwrites them. Online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867): each thread keeps the
+running maximum and sums of its own columns, eight neighbouring ones at a time, and they are reduced once, at the end of
+the row.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ LAUNCHES = (
     Launch(8192, 16), Launch(8192, 32), Launch(8192, 8), Launch(4096, 16), Launch(4096, 8), Launch(16384, 16),
     Launch(16384, 32),
 )  # fmt: skip
-"""The first one runs; `python -m benchmarks.head_speed` times them all."""
+"""Launches to choose from: the first one is used; `python -m benchmarks.tune head` times all."""
 
 
 @triton.jit
-def _squash(raw, inner, outer, slope, SOFTCAP: tl.constexpr):
-    """(z, dz/draw) of a raw logit."""
+def _softcapped(raw, inner, outer, slope, SOFTCAP: tl.constexpr):
+    """Returns (z, dz/draw) of a raw logit."""
     if SOFTCAP:
         t = 2.0 * tl.sigmoid(2.0 * inner * raw) - 1.0  # tanh
         return t * outer, (1.0 - t * t) * slope
@@ -79,7 +80,7 @@ def _score_rows(
     for start in range(0, V, BLOCK):
         mask = start + cols < V
         raw = tl.load(base + start + cols, mask=mask, other=0.0).to(tl.float32)
-        z, _ = _squash(raw, inner, outer, slope, SOFTCAP)
+        z, _ = _softcapped(raw, inner, outer, slope, SOFTCAP)
         if MEAN:
             plain += tl.sum(tl.where(mask, z, 0.0), axis=1)
         z = tl.where(mask, z, -float("inf"))
@@ -105,7 +106,7 @@ def _score_rows(
         entropy = log_sum - tl.sum((weighted + total * (top - highest)) * shrink, axis=0) / sum_exp
     tl.debug_barrier()  # the label's logit must be read before another warp overwrites it with its gradient
     if SCORES:
-        z_label, _ = _squash(raw_label, inner, outer, slope, SOFTCAP)
+        z_label, _ = _softcapped(raw_label, inner, outer, slope, SOFTCAP)
         log_prob = (z_label - highest) - log_sum
         loss = -log_prob
         if MEAN:
@@ -138,7 +139,7 @@ def _score_rows(
         for start in range(0, V, BLOCK):
             mask = start + cols < V
             raw = tl.load(base + start + cols, mask=mask, other=0.0).to(tl.float32)
-            z, dz = _squash(raw, inner, outer, slope, SOFTCAP)
+            z, dz = _softcapped(raw, inner, outer, slope, SOFTCAP)
             e = tl.exp(z - highest)
             d = factor * e - spread
             if HAS_ENTROPY:
@@ -155,7 +156,7 @@ def score_rows(
     upstream: Upstream | None,
     launch: Launch = LAUNCHES[0],
 ) -> torch.Tensor | None:
-    """As `function.ScoreRows`; the gradient overwrites raw. raw: contiguous columns, any row stride."""
+    """Implements `function.ScoreRows`; the gradient overwrites raw. raw: contiguous columns, any row stride."""
     d_loss, d_log_prob, d_entropy = upstream if upstream is not None else Upstream()
     rows, words = raw_NV.shape
     scored = scores is not None

@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from hasten.ops.linear_cross_entropy import ScoreConfig
 
 
-def labelled(labels_N: torch.Tensor, config: ScoreConfig, words: int) -> torch.Tensor:
-    """Indices of the tokens whose label is not ignored. Raises IndexError for a label outside of the vocabulary."""
+def labelled(labels_N: torch.Tensor, config: ScoreConfig, vocabulary: int) -> torch.Tensor:
+    """Returns the indices of the tokens whose label is not ignored. Raises IndexError for a label outside of the
+    vocabulary."""
     kept = (labels_N != config.ignore_index).nonzero().squeeze(1)
     labels = labels_N[kept]
-    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < words:
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < vocabulary:
         raise IndexError(
-            f"labels run from {int(labels.min())} to {int(labels.max())}, but the vocabulary has {words} tokens"
+            f"labels run from {int(labels.min())} to {int(labels.max())}, but the vocabulary has {vocabulary} tokens"
         )
     return kept
 
@@ -31,7 +32,7 @@ def score_rows(
     scores: torch.Tensor | None,
     upstream: Upstream | None,
 ) -> torch.Tensor | None:
-    """As `function.ScoreRows`, without ignored labels; fills only the scores that `config.want` names."""
+    """Implements `function.ScoreRows`, without ignored labels; fills only the scores that `config.want` names."""
     z, squashed = _logits(raw_NV, config)
     log_p = z.log_softmax(-1)
     if scores is not None:
@@ -53,7 +54,7 @@ def score_logits(raw_NV: torch.Tensor, labels_N: torch.Tensor, config: ScoreConf
 
 
 def _logits(raw: torch.Tensor, config: ScoreConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(z, the tanh of the softcap or None), the latter for the derivative."""
+    """Returns (z, the tanh of the softcap or None), the latter for the derivative."""
     scaled = at_least_fp32(raw) * config.logit_scale
     if config.softcap is None:
         return scaled / config.temperature, None
@@ -79,7 +80,8 @@ def _scores(z: torch.Tensor, log_p: torch.Tensor, labels: torch.Tensor, config: 
 
 
 def _logit_gradient(log_p: torch.Tensor, labels: torch.Tensor, upstream: Upstream, config: ScoreConfig) -> torch.Tensor:
-    """dLoss/dz of one chunk: d log_prob = onehot - p;  d entropy = -p (log p + entropy);  d loss from both terms."""
+    """Computes dLoss/dz of one chunk: d log_prob = onehot - p;  d entropy = -p (log p + entropy);  d loss from both
+    terms."""
     d_loss, d_log_prob, d_entropy = upstream
     p = log_p.exp()
     grad = torch.zeros_like(p)

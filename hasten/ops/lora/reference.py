@@ -32,7 +32,8 @@ def lora_qkv(
 
 
 class WeightMatmulFunction(torch.autograd.Function):
-    """x @ W.T by the weight's own matmul; the gradient of x by its `matmul_t`. stored: W's tensor where it trains."""
+    """Computes x @ W.T by the weight's own matmul; the gradient of x by its `matmul_t`. stored: W's tensor where it
+    trains."""
 
     @staticmethod
     def forward(ctx: Any, x_NE: torch.Tensor, stored: torch.Tensor | None, weight: Weight) -> torch.Tensor:
@@ -49,7 +50,7 @@ class WeightMatmulFunction(torch.autograd.Function):
 
 
 def _base_linear(x: torch.Tensor, linear: LoraLinear) -> torch.Tensor:
-    """x @ W.T + bias."""
+    """Computes x @ W.T + bias."""
     weight = linear.weight
     if not weight.overrides_matmul:
         return torch.nn.functional.linear(x, weight.dense(x.dtype), linear.bias)

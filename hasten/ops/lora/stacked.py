@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 
 
 def matmul_fp32(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """left @ right in `dtype`. An fp32 result of 16-bit inputs is never rounded to 16 bits on the way."""
+    """Computes left @ right in `dtype`. An fp32 result of 16-bit inputs is never rounded to 16 bits on the way."""
     if left.is_cuda and left.dtype != torch.float32 and dtype == torch.float32:
         return torch.mm(left, right, out_dtype=torch.float32)
     return (left @ right).to(dtype)
 
 
 def parameters(linears: Sequence[LoraLinear]) -> list[torch.Tensor | None]:
-    """The tensors that autograd must see, four per linear: A, B, and the weight and bias where they train."""
+    """Returns the tensors that autograd must see, four per linear: A, B, and the weight and bias where they train."""
     return [t for one in linears for t in (one.a, one.b, one.trained_weight, one.trained_bias)]
 
 
 def versions(linears: Sequence[LoraLinear]) -> tuple[int, ...]:
-    """Autograd's version counters of the tensors that a backward reads again: A, B and stored weights."""
+    """Returns autograd's version counters of the tensors that a backward reads again: A, B and stored weights."""
     read = [t for one in linears for t in (one.a, one.b, one.weight.stored) if t is not None]
     return tuple(t._version for t in read if not t.is_inference())
 
@@ -56,17 +56,17 @@ class Adapters:
 
 
 def widths(linears: Sequence[LoraLinear]) -> list[int]:
-    """Output channels of each linear."""
+    """Returns the output channels of each linear."""
     return [one.weight.shape[0] for one in linears]
 
 
 def ranks(linears: Sequence[LoraLinear]) -> list[int]:
-    """Rank of each linear's LoRA, 0 without one."""
+    """Returns the rank of each linear's LoRA, 0 without one."""
     return [0 if one.a is None else one.a.shape[0] for one in linears]
 
 
 def blocks_of(linears: Sequence[LoraLinear]) -> list[tuple[slice, slice]]:
-    """(ranks, output channels) of each linear in the stacked (R, O) matrix."""
+    """Returns (ranks, output channels) of each linear in the stacked (R, O) matrix."""
     found, row, column = [], 0, 0
     for rank, width in zip(ranks(linears), widths(linears), strict=True):
         found.append((slice(row, row + rank), slice(column, column + width)))
@@ -94,7 +94,7 @@ def matmul(
     add_to: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x @ [W_1; W_2; ...].T (N, O), plus `add_to` (N, O) if given. out: where to write; it may be `add_to`."""
+    """Computes x @ [W_1; W_2; ...].T (N, O), plus `add_to` (N, O) if given. out: where to write; it may be `add_to`."""
     if len(linears) == 1:
         return linears[0].weight.matmul(x_NE, add_to, out)
     if not any(one.weight.overrides_matmul for one in linears):
@@ -113,7 +113,7 @@ def matmul_t(
     add_to: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """dy @ [W_1; W_2; ...] (N, E), plus `add_to` (N, E) if given. out: where to write; it may be `add_to`."""
+    """Computes dy @ [W_1; W_2; ...] (N, E), plus `add_to` (N, E) if given. out: where to write; it may be `add_to`."""
     if len(linears) == 1:
         return linears[0].weight.matmul_t(dy_NO, add_to, out)
     if not any(one.weight.overrides_matmul for one in linears):
@@ -127,7 +127,7 @@ def matmul_t(
 
 
 def weight_of(linears: Sequence[LoraLinear], dtype: torch.dtype) -> torch.Tensor:
-    """[W_1; W_2; ...] in `dtype`: a view where the weights are packed in one buffer, else a new buffer."""
+    """Returns [W_1; W_2; ...] in `dtype`: a view where the weights are packed in one buffer, else a new buffer."""
     if len(linears) == 1:
         return linears[0].weight.dense(dtype)
     view = stacked_view([one.weight.stored for one in linears])
@@ -141,7 +141,7 @@ def weight_of(linears: Sequence[LoraLinear], dtype: torch.dtype) -> torch.Tensor
 
 
 def stacked_view(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    """One view over matrices of one dtype that follow each other in one storage (packed), or None."""
+    """Returns one view over matrices of one dtype that follow each other in one storage (packed), or None."""
     first, end = tensors[0], None
     if first is None:
         return None
@@ -177,7 +177,7 @@ def parameter_gradients(
     d_xa: torch.Tensor | None,
     d_bs: Sequence[torch.Tensor],
 ) -> list[Any]:
-    """The gradients of `parameters(linears)`, summed over tokens in fp32, each in its parameter's dtype.
+    """Computes the gradients of `parameters(linears)`, summed over tokens in fp32, each in its parameter's dtype.
 
     x: the linears' input, or None where neither a LoRA nor a weight trains. d_xa: gradient of x @ A.T (N, R).
     d_bs: for each linear the (O_i, R_i) gradient of scale * B.

@@ -17,7 +17,7 @@ import torch
 
 
 def mm(left: torch.Tensor, right: torch.Tensor, add_to: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
-    """left @ right, plus `add_to` if given, in one cuBLAS call. out: where to write; it may be `add_to`."""
+    """Computes left @ right, plus `add_to` if given, in one cuBLAS call. out: where to write; it may be `add_to`."""
     if add_to is None:
         return torch.mm(left, right, out=out)
     if out is add_to:
@@ -26,12 +26,13 @@ def mm(left: torch.Tensor, right: torch.Tensor, add_to: torch.Tensor | None, out
 
 
 class Weight(ABC):
-    """The matrix W of a Linear. A storage format implements `shape`, `device` and `dense`, and, if it can, faster matmuls.
+    """The matrix W of a Linear. A storage format implements `shape`, `device` and `dense`, and, if it can, faster
+    matmuls.
 
     stored: the tensor itself where W is stored as a plain matrix, else None. Only that tensor can train, be changed in
     place, or be packed with others into one buffer.
     overrides_matmul: whether this format multiplies without a dense copy of W (FP8 tensor cores, a fused int4 kernel).
-    Then the ops call `matmul` and `matmul_t` of this weight by itself. False: linears that read one input are stacked
+    Then the ops call `matmul` and `matmul_t` of each weight separately. False: linears that read one input are stacked
     into one dense matrix, for one large matmul.
     """
 
@@ -50,7 +51,7 @@ class Weight(ABC):
 
     @abstractmethod
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """W (O, E) in `dtype`: a dequantised copy, or the stored tensor itself if it has that dtype."""
+        """Returns W (O, E) in `dtype`: a dequantised copy, or the stored tensor itself if it has that dtype."""
 
     def write(self, out: torch.Tensor) -> None:
         """Writes W into `out` (O, E), in out's dtype. out: contiguous channels, possibly part of a larger buffer."""
@@ -59,21 +60,23 @@ class Weight(ABC):
     def matmul(
         self, x_NE: torch.Tensor, add_to: torch.Tensor | None = None, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """x @ W.T (N, O) in x's dtype, plus `add_to` if given, inside the matmul.
+        """Computes x @ W.T (N, O) in x's dtype, plus `add_to` if given, inside the matmul.
 
         x: contiguous channels; its rows may be slices of a wider buffer.
-        add_to: (N, O); a bias comes expanded (row stride 0). out: where to write, (N, O) with contiguous channels; it may be `add_to`.
+        add_to: (N, O); a bias comes expanded (row stride 0). out: where to write, (N, O) with contiguous channels; it
+        may be `add_to`.
         """
         return mm(x_NE, self.dense(x_NE.dtype).T, add_to, out)
 
     def matmul_t(
         self, dy_NO: torch.Tensor, add_to: torch.Tensor | None = None, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """dy @ W (N, E) in dy's dtype, plus `add_to` if given, inside the matmul. add_to, out: as in `matmul`."""
+        """Computes dy @ W (N, E) in dy's dtype, plus `add_to` if given, inside the matmul. add_to, out: as in
+        `matmul`."""
         return mm(dy_NO, self.dense(dy_NO.dtype), add_to, out)
 
     def matvec(self, x_E: torch.Tensor) -> torch.Tensor:
-        """W @ x (O,) in x's dtype."""
+        """Computes W @ x (O,) in x's dtype."""
         return self.matmul(x_E[None])[0]
 
 

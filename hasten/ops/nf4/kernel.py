@@ -1,7 +1,7 @@
 """Dequantises NF4 to bf16 in one pass, double quantisation included: reads half a byte per element, writes two.
 
-A thread reads one 32-bit word of eight codes and writes eight neighbouring values: 16 bytes in 16 bits, coalesced with its
-neighbours. Scales are looked up once per word. There is no division.
+A thread reads one 32-bit word of eight codes and writes eight neighbouring values: 16 bytes in 16 bits, coalesced with
+its neighbours. Scales are looked up once per word. There is no division.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Launch:
 
 
 LAUNCHES = (Launch(512, 4), Launch(1024, 8))
-"""The first one runs; `python -m benchmarks.nf4_speed` times them all."""
+"""Launches to choose from: the first one is used; `python -m benchmarks.tune nf4` times all."""
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def _dequantize(
 
 
 def _words(packed: torch.Tensor) -> torch.Tensor:
-    """The packed bytes as int32. Copies if their number or their address is not a multiple of four."""
+    """Returns the packed bytes as int32. Copies if their number or their address is not a multiple of four."""
     flat = packed.reshape(-1)
     if flat.numel() % 4 or flat.data_ptr() % 4:
         flat = F.pad(flat, (0, -flat.numel() % 4))
@@ -86,7 +86,8 @@ def dequantize_nf4(
 
 
 def _write(weight: NF4Weight, out: torch.Tensor, launch: Launch) -> None:
-    """Launches the kernel. out: any shape with the elements in order, whose rows begin with a new word and a new block."""
+    """Launches the kernel. out: any shape with the elements in order, whose rows begin with a new word and a new
+    block."""
     row_words = out.shape[1] // CODES_A_WORD
     parts = triton.cdiv(row_words, launch.words)
     with on_device(out):

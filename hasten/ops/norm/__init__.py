@@ -23,8 +23,8 @@ def norm(x: torch.Tensor, weight: torch.Tensor, config: NormConfig, backend: Bac
     """Normalises `x` over its last axis and scales it.
 
     x: (..., D), any floating dtype. weight: (D,), or (H, D) for one weight per head with x (..., H, D).
-    Returns x's shape; x's dtype, or the promotion of both dtypes where config.fp32_weight is False (as transformers does).
-    Gradients: x, weight. backend: None = by x's device.
+    Returns x's shape; x's dtype, or the promotion of both dtypes where config.fp32_weight is False (as transformers
+    does). Gradients: x, weight. backend: None = by x's device.
     """
     if backend_for(x, backend) == "triton":
         from hasten.ops.norm import kernel
@@ -69,10 +69,11 @@ def add_norm(
 
 @dataclass(frozen=True)
 class NormInput:
-    """The input of a norm. An op that consumes the norm's output saves this instead, and recomputes the output in its backward.
+    """The input of a norm. An op that consumes the norm's output saves this instead, and recomputes the output in its
+    backward.
 
-    The residual stream is saved anyway, so the norm's output takes no memory. x: (..., D), weight and config: as in `norm`;
-    both tensors detached.
+    The residual stream is saved anyway, so the norm's output takes no memory. x: (..., D), weight and config: as in
+    `norm`; both tensors detached.
     """
 
     x: torch.Tensor
@@ -80,6 +81,6 @@ class NormInput:
     config: NormConfig
 
     def recompute(self) -> torch.Tensor:
-        """The norm's output again, without gradient."""
+        """Recomputes the norm's output, without gradient."""
         with torch.no_grad():
             return norm(self.x, self.weight, self.config)

@@ -1,8 +1,8 @@
 """Fuses RMSNorm and LayerNorm into one pass, forward and backward. One program holds one row (N, D) in registers.
 
 Memory traffic: the forward reads x (and a residual) and writes y; the backward reads dy and x (and the gradient of the
-residual stream) and writes dx. Saved: x and one or two fp32 statistics per row. The weight's gradient, where it trains, is
-summed per program in fp32; a second, small pass adds the programs.
+residual stream) and writes dx. Saved: x and one or two fp32 statistics per row. The weight's gradient, where it
+trains, is summed per program in fp32; a second, small pass sums over the programs.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def _norm_bwd(
     TRAIN_W: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program p takes rows p, p + STEP, ...; STEP is a multiple of HEADS, so all of them have the weight of one head."""
+    """Computes dx and the weight's gradient. Program p takes rows p, p + STEP, ...; STEP is a multiple of HEADS, so
+    all of them have the weight of one head."""
     program = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < D
@@ -127,7 +128,8 @@ def _warps(block: int) -> int:
 def norm_fwd(
     x_ND: torch.Tensor, weight: torch.Tensor, config: NormConfig, base_ND: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(y, rstd, mean). Channels must be contiguous. base: a residual in y's dtype; y is rounded to that dtype, then added to it."""
+    """Returns (y, rstd, mean). Channels must be contiguous. base: a residual in y's dtype; y is rounded to that dtype,
+    then added to it."""
     rows, width = x_ND.shape
     dtype = x_ND.dtype if config.fp32_weight else torch.promote_types(x_ND.dtype, weight.dtype)
     y = torch.empty(rows, width, device=x_ND.device, dtype=dtype)
@@ -154,7 +156,8 @@ def norm_bwd(
     dsum_ND: torch.Tensor | None,
     train_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(dx, dw or None). dsum: the gradient that reaches x on the residual path, added to dx in the same pass."""
+    """Computes (dx, dw or None). dsum: the gradient that reaches x on the residual path, added to dx in the same
+    pass."""
     rows, width = x_ND.shape
     heads = weight.numel() // width
     dx = torch.empty(rows, width, device=x_ND.device, dtype=x_ND.dtype)
@@ -178,7 +181,7 @@ def norm_bwd(
 def _forward(
     ctx: Any, x: torch.Tensor, weight: torch.Tensor, config: NormConfig, base: torch.Tensor | None
 ) -> torch.Tensor:
-    """norm(x), plus `base` if given. Saves x, rstd and, for LayerNorm, the mean."""
+    """Computes norm(x), plus `base` if given. Saves x, rstd and, for LayerNorm, the mean."""
     flat = flat_rows(x)
     y, rstd, mean = norm_fwd(flat, weight.contiguous(), config, None if base is None else flat_rows(base))
     ctx.save_for_backward(flat, weight, rstd, mean)
@@ -198,7 +201,7 @@ class NormFunction(torch.autograd.Function):
 
 
 class NormWithResidualFunction(torch.autograd.Function):
-    """(norm(x), x); the norm's backward adds the two gradients of x."""
+    """Returns (norm(x), x); the norm's backward adds the two gradients of x."""
 
     @staticmethod
     def forward(
@@ -213,7 +216,7 @@ class NormWithResidualFunction(torch.autograd.Function):
 
 
 class AddNormFunction(torch.autograd.Function):
-    """residual + norm(x) in one pass; the gradient of the residual is the output's."""
+    """Computes residual + norm(x) in one pass; the gradient of the residual is the output's."""
 
     @staticmethod
     def forward(

@@ -1,8 +1,8 @@
 """Fuses the q/k norm and the rotary embedding of q and k into one launch, forward and backward.
 
 One program takes one token and a block of heads, of q or of k, and reads the token's cos and sin once per block.
-Memory traffic: the forward reads and writes q and k once; the backward reads the gradients (with a norm also q and k) and
-writes once.
+Memory traffic: the forward reads and writes q and k once; the backward reads the gradients (with a norm also q and k)
+and writes once.
 """
 
 from __future__ import annotations
@@ -58,8 +58,9 @@ def _store_pairs(base, x1, x2, row_mask, D, INTERLEAVED: tl.constexpr, HEADS: tl
 
 @triton.jit
 def _rotate(x1, x2, cos, sin, kind: tl.constexpr, ROUND: tl.constexpr):
-    """(x1 * cos + x2 * sin, x2 * cos - x1 * sin). ROUND: rounds each product to 16 bits, as torch does without
-    an fp32 cast. Launched with enable_fp_fusion=False then: a fused multiply-add would round once."""
+    """Computes (x1 * cos + x2 * sin, x2 * cos - x1 * sin). ROUND: rounds the result of each multiplication to 16 bits,
+    as torch does without an fp32 cast. Launched with enable_fp_fusion=False then: a fused multiply-add would round
+    once."""
     a1, a2, b1, b2 = x1 * cos, x2 * cos, x2 * sin, x1 * sin
     if ROUND:
         a1, a2 = a1.to(kind).to(tl.float32), a2.to(kind).to(tl.float32)
@@ -207,13 +208,15 @@ def _plan(q: torch.Tensor, k: torch.Tensor) -> tuple[tuple[int, int], dict[str, 
 
 
 def flat_tokens(x: torch.Tensor) -> torch.Tensor:
-    """(B, T, H, D) whose B and T strides fold into one token stride and whose channels are contiguous; copies if need be."""
+    """Returns x (B, T, H, D) with contiguous channels and with B and T strides that fold into one token stride; copies
+    if necessary."""
     foldable = x.stride(3) == 1 and (1 in x.shape[:2] or x.stride(0) == x.stride(1) * x.shape[1])
     return x if foldable else x.contiguous()
 
 
 def token_stride(x_BTHD: torch.Tensor) -> int:
-    """Elements from one token to the next, also across sequences. (The stride of an axis of length one is arbitrary.)"""
+    """Elements from one token to the next, also across sequences. (The stride of an axis of length one is
+    arbitrary.)"""
     return x_BTHD.stride(0) if x_BTHD.shape[1] == 1 else x_BTHD.stride(1)
 
 
@@ -223,7 +226,8 @@ def _table_stride(table: torch.Tensor) -> int:
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """interleaved: the layout of channel pairs. fp32: rotate in fp32. norm: the q/k norm, read only where it has weights."""
+    """interleaved: the layout of channel pairs. fp32: rotate in fp32. norm: the q/k norm, read only where it has
+    weights."""
 
     interleaved: bool
     fp32: bool
@@ -258,7 +262,8 @@ def qk_rope_bwd(  # noqa: PLR0917
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Writes the gradients of q and k into `out`; returns those of the norm's weights if `train`, else (None, None).
 
-    qk: the inputs of the forward, needed with a norm only. Each program stores its own fp32 weight gradient; torch sums them.
+    qk: the inputs of the forward, needed with a norm only. Each program stores its own fp32 weight gradient; torch
+    sums them.
     """
     dq, dk = d
     grid, meta, q_blocks = _plan(dq, dk)

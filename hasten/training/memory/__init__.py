@@ -1,1 +1,1 @@
-"""Memory of a training step: its prediction, a plan per layer (save, recompute, offload), and the policy that runs the plan."""
+"""Predicts the memory of a training step, plans what each layer saves, recomputes or offloads, and runs that plan."""

@@ -1,13 +1,14 @@
-"""What happens to a layer's saved activations between its forward and its backward."""
+"""Defines what happens to a layer's saved activations between its forward and its backward."""
 
 from enum import Enum
 
 
 class ActivationAction(Enum):
-    """Ordered from most device memory to least; docs/memory.md counts the bytes."""
+    """An action for a layer's saved activations, from most device memory to least; docs/memory.md counts the bytes."""
 
     SAVE_ALL = "save all"
-    """Every activation that the ops save stays on the device; only norms, RoPE and the MLP's activation are recomputed."""
+    """All activations that the ops save stay on the device; only norms, RoPE and the MLP's activation function are
+    recomputed."""
     RECOMPUTE_MLP = "recompute the MLP"
     """Attention's saved activations stay on the device; the MLP saves its input and is recomputed."""
     RECOMPUTE_MLP_OFFLOAD_REST = "recompute the MLP, offload the rest"

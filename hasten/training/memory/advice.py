@@ -1,4 +1,5 @@
-"""What a user can change to make a training step fit, and how many bytes each change saves by the formulas of `costs`."""
+"""Lists what a user can change to make a training step fit, and how many bytes each change saves by the formulas of
+`costs`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,8 @@ MIN_SAVING = 2**20
 
 @dataclass(frozen=True)
 class StepConfig:
-    """A training step as it is. batch: sequences. length: tokens per sequence. actions: one per layer. Others: see `costs.peak`."""
+    """The present configuration of a training step. batch: sequences. length: tokens per sequence. actions: one per
+    layer. Others: see `costs.peak`."""
 
     batch: int
     length: int
@@ -50,9 +52,9 @@ def savings(shape: ModelShape, config: StepConfig) -> list[Saving]:
 
 
 def advice(found: Sequence[Saving]) -> str:
-    """Formats savings for an error message. The gains do not add up: each is counted from the run as it is."""
+    """Formats savings for an error message. The gains do not add up: each is relative to the present run."""
     if not found:
-        return "No setting of hasten would lower the peak: use a smaller model or a larger GPU."
+        return "No setting of hasten lowers the peak further: use a smaller model or a larger GPU."
     return "\n".join(["Each of these changes alone would lower the peak:", *(f"  - {one}" for one in found)])
 
 
@@ -118,7 +120,7 @@ def _mapped(layer: LayerShape, change: Callable[[LinearShape], LinearShape]) -> 
 
 
 def _changed(shape: ModelShape, layers: Sequence[LayerShape]) -> ModelShape:
-    """`shape` with other layers, and its weights' bytes changed by the difference of their Linears."""
+    """Returns `shape` with other layers, and with its weights' bytes changed by the difference of their Linears."""
 
     def stored(of: Sequence[LayerShape]) -> int:
         return sum(one.stored + one.adapter for layer in of for one in layer.linears)

@@ -1,6 +1,8 @@
-"""Predicts the peak memory of a training step: saved activations, working memory of each phase, trained state. Bytes on one device.
+"""Predicts the peak memory of a training step: saved activations, working memory of each phase, trained state. Bytes on
+one device.
 
-Symbols as in `layer_costs`; L layers, V vocabulary size. Phases follow `ops.linear_cross_entropy.function` and torch's autograd.
+Symbols as in `layer_costs`; L layers, V vocabulary size. Phases follow `ops.linear_cross_entropy.function` and torch's
+autograd.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,7 +29,8 @@ __all__ = [
 
 Optimizer = Literal["adamw", "adamw_8bit", "paged"]
 WORKSPACE = 32 * 2**20
-"""cuBLAS's workspace, which torch takes from its own allocator (aten/src/ATen/cuda/CublasHandlePool.cpp, Hopper)."""
+"""Bytes of cuBLAS's workspace, which torch takes from its own allocator (aten/src/ATen/cuda/CublasHandlePool.cpp,
+Hopper)."""
 SCORES = 7
 """fp32 numbers per token in the fused loss: six scores, and the upstream gradient of one."""
 
@@ -36,8 +39,8 @@ SCORES = 7
 class Peak:
     """Bytes on the device in the phase of a step that allocates most. `total` is their sum.
 
-    when: that phase. optimizer: Adam's moments. layers: saved activations of all layers. working: what the phase needs besides.
-    host: pinned CPU memory, not part of `total`.
+    when: that phase. optimizer: Adam's moments. layers: saved activations of all layers. working: temporary memory of
+    the phase. host: pinned CPU memory, not part of `total`.
     """
 
     when: str
@@ -54,7 +57,8 @@ class Peak:
 
 
 _Phase = tuple[str, int, int, int]
-"""A phase of a step: its name, and bytes of gradients, of the saved activations of all layers, and of what it needs besides."""
+"""A phase of a step: its name, and bytes of gradients, of the saved activations of all layers, and of temporary
+memory."""
 
 
 class _LayerCosts(NamedTuple):
@@ -77,10 +81,11 @@ def peak(
 ) -> Peak:
     """Predicts torch.cuda.max_memory_allocated of one training step: forward under autocast, backward, optimizer step.
 
-    batch, length: sequences and tokens per sequence. actions: one per layer, or one for all. tile: tokens per tile of MLPs that
-    are recomputed; None = the whole batch. optimizer: "adamw" has two moments in each trained weight's dtype, "adamw_8bit"
-    bitsandbytes' 8-bit codes, "paged" moments in pages that move to the CPU when the device is full. accumulates: gradients of
-    earlier micro-batches are present from the start. Raises ValueError unless there is one action per layer.
+    batch, length: sequences and tokens per sequence. actions: one per layer, or one for all. tile: tokens per tile of
+    MLPs that are recomputed; None = the whole batch. optimizer: "adamw" has two moments in each trained weight's dtype,
+    "adamw_8bit" bitsandbytes' 8-bit codes, "paged" moments in pages that move to the CPU when the device is full.
+    accumulates: gradients of earlier micro-batches are present from the start. Raises ValueError unless there is one
+    action per layer.
     """
     plan = [actions] * len(shape.layers) if isinstance(actions, ActivationAction) else list(actions)
     if len(plan) != len(shape.layers):
@@ -99,7 +104,8 @@ def peak(
 def _layer_costs(
     shape: ModelShape, batch: int, length: int, plan: Sequence[ActivationAction], tile: int | None
 ) -> list[_LayerCosts]:
-    """Computed once for layers that are the same object: a planner asks for hundreds of peaks of the same few layers."""
+    """Computes the costs of every layer, once for layers that are the same object: a planner asks for hundreds of peaks
+    of the same few layers."""
     n, e = batch * length, shape.itemsize
     known: dict[tuple[int, ActivationAction], _LayerCosts] = {}
     for layer, action in zip(shape.layers, plan, strict=True):
@@ -114,7 +120,7 @@ def _layer_costs(
 
 def _forward_phases(shape: ModelShape, n: int, layers: Sequence[_LayerCosts], accumulates: bool) -> Iterator[_Phase]:
     gradients = shape.gradients if accumulates else 0
-    saved = outgoing = 0  # outgoing: what the previous layer offloads is still being copied
+    saved = outgoing = 0  # outgoing: activations of the previous layer are still being copied
     for index, layer in enumerate(layers):
         yield (f"forward of layer {index}", gradients, saved, layer.forward + outgoing)
         saved += layer.saved.device
@@ -140,8 +146,8 @@ def _backward_phases(shape: ModelShape, n: int, layers: Sequence[_LayerCosts], a
 
 
 def _fetched_ahead(layers: Sequence[_LayerCosts]) -> list[int]:
-    """For each layer's backward, the last layer first: bytes already fetched for the offloaded layer before it. The first
-    offloaded layer that is fetched starts this (`offload.OffloadedLayer`)."""
+    """Returns for each layer's backward, the last layer first, the bytes already fetched for the offloaded layer before
+    it. The first offloaded layer that is fetched starts this (`offload.OffloadedLayer`)."""
     before, last = [], 0
     for layer in layers:
         before.append(last)
@@ -154,25 +160,27 @@ def _fetched_ahead(layers: Sequence[_LayerCosts]) -> list[int]:
 
 
 def moments(shape: ModelShape, optimizer: Optimizer) -> int:
-    """Bytes of Adam's two moments on the device: in the weights' dtype, or 8-bit codes with one fp32 scale per 256."""
+    """Returns the bytes of Adam's two moments on the device: in the weights' dtype, or 8-bit codes with one fp32 scale
+    per 256."""
     eight_bit = round(shape.moment_numbers * 2 * (1 + FP32 / 256))
     return {"adamw": 2 * shape.gradients, "adamw_8bit": eight_bit, "paged": 0}[optimizer]
 
 
 def with_tile(actions: Sequence[ActivationAction], tile: int | None) -> tuple[ActivationAction, ...]:
-    """The actions once MLPs run in tiles: a layer that would save all activations recomputes its MLP."""
+    """Returns the actions once MLPs run in tiles: a layer that would save all activations recomputes its MLP."""
     return tuple(
         ActivationAction.RECOMPUTE_MLP if tile and one is ActivationAction.SAVE_ALL else one for one in actions
     )
 
 
 def _loss(shape: ModelShape, n: int) -> list[int]:
-    """Working memory of the loss at its last chunk, and where it scales the gradients: hidden states, their norm, their
-    gradient; a chunk's logits; of a trained head the gradient in fp32, then also the one in its own dtype."""
+    """Returns the working memory of the loss at its last chunk, and while it scales the gradients: hidden states, their
+    norm, their gradient; a chunk's logits; of a trained head the gradient in fp32, then also the one in its own
+    dtype."""
     e, weights = shape.itemsize, shape.vocabulary * shape.hidden
     hidden = n * shape.hidden * e
     trains = shape.head > 0
-    # As `function.tokens_at_once`.
+    # the formula of `function.tokens_at_once`
     chunk = min(max(ScoreConfig.chunk, 4 * shape.hidden // e) if trains else ScoreConfig.chunk, n)
     logits = chunk * -(-shape.vocabulary // 8) * 8 * e
     cast = weights * e if shape.head_itemsize != e else 0

@@ -1,8 +1,9 @@
-"""Bytes and FLOPs of one decoder layer: what each action saves for the backward, what runs need besides, what is recomputed.
+"""Computes bytes and FLOPs of one decoder layer: saved activations per action, working memory, recomputation.
 
-Symbols: N tokens of a step, T tokens per sequence, E hidden size, Q and K widths of queries and of keys (or values), F width of the
-MLP, R LoRA rank, e bytes of the compute dtype. docs/memory.md has the formulas in words. The order of allocations is that of
-`overlays.layer` and `ops.lora`; each `max` below runs over the points at which most is allocated.
+Symbols: N tokens of a step, T tokens per sequence, E hidden size, Q and K widths of queries and of keys (or values), F
+width of the MLP, R LoRA rank, e bytes of the compute dtype. docs/memory.md has the formulas in words. The order of
+allocations is that of `overlays.layer` and `ops.lora`; each `max` below runs over the points at which most is
+allocated.
 """
 
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ from hasten.training.memory.actions import ActivationAction
 from hasten.training.memory.layer_shape import FP32, LayerShape, Linears
 
 UNFUSED_BYTES = 9
-"""Bytes that plain torch and PEFT save for each number that the fused path saves: casts, norms in fp32, results of matmuls before
-and after an addition. An upper bound, compared with measured bytes by tests/training/test_memory_costs.py."""
+"""Bytes that plain torch and PEFT save for each number that the fused path saves: casts, norms in fp32, results of
+matmuls before and after an addition. An upper bound, compared with measured bytes by
+tests/training/memory/test_memory_costs.py."""
 SCORE = 8
 """Bytes that attention in plain torch saves per score: softcapped, in fp32, and as an attention weight."""
 STATISTICS = 2 * FP32
@@ -56,7 +58,8 @@ def _bytes_per_number(layer: LayerShape, e: int) -> int:
 
 
 def _saved_by_attention(layer: LayerShape, n: int, length: int, e: int) -> int:
-    """Hidden states, q, k, v (q and k twice with a QK norm), attention's output and log-sum-exp, x A^T, A and B."""
+    """Counts hidden states, q, k, v (q and k twice with a q/k norm), attention's output and log-sum-exp, x A^T, A and
+    B."""
     e = _bytes_per_number(layer, e)
     normed = layer.queries + layer.keys if layer.attention.qk_norm is not None else 0
     numbers = layer.hidden + layer.queries + 2 * layer.keys + normed + layer.queries
@@ -66,31 +69,33 @@ def _saved_by_attention(layer: LayerShape, n: int, length: int, e: int) -> int:
 
 
 def _saved_mlp_input(layer: LayerShape, n: int, e: int) -> int:
-    """Hidden states before the MLP (in a parallel block they are attention's own), and the MLP's output if a norm follows."""
+    """Counts hidden states before the MLP (in a parallel block they are attention's own), and the MLP's output if a
+    norm follows."""
     e = _bytes_per_number(layer, e)
     own = 0 if layer.overlay_config.residual == "parallel" else n * (layer.hidden * e + STATISTICS)
     return own + _saved_by_branch_norm(layer, n, e)
 
 
 def _saved_by_mlp(layer: LayerShape, n: int, e: int) -> int:
-    """Gate and up, x A^T, A and B."""
+    """Counts gate and up, x A^T, A and B."""
     e = _bytes_per_number(layer, e)
     return n * 2 * layer.intermediate * e + _adapters(layer.gate_up, n, e) + _adapters(layer.down, n, e)
 
 
 def _saved_by_branch_norm(layer: LayerShape, n: int, e: int) -> int:
-    """A branch's output, saved by the norm after it (sandwich norms)."""
+    """Counts a branch's output, saved by the norm after it (sandwich norms)."""
     return n * (layer.hidden * e + STATISTICS) if layer.overlay_config.residual == "sandwich" else 0
 
 
 def _adapters(linears: Linears, n: int, e: int) -> int:
-    """x A^T of the LoRAs of one (packed) matmul, and their A and B in the compute dtype: A stacked, B block-diagonal."""
+    """Counts x A^T of the LoRAs of one (packed) matmul, and their A and B in the compute dtype: A stacked, B
+    block-diagonal."""
     rank = sum(one.rank for one in linears)
     return rank * (n + linears[0].columns + sum(one.rows for one in linears)) * e
 
 
 def _dense_copy(linears: Linears, e: int) -> int:
-    """The dense weight of one matmul, where it cannot read the weight as stored (quantised, or not packed)."""
+    """Counts the dense weight of one matmul that cannot read the weight as stored (quantised, or not packed)."""
     return 0 if all(one.dense for one in linears) else sum(one.rows * one.columns for one in linears) * e
 
 
@@ -100,7 +105,7 @@ def _dense_copy(linears: Linears, e: int) -> int:
 def forward_bytes(
     layer: LayerShape, action: ActivationAction, tokens: int, length: int, tile: int | None, itemsize: int
 ) -> int:
-    """Returns the most that a layer's forward holds, including its input and what it saves."""
+    """Returns the peak of a layer's forward, in bytes, including its input and what it saves."""
     n, e = tokens, itemsize
     hidden = n * layer.hidden * e
     attention = 2 * hidden + n * (2 * layer.queries + 2 * layer.keys) * e
@@ -112,12 +117,13 @@ def forward_bytes(
 
 
 def _scaled_branch(layer: LayerShape, n: int, e: int) -> int:
-    """Attention's output before its residual multiplier, which no backward needs and the forward still refers to in the MLP."""
+    """Counts attention's output before its residual multiplier. No backward needs it, but the forward holds it during
+    the MLP."""
     return n * layer.hidden * e if layer.overlay_config.multiplier != 1.0 else 0
 
 
 def _mlp_forward(layer: LayerShape, saves_all: bool, n: int, tile: int | None, e: int) -> int:
-    """The MLP's input and its norm, gate, up, their activation, the output."""
+    """Counts the MLP's input and its norm, gate, up, their activation, the output."""
     hidden = n * layer.hidden * e
     wide = n * layer.intermediate * e
     if tile is not None and not saves_all:
@@ -131,8 +137,8 @@ def _mlp_forward(layer: LayerShape, saves_all: bool, n: int, tile: int | None, e
 def backward_bytes(
     layer: LayerShape, action: ActivationAction, tokens: int, length: int, tile: int | None, itemsize: int
 ) -> tuple[int, int]:
-    """Returns the most that the backward of a layer's MLP, and of its attention, hold: activations saved or recomputed, the
-    gradient of the output, buffers. Gradients of weights are not included."""
+    """Returns the peaks of the backward of a layer's MLP and of its attention, in bytes: activations saved or
+    recomputed, the gradient of the output, buffers. Gradients of weights are not included."""
     n, e = tokens, itemsize
     hidden = n * layer.hidden * e
     by_attention = _saved_by_attention(layer, n, length, e)
@@ -142,7 +148,7 @@ def backward_bytes(
     if action is ActivationAction.SAVE_ALL or (recomputes and tile is None):
         wide = n * layer.intermediate * e
         most = base + _saved_by_mlp(layer, n, e)
-        # The activation's gradient; then gate's and up's overwrite gate and up, beside the input and its gradient.
+        # The activation's gradient; then gate's and up's overwrite gate and up; the input and its gradient exist too.
         most += max(wide + _dense_copy(layer.down, e), hidden + max(_dense_copy(layer.gate_up, e), hidden))
     else:
         most = base + max(hidden + _tile_backward(layer, min(n, tile or n), e), 2 * hidden)
@@ -159,7 +165,8 @@ def backward_bytes(
 
 
 def _tile_backward(layer: LayerShape, tokens: int, e: int) -> int:
-    """Gate and up, their activation or its gradient, the tile's input and output, dense weights; weight gradients summed in fp32."""
+    """Counts gate and up, their activation or its gradient, the tile's input and output, dense weights; weight
+    gradients summed in fp32."""
     trained = sum(one.rows * one.columns for one in (*layer.gate_up, *layer.down) if one.trained)
     return tokens * (3 * layer.intermediate + 2 * layer.hidden) * e + _mlp_dense_copies(layer, e) + trained * FP32
 
@@ -169,10 +176,11 @@ def _mlp_dense_copies(layer: LayerShape, e: int) -> int:
 
 
 def _attention_backward(layer: LayerShape, n: int, length: int, e: int) -> int:
-    """Beyond what attention saved and the gradient of its output projection's result.
+    """Counts the memory besides attention's saved activations and the gradient of its output projection's result.
 
-    Gradients of attention's output and of q, k, v; cuDNN sums dq in fp32 and, with grouped queries, makes dk and dv per query head.
-    Then, with attention's saved activations freed, the two buffers of the QKV projection and the gradient of its input.
+    Gradients of attention's output and of q, k, v; cuDNN sums dq in fp32 and, with grouped queries, makes dk and dv per
+    query head. Then, with attention's saved activations freed, the two buffers of the QKV projection and the gradient
+    of its input.
     """
     q, qkv = n * layer.queries, n * (layer.queries + 2 * layer.keys)
     attention = (q + qkv) * e + n * layer.heads * FP32

@@ -1,4 +1,4 @@
-"""The sizes of one decoder layer that the memory formulas need, read from modules: on the meta device or of a live model."""
+"""Reads the sizes of one decoder layer for the memory formulas from modules: on the meta device or of a live model."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -91,15 +91,15 @@ class LayerShape:
         return sum(one.adapter + one.trained for one in (*self.gate_up, *self.down))
 
     def sdpa(self, length: int) -> bool:
-        """Whether unpacked, unpadded sequences of `length` tokens take torch's fused attention on a GPU."""
+        """Returns whether unpacked, unpadded sequences of `length` tokens run torch's fused attention on a GPU."""
         return attention_backend(length, self.attention.window, self.attention.softcap, spans=False) == "sdpa"
 
 
 def read_layers(
     model: Any, read: Callable[[Any], LinearShape], fused: bool, trained_itemsize: int | None
 ) -> tuple[LayerShape, ...]:
-    """Every decoder layer, each Linear through `read`. trained_itemsize: bytes of an element of the norms' gradients (0 = they
-    do not train); None = a live model, which says itself what trains."""
+    """Returns every decoder layer, each Linear through `read`. trained_itemsize: bytes of an element of the norms'
+    gradients (0 = they do not train); None = a live model, where `requires_grad` says it."""
     family, config = family_of(model), model.config
     found = []
     for index, layer in enumerate(decoder_layers(model)):
@@ -113,7 +113,7 @@ def read_layers(
         missing = [name for owner, names in groups for name in names if not hasattr(owner, name)]
         if missing:
             raise CheckpointError(
-                f"memory cannot be estimated for {type(layer).__name__}: it has no {', '.join(missing)}"
+                f"memory cannot be estimated for {type(layer).__name__}, which has no {', '.join(missing)}"
             )
         modules = [[getattr(owner, name) for name in names] for owner, names in groups]
         shapes = [tuple(map(read, group)) for group in modules]
@@ -143,20 +143,20 @@ def decoder_layers(model: Any) -> Any:
     layers = getattr(model.get_decoder(), "layers", None)
     if layers is None:
         raise CheckpointError(
-            f"memory cannot be estimated for {type(model).__name__}: it has no list of decoder layers"
+            f"memory cannot be estimated for {type(model).__name__}, which has no list of decoder layers"
         )
     return layers
 
 
 def _makes_scores(base: Any) -> bool:
-    """Whether transformers' eager attention runs: on a CPU, or because the user asked for it."""
+    """Returns whether transformers' eager attention runs: on a CPU, or because the user asked for it."""
     config, replaced = base.config, getattr(getattr(base.get_decoder(), "overlay_config", None), "replaces", None)
     on_gpu = backend_for(next(base.parameters())) == "triton"
     return config._attn_implementation == "eager" and not (on_gpu and replaced == "eager")
 
 
 def live_linear(module: Any, dtype: torch.dtype) -> LinearShape:
-    """A Linear of a live model, under PEFT or not. dtype: the compute dtype."""
+    """Returns a Linear of a live model, under PEFT or not. dtype: the compute dtype."""
     base: Any = base_layer_of(module)
     adapters = [p for layer in unwrap(module)[1] for p in layer.parameters() if p.requires_grad]
     own = {id(p) for p in base.parameters()}
@@ -170,7 +170,7 @@ def live_linear(module: Any, dtype: torch.dtype) -> LinearShape:
 
 
 def _unless_packed(modules: list[Any], shapes: Linears) -> Linears:
-    """`shapes`, none of them dense where one matmul over all must first copy their weights into one tensor."""
+    """Returns `shapes`, marked as not dense if one matmul over all must first copy their weights into one tensor."""
     if len(modules) == 1 or is_packed(modules):
         return shapes
     return tuple(replace(one, dense=False) for one in shapes)
@@ -189,13 +189,13 @@ def gradient_bytes(parameter: torch.Tensor) -> int:
 
 
 def bytes_when_loaded(linear: nn.Linear, weight_format: WeightFormat, itemsize: int) -> int:
-    """Bytes of a Linear once loaded in a format, bias included. itemsize: bytes of the compute dtype."""
+    """Returns the bytes of a Linear once loaded in a format, bias included. itemsize: bytes of the compute dtype."""
     bias = 0 if linear.bias is None else linear.bias.numel() * itemsize
     return weight_format.bytes_for(linear.out_features, linear.in_features, itemsize) + bias
 
 
 def model_bytes(model: nn.Module, device: torch.device) -> int:
-    """Bytes of all weights, scales and buffers of a live model on one device; what is shared (tied) counts once."""
+    """Returns the bytes of all weights, scales and buffers of a live model on one device; tied tensors count once."""
     seen: set[int] = set()
     total = 0
     for module in model.modules():

@@ -1,8 +1,9 @@
 """Offloads saved activations to pinned CPU memory between a layer's forward and its backward.
 
-Copies to the CPU run on a side stream while the layer still computes; copies back run on another, one layer ahead of the backward.
-The CPU never waits: before device memory is reused, the main stream waits for the copy, so the peak does not depend on how far the
-CPU runs ahead of the GPU. (torch's `save_on_cpu` waits for every copy; the tests compare with it.)
+Copies to the CPU run on a side stream while the layer still computes; copies back run on another, one layer ahead of
+the backward. The CPU never waits: before device memory is reused, the main stream waits for the copy, so the peak does
+not depend on how far the CPU runs ahead of the GPU. (torch's `save_on_cpu` waits for every copy; the tests compare with
+it.)
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class HostChunk:
 
 
 class HostMemory:
-    """Chunks of CPU memory for one device, reused from step to step; pinned if the device is a GPU. free: not in use. allocated:
-    bytes of all chunks. to_host, to_device: the streams of the copies, None on a CPU."""
+    """Chunks of CPU memory for one device, reused in later steps; pinned if the device is a GPU. free: not in use.
+    allocated: bytes of all chunks. to_host, to_device: the streams of the copies, None on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -45,7 +46,7 @@ class HostMemory:
     def take(self, size: int) -> list[HostChunk]:
         """Returns chunks for `size` bytes, allocating those that are missing."""
         count = -(-size // CHUNK)
-        while len(self.free) < count:  # before any is taken, so that none is lost if the allocation fails
+        while len(self.free) < count:  # before any chunk is taken, so that none is lost if the allocation fails
             self.free.append(HostChunk(torch.empty(CHUNK, dtype=torch.uint8, pin_memory=self.to_host is not None)))
             self.allocated += CHUNK
         return [self.free.pop() for _ in range(count)]
@@ -58,7 +59,8 @@ class HostMemory:
         return self._copy(self.to_host, source, chunks, back=False)
 
     def fetch(self, chunks: list[HostChunk], into: torch.Tensor) -> torch.cuda.Event | None:
-        """Copies chunks back into `into` (1-D uint8), whose memory the main stream may have used until now. Returns as `send`."""
+        """Copies chunks back into `into` (1-D uint8), whose memory the main stream may have used until now. Returns as
+        `send`."""
         return self._copy(self.to_device, into, chunks, back=True)
 
     def _copy(
@@ -82,7 +84,8 @@ class HostMemory:
             torch.cuda.current_stream(self.device).wait_event(event)
 
     def outlive(self, tensor: torch.Tensor | None) -> None:
-        """Keeps the allocator from reusing the memory of `tensor` before the side streams have finished what is queued on them."""
+        """Keeps the allocator from reusing the memory of `tensor` before the side streams have finished what is queued
+        on them."""
         for stream in (self.to_host, self.to_device):
             if tensor is not None and stream is not None:
                 tensor.record_stream(stream)
@@ -105,8 +108,8 @@ def _record(stream: torch.cuda.Stream, chunks: Iterable[HostChunk]) -> torch.cud
 
 @dataclass
 class OffloadedStorage:
-    """One storage. sent: recorded after the copy to the CPU. outgoing: its device memory, until `release`. fetched: its device
-    memory after the copy back, which `ready` is recorded after. uses: saved tensors that still refer to it."""
+    """One storage. sent: recorded after the copy to the CPU. outgoing: its device memory, until `release`. fetched: its
+    device memory after the copy back, which `ready` is recorded after. uses: saved tensors that still refer to it."""
 
     size: int
     chunks: list[HostChunk]
@@ -133,9 +136,9 @@ class SavedHandle:
 class OffloadedLayer:
     """The offloaded activations of one layer.
 
-    Views of one storage (q, k and v) are copied once and keep their strides. batch_shape: sequences and tokens per sequence.
-    shared: data pointers of storages that all layers read; they stay on the device. previous: the offloaded layer before this one,
-    fetched ahead of its backward. storages: by data pointer until `release`.
+    Views of one storage (q, k and v) are copied once and keep their strides. batch_shape: sequences and tokens per
+    sequence. shared: data pointers of storages that all layers read; they stay on the device. previous: the offloaded
+    layer before this one, fetched ahead of its backward. storages: by data pointer until `release`.
     """
 
     memory: HostMemory
@@ -149,7 +152,7 @@ class OffloadedLayer:
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     def _offloads(self, tensor: torch.Tensor) -> bool:
-        """Whether the tensor holds values per token, belongs to this layer alone and is large enough."""
+        """Returns whether the tensor holds values per token, belongs to this layer alone and is large enough."""
         if tensor.device != self.memory.device or tensor.layout != torch.strided or tensor.dim() < 2:
             return False
         storage = tensor.untyped_storage()
@@ -172,7 +175,8 @@ class OffloadedLayer:
         return SavedHandle(self, stored, tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
     def release(self) -> None:
-        """Frees the device memory: the main stream waits for the copies to the CPU. Called after the next layer's forward."""
+        """Frees the device memory: the main stream waits for the copies to the CPU. Called after the next layer's
+        forward."""
         for stored in self.storages.values():
             if stored.outgoing is not None:
                 self.memory.wait(stored.sent)
@@ -180,7 +184,7 @@ class OffloadedLayer:
         self.storages = dict(enumerate(self.storages.values()))  # data pointers may be reused from here on
 
     def fetch(self) -> None:
-        """Starts the copies back to the device of all storages that are not there."""
+        """Starts the copies back to the device of all storages that are not on the device."""
         for stored in self.storages.values():
             if stored.fetched is None and stored.uses:
                 if stored.outgoing is not None:  # of the last layer, never released; its copy may still read it
@@ -212,8 +216,8 @@ class OffloadedLayer:
         return tensor
 
     def __del__(self) -> None:
-        """Returns the CPU memory to the pool. Device memory must not be reused while a copy that nobody waited for uses it; since
-        this may run in any stream, thread or garbage collection, the allocator does the waiting (`outlive`)."""
+        """Returns the CPU memory to the pool. Device memory must not be reused while an unfinished copy uses it. Since
+        this may run in any stream or thread, or in garbage collection, the allocator does the waiting (`outlive`)."""
         if sys.is_finalizing():
             return
         for stored in self.storages.values():
@@ -224,5 +228,5 @@ class OffloadedLayer:
 
 
 def _is_weight(tensor: torch.Tensor) -> bool:
-    """Whether the memory is a parameter's; saved-tensor hooks see a parameter as a view of itself."""
+    """Returns whether the memory is a parameter's; saved-tensor hooks see a parameter as a view of itself."""
     return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)

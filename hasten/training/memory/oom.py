@@ -1,7 +1,8 @@
 """Explains out-of-memory errors of a training step: what the step was, and which changes would lower its peak.
 
-A forward, and a layer that is recomputed, run inside `OomAdvisor.advising`, which adds a note to the error. The rest of a backward
-runs without any Python frame of ours; there torch's observer of failed allocations logs the same text just before the error.
+A forward, and a layer that is recomputed, run inside `OomAdvisor.advising`, which adds a note to the error. The rest of
+a backward has no Python code of hasten on its stack; there torch's observer of failed allocations logs the same text
+just before the error.
 """
 
 from __future__ import annotations
@@ -38,12 +39,13 @@ class OomAdvisor:
         self._is_attached = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies: drops what belongs to a running step, and to this process's observer."""
+        """Drops the state of a running step and of this process's observer from copies."""
         return {**self.__dict__, "_depth": 0, "_graph_task": NO_BACKWARD, "_is_attached": False}
 
     @contextlib.contextmanager
     def advising(self, batch_shape: tuple[int, int] | None) -> Iterator[None]:
-        """For a forward over a batch of this shape, or a part of it: an out-of-memory error gets the advice as a note."""
+        """Adds the advice as a note to an out-of-memory error inside the block: a forward over a batch of this shape,
+        or a part of it."""
         self.batch_shape = batch_shape
         self._depth += 1
         try:
@@ -56,9 +58,10 @@ class OomAdvisor:
             self._depth -= 1
 
     def advice(self) -> str | None:
-        """Describes the last step and every change that would lower its peak, in bytes; None for a model of unknown shape.
+        """Describes the last step and every change that would lower its peak, in bytes; None for a model of unknown
+        shape.
 
-        Makes no new plan: measuring the bandwidth would allocate memory that is not there.
+        Makes no new plan: measuring the bandwidth would allocate memory, of which there is none left.
         """
         planner = self.planner
         shape = planner.model_shape() if self.batch_shape is not None and planner.layers else None
@@ -78,7 +81,8 @@ class OomAdvisor:
     def watch_backward(self, outputs: Any) -> None:
         """Marks the backward through `outputs` (a tensor, or a tuple or mapping of them) as this model's own.
 
-        A hook on the graph remembers the id of the backward when it begins. Adds no node to the graph and keeps nothing alive.
+        A hook on the graph remembers the id of the backward when it begins. Adds no node to the graph and keeps no
+        tensor alive.
         """
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
@@ -96,15 +100,15 @@ class OomAdvisor:
                 tensor.grad_fn.register_prehook(begin)
 
     def report_failure(self, size: int) -> None:
-        """Logs the advice for a failed allocation of `size` bytes inside this model's backward; silent anywhere else, and where
-        `advising` adds it to the error."""
+        """Logs the advice for a failed allocation of `size` bytes inside this model's backward; silent anywhere else,
+        and where `advising` adds it to the error."""
         in_own_backward = self._graph_task != NO_BACKWARD and torch._C._current_graph_task_id() == self._graph_task
         if in_own_backward and not self._depth and (text := self.advice()):
             logger.error("out of memory in the backward: %.2f GiB more were requested. %s", size / 2**30, text)
 
     def _attach(self) -> None:
-        """Attaches torch's observer once. torch calls every observer for every failed allocation and cannot detach one, so it
-        refers to this object weakly."""
+        """Attaches torch's observer once. torch calls every observer for every failed allocation and cannot detach one,
+        so it refers to this object weakly."""
         self._is_attached = True
         reference = weakref.ref(self)
 
@@ -117,7 +121,8 @@ class OomAdvisor:
 
 
 def _tensors(outputs: Any) -> Iterator[torch.Tensor]:
-    """The tensors of a model's outputs, not those inside of nested tuples (hidden states, attentions, caches)."""
+    """Yields the tensors of a model's outputs, not those inside of nested tuples (hidden states, attentions,
+    caches)."""
     if isinstance(outputs, torch.Tensor):
         yield outputs
         return

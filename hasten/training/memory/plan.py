@@ -1,8 +1,9 @@
 """Chooses an ActivationAction for each layer: the fastest plan whose predicted peak stays within a memory budget.
 
-Decoder layers are alike, so a plan is two mixes and the number of layers that get each. The mix that saves less comes first: the
-backward starts at the last layers, and frees what they saved before it recomputes the first ones. A mix is one action, or two
-that are interleaved, so that copies to CPU memory use all the bandwidth they can without delaying the layers.
+Decoder layers are alike, so a plan is two mixes and the number of layers that get each. The mix that saves less comes
+first: the backward starts at the last layers, and frees what they saved before it recomputes the first ones. A mix is
+one action, or two that are interleaved, so that copies to CPU memory use all the bandwidth they can without delaying
+the layers.
 """
 
 import math
@@ -21,9 +22,10 @@ from hasten.training.memory.shape import LayerShape
 MIN_TILE = 1024
 """Tokens; a plan tries the whole batch as one tile, then halves of it down to this size."""
 TILE_OVERHEAD = 300
-"""Cost of each further tile, as tokens of an MLP's forward: weights are read again, small kernels are launched again (docs/log.md)."""
+"""Cost of each further tile, as tokens of an MLP's forward: weights are read again, small kernels are launched again
+(docs/log.md)."""
 SUSTAINED_FRACTION = 0.75
-"""Of the matmul speed of a short measurement, what a whole step sustains: a GPU under load lowers its clock."""
+"""Fraction of a short measurement's matmul speed that a whole step sustains: a GPU under load lowers its clock."""
 COPY_OVERHEAD = 0.02
 """Fraction of a hidden copy's time that still counts: copies and kernels compete for the device's memory bandwidth."""
 ON_DEVICE = (ActivationAction.RECOMPUTE, ActivationAction.RECOMPUTE_MLP, ActivationAction.SAVE_ALL)
@@ -35,15 +37,15 @@ DESCRIPTIONS = {
     ActivationAction.RECOMPUTE: "are recomputed from their input",
     ActivationAction.OFFLOAD: "are recomputed from their input, which is offloaded to CPU memory",
 }
-"""What layers do, as the end of a sentence."""
+"""Descriptions of the actions, to follow "n layers"."""
 Mix = Callable[[int], tuple[ActivationAction, ...]]
 """Number of layers -> their actions."""
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """actions: one per layer. tile: tokens per tile of MLPs that are recomputed, None = no tiles. peak: predicted. fits: whether
-    the peak is within the budget."""
+    """actions: one per layer. tile: tokens per tile of MLPs that are recomputed, None = no tiles. peak: predicted.
+    fits: whether the peak is within the budget."""
 
     actions: tuple[ActivationAction, ...]
     tile: int | None
@@ -64,7 +66,7 @@ class LayerPlan:
 def uniform_plan(
     shape: ModelShape, batch: int, length: int, action: ActivationAction, tile: int | None = None
 ) -> LayerPlan:
-    """The plan that gives every layer the same action."""
+    """Returns the plan that gives every layer the same action."""
     actions = (action,) * len(shape.layers)
     return LayerPlan(actions, tile, peak(shape, batch, length, actions, tile))
 
@@ -79,12 +81,13 @@ def plan_layers(
     max_pinned: int | None = None,
     accumulates: bool = False,
 ) -> LayerPlan:
-    """Returns the fastest plan whose predicted peak is at most `budget` bytes; if none fits, the one with the lowest peak.
+    """Returns the fastest plan whose predicted peak is at most `budget` bytes; if none fits, the one with the lowest
+    peak.
 
-    shape: the model. batch, length: sequences and tokens per sequence. speed: None = no offloading (a CPU, whose memory is the
-    device's). tiles: sizes in tokens to try for MLPs that are recomputed on their own; () = powers-of-two fractions of the batch;
-    (None,) = MLPs cannot run in tiles. max_pinned: bytes of pinned CPU memory that the plan may use, None = no limit.
-    accumulates: gradients of earlier micro-batches are already allocated.
+    shape: the model. batch, length: sequences and tokens per sequence. speed: None = no offloading (a CPU, whose memory
+    is the device's). tiles: sizes in tokens to try for MLPs that are recomputed on their own; () = powers-of-two
+    fractions of the batch; (None,) = MLPs cannot run in tiles. max_pinned: bytes of pinned CPU memory that the plan may
+    use, None = no limit. accumulates: gradients of earlier micro-batches are already allocated.
     """
     search = _Search(shape, batch, length, budget, speed, max_pinned, accumulates)
     tried: list[LayerPlan] = []
@@ -98,7 +101,7 @@ def plan_layers(
 
 
 def tile_sizes(tokens: int) -> list[int]:
-    """Tile sizes to try: all tokens, half of them, and so on down to MIN_TILE."""
+    """Returns the tile sizes to try: all tokens, half of them, and so on down to MIN_TILE."""
     sizes = [tokens]
     while sizes[-1] > MIN_TILE:
         sizes.append(max(MIN_TILE, -(-sizes[-1] // 2)))
@@ -118,7 +121,8 @@ class _Search:
     accumulates: bool
 
     def mixes(self, tiled: bool, always_tiled: bool) -> list[Mix]:
-        """Mixes from least to most device memory. tiled: MLPs can be recomputed on their own. always_tiled: all of them are."""
+        """Returns the mixes, from least to most device memory. tiled: MLPs can be recomputed on their own. always_tiled: all of them
+        are."""
         excluded = ActivationAction.RECOMPUTE_MLP if not tiled else ActivationAction.SAVE_ALL if always_tiled else None
         mixes: list[Mix] = [_only(action) for action in ON_DEVICE if action is not excluded]
         if self.speed is None:
@@ -131,8 +135,8 @@ class _Search:
         return mixes
 
     def _offloaded_fraction(self, speed: DeviceSpeed) -> float:
-        """The fraction of layers that can offload their attention's activations while all others offload their input, so that
-        the copies take no longer than the layers' forward."""
+        """Returns the fraction of layers that can offload their attention's activations while all others offload their
+        input, so that the copies take no longer than the layers' forward."""
         tokens, shape = self.batch * self.length, self.shape
         rest = ActivationAction.RECOMPUTE_MLP_OFFLOAD_REST
         largest = max(shape.layers, key=lambda layer: self._offloaded_bytes(layer, rest))
@@ -145,7 +149,8 @@ class _Search:
         return saved_bytes(layer, action, self.batch * self.length, self.length, self.shape.itemsize).host
 
     def cost(self, plan: LayerPlan) -> float:
-        """Extra work of a step compared with saving everything: seconds where the device's speed is known, else FLOPs."""
+        """Returns the extra work of a step compared with saving all activations: seconds where the device's speed is
+        known, else FLOPs."""
         tokens, cost = self.batch * self.length, 0.0
         for (layer, action), count in Counter(zip(self.shape.layers, plan.actions, strict=True)).items():
             flops = recompute_flops(layer, action, tokens, self.length)
@@ -159,7 +164,7 @@ class _Search:
         return cost
 
     def maximize(self, less: Mix, more: Mix, tile: int | None) -> LayerPlan:
-        """Gives as many layers as fit the mix that saves more, by bisection; none, whether that fits or not, if one is too many."""
+        """Gives the mix that saves more to as many layers as fit, found by bisection; to none if one is too many."""
         layers = len(self.shape.layers)
 
         def plan(count: int) -> LayerPlan:
@@ -183,7 +188,7 @@ def _only(action: ActivationAction) -> Mix:
 def _interleave(
     mostly: ActivationAction, sometimes: ActivationAction, fraction: float, layers: int
 ) -> tuple[ActivationAction, ...]:
-    """`sometimes` for that fraction of the layers, evenly spread, `mostly` for the others."""
+    """Returns `sometimes` for that fraction of the layers, evenly spread, and `mostly` for the others."""
     return tuple(
         sometimes if math.floor((i + 1) * fraction) > math.floor(i * fraction) else mostly for i in range(layers)
     )

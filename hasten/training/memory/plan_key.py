@@ -1,4 +1,4 @@
-"""What a plan depends on besides the batch's shape; a model that changes between steps gets a new plan."""
+"""Defines what a plan depends on besides the batch's shape; a model that changes between steps gets a new plan."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 
 
 class PlanKey(NamedTuple):
-    """Read from the first and the last layer only: visiting every weight of a large model costs milliseconds per step.
+    """The cache key of a plan. Read from the first and the last layer only: visiting every weight of a large model
+    costs milliseconds per step.
 
-    dtype: autocast's, None where it is off. stored, trained: bytes of weights, and of those that train. accumulates: whether
-    gradients of an earlier micro-batch are present.
+    dtype: autocast's, None where it is off. stored, trained: bytes of weights, and of those that train. accumulates:
+    whether gradients of an earlier micro-batch are present.
     """
 
     dtype: torch.dtype | None

@@ -1,4 +1,5 @@
-"""Decides which plan a batch gets: how much memory there is, what else the process holds, and a cache of plans per batch shape."""
+"""Chooses the plan of a batch from the available memory and what the process has allocated; caches plans per batch
+shape."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ ALLOCATOR_FRACTION = 0.05
 MAX_PINNED_FRACTION = 0.6
 """Fraction of the free CPU memory that all processes of this machine together may pin."""
 UNKNOWN_PEAK = Peak("unknown", 0, 0, 0, 0, 0)
-"""Of a model whose layers the formulas do not know."""
+"""The plan of a model whose layers the formulas do not know."""
 MAX_EXACT_PLANS = 16
 """Number of plans made for the exact batch shape; after that, lengths are rounded up (`round_up_length`)."""
 PLAN_CACHE_SIZE = 256
@@ -35,24 +36,28 @@ PLAN_CACHE_SIZE = 256
 
 
 class Planner:
-    """Makes and caches the plans of one model. `latest`: the plan of the running or last step, None before the first one."""
+    """Makes and caches the plans of one model. `latest`: the plan of the running or last step, None before the first
+    one."""
 
     def __init__(self, model: Any, mode: bool | str, budget: int | None, tile: int | None) -> None:
-        """model: a causal LM. mode: False, True, "offload" or "auto". budget: bytes on the device that the process may use,
-        None = what is free when a plan is made. tile: tokens per tile of MLPs if the user asked for tiles, None = the plan
-        chooses."""
+        """model: a causal LM. mode: False, True, "offload" or "auto". budget: bytes on the device that the process may
+        use, None = what is free when a plan is made. tile: tokens per tile of MLPs if the user asked for tiles, None =
+        the plan chooses."""
         self.model = model
         self.mode = mode
         self.budget = budget
         self.tile = tile
+        self.margin = MARGIN
+        self.cache_size = PLAN_CACHE_SIZE
         self.layers: list[LayerOverlay] = [module for module in model.modules() if isinstance(module, LayerOverlay)]
         self.plans: dict[tuple[int, int, PlanKey], LayerPlan] = {}
         self.latest: LayerPlan | None = None
         self.other_bytes: int | None = None
-        """Of what the process held besides the model before its first step: batches, other models. None = not measured yet."""
+        """Bytes that the process had allocated besides the model before its first step: batches, other models. None =
+        not measured yet."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies: drops what was measured in this process."""
+        """Drops measurements of this process from copies."""
         return {**self.__dict__, "plans": {}, "latest": None, "other_bytes": None}
 
     def plan(self, batch: int, length: int, pinned: int = 0) -> LayerPlan:
@@ -65,8 +70,8 @@ class Planner:
             length = round_up_length(length)
         plan = self.plans.get((batch, length, key))
         if plan is None:
-            plan = self.plans[batch, length, key] = self._new_plan(batch, length, pinned)
-            if len(self.plans) > PLAN_CACHE_SIZE:
+            plan = self.plans[batch, length, key] = self.new_plan(batch, length, pinned)
+            if len(self.plans) > self.cache_size:
                 del self.plans[next(iter(self.plans))]
             if not plan.fits:
                 logger.warning(
@@ -77,7 +82,8 @@ class Planner:
                 )
         return plan
 
-    def _new_plan(self, batch: int, length: int, pinned: int) -> LayerPlan:
+    def new_plan(self, batch: int, length: int, pinned: int) -> LayerPlan:
+        """Makes the plan that `plan` caches."""
         device = next(self.layers[0].parameters()).device
         several = len(self.devices()) > 1
         action = UNIFORM_ACTIONS.get(self.mode, ActivationAction.OFFLOAD if several else None)
@@ -89,33 +95,37 @@ class Planner:
             self.other_bytes = max(0, _bytes_besides(self.model, shape, device) - hidden)
         if action is not None:
             return uniform_plan(shape, batch, length, action, self.tile)
-        budget = int(self._device_bytes(device) * (1 - MARGIN)) - self.other_bytes
+        budget = int(self._device_bytes(device) * (1 - self.margin)) - self.other_bytes
         speed, accumulates = bandwidth.measure(device), PlanKey.of(self.layers).accumulates
         return plan_layers(
             shape, batch, length, budget, speed, self._tiles(), _pinnable_bytes() + pinned, accumulates=accumulates
         )
 
     def devices(self) -> set[torch.device]:
-        """The devices of the layers. Over several no plan is made, and every layer gets OFFLOAD."""
+        """Returns the devices of the layers. If there are several no plan is made, and every layer gets OFFLOAD."""
         return {next(layer.parameters()).device for layer in self.layers}
 
     def model_shape(self) -> ModelShape | None:
-        """Reads the model as it is now; None for layers that the formulas do not know, such as an MLP of the user's own."""
+        """Reads the model as it is now; None for layers that the formulas do not know, such as an MLP of the user's
+        own."""
         try:
             return ModelShape.of_model(self.model, compute_dtype(next(self.layers[0].parameters()).device))
         except CheckpointError as error:
             if self.mode == "auto" and not self.plans:
-                logger.warning("no plan can be made, so every layer is recomputed and its input offloaded: %s", error)
+                logger.warning(
+                    "no memory plan can be made, so every layer is recomputed and its input offloaded: %s", error
+                )
             return None
 
     def _tiles(self) -> tuple[int | None, ...]:
-        """Tile sizes that a plan may use; () = any. None of them where tiles would change dropout's random numbers."""
+        """Returns the tile sizes that a plan may use: () = any, (None,) = none, since tiles would change dropout's
+        random numbers."""
         if any(not isinstance(layer.mlp, MLPOverlay) or _has_active_dropout(layer.mlp) for layer in self.layers):
             return (None,)
         return () if self.tile is None else (self.tile,)
 
     def _device_bytes(self, device: torch.device) -> int:
-        """Bytes of the device's memory that this process may use."""
+        """Returns the bytes of the device's memory that this process may use."""
         if self.budget is not None:
             return self.budget
         if device.type == "cuda":
@@ -125,12 +135,12 @@ class Planner:
 
 
 def _pinnable_bytes() -> int:
-    """Bytes of CPU memory that this process may pin, beyond what it has pinned."""
+    """Returns the bytes of CPU memory that this process may pin, beyond what it has pinned."""
     return int(psutil.virtual_memory().available * MAX_PINNED_FRACTION / local_processes())
 
 
 def _bytes_besides(model: Any, shape: ModelShape, device: torch.device) -> int:
-    """Bytes allocated on a GPU besides the model's weights and gradients; 0 on a CPU."""
+    """Returns the bytes allocated on a GPU besides the model's weights and gradients; 0 on a CPU."""
     if device.type != "cuda":
         return 0
     gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)

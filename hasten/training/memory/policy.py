@@ -1,4 +1,5 @@
-"""The memory policy of a model: decides what each layer saves, recomputes or offloads, does it, and explains out-of-memory errors."""
+"""Runs the memory policy of a model: decides what each layer saves, recomputes or offloads, and explains out-of-memory
+errors."""
 
 from __future__ import annotations
 
@@ -17,13 +18,13 @@ from hasten.units import format_bytes
 
 
 class MemoryPolicy:
-    """`ModelState.memory` of a causal LM. planner: which plan a batch gets. runner: runs the layers by it. advisor: explains
-    out-of-memory errors."""
+    """`ModelState.memory` of a causal LM. planner: which plan a batch gets. runner: runs the layers by it. advisor:
+    explains out-of-memory errors."""
 
     def __init__(self, model: Any, mode: bool | str, budget: int | None = None, tile: int | None = None) -> None:
-        """model: a causal LM. mode: False (advice only), True, "offload" or "auto". budget: bytes on the device that the process
-        may use, None = what is free when a plan is made. tile: tokens per tile of the MLPs if the user asked for tiles, None =
-        the plan chooses."""
+        """model: a causal LM. mode: False (advice only), True, "offload" or "auto". budget: bytes on the device that
+        the process may use, None = what is free when a plan is made. tile: tokens per tile of the MLPs if the user
+        asked for tiles, None = the plan chooses."""
         self.planner = Planner(model, mode, budget, tile)
         self.advisor = OomAdvisor(self.planner)
         self.runner = LayerRunner(self.planner, self.advisor)
@@ -64,8 +65,8 @@ class MemoryPolicy:
         self.runner.uninstall()
 
     def continue_from(self, earlier: MemoryPolicy | None) -> None:
-        """Takes over what an earlier policy of the model measured before the first step: by now the optimizer's state is
-        allocated as well, and would be counted twice."""
+        """Takes over what an earlier policy of the model measured before the first step. The optimizer's state has been
+        allocated since, and measuring again would count it twice."""
         self.planner.other_bytes = None if earlier is None else earlier.planner.other_bytes
 
     def advising(self, batch_shape: tuple[int, int] | None) -> AbstractContextManager[None]:
@@ -88,6 +89,6 @@ class MemoryPolicy:
 
 
 def policy_of(model: Any) -> MemoryPolicy | None:
-    """Returns the memory policy of a causal LM or of the one under its PeftModel, None without one."""
+    """Returns the memory policy of a causal LM (or of the one in a PeftModel), None without one."""
     state = find_state(model)
     return state.memory if state is not None and isinstance(state.memory, MemoryPolicy) else None

@@ -1,7 +1,9 @@
-"""Runs each decoder layer by its ActivationAction: saves, recomputes or offloads its activations, with its MLP in tiles.
+"""Runs each decoder layer by its ActivationAction: saves, recomputes or offloads its activations, with its MLP in
+tiles.
 
-transformers calls `layer._gradient_checkpointing_func(function, hidden)` in training. An installed `LayerCheckpoint` takes that
-call, and stays installed whatever function a trainer sets, so nothing of transformers or torch is patched.
+transformers calls `layer._gradient_checkpointing_func(function, hidden)` in training. An installed `LayerCheckpoint`
+takes that call, and stays installed even if a trainer sets another function, so neither transformers nor torch is
+patched.
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ OFFLOADED = (ActivationAction.RECOMPUTE_MLP_OFFLOAD_REST, ActivationAction.OFFLO
 
 
 class LayerRunner:
-    """Runs the layers of one model. host: pinned CPU memory, per device. outgoing: per device, the last offloaded layer, whose
-    copies to the CPU may still run. previous: per device, the last offloaded layer of the running forward."""
+    """Runs the layers of one model. host: pinned CPU memory, per device. outgoing: per device, the last offloaded
+    layer, whose copies to the CPU may still run. previous: per device, the last offloaded layer of the running
+    forward."""
 
     def __init__(self, planner: Planner, advisor: OomAdvisor) -> None:
         self.planner = planner
@@ -40,7 +43,7 @@ class LayerRunner:
         self.previous: dict[torch.device, weakref.ref[OffloadedLayer]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies: drops what belongs to a running step."""
+        """Drops the state of a running step from copies."""
         return {**self.__dict__, "host": {}, "outgoing": {}, "previous": {}}
 
     def install(self) -> int:
@@ -59,7 +62,8 @@ class LayerRunner:
         return sum(memory.allocated for memory in self.host.values())
 
     def run(self, index: int, function: Callable[..., Any], *args: Any) -> Any:
-        """Runs the forward of layer `index`. function: the layer with its keyword arguments bound. args[0]: hidden states (B, T, E)."""
+        """Runs the forward of layer `index`. function: the layer with its keyword arguments bound. args[0]: hidden
+        states (B, T, E)."""
         hidden = args[0]
         if not torch.is_grad_enabled():
             return function(*args)
@@ -82,11 +86,12 @@ class LayerRunner:
             self.outgoing[hidden.device] = offloaded
             self.previous[hidden.device] = weakref.ref(offloaded)
         if index == len(planner.layers) - 1:
-            self.advisor.watch_backward(out)  # of a model whose head is no overlay
+            self.advisor.watch_backward(out)  # the model's head has no overlay
         return out
 
     def _run_layer(self, tile: int | None, function: Callable[..., Any], *args: Any) -> Any:
-        """The layer with its MLP in tiles. Bound to this step's tile: the recomputation must not follow a later plan."""
+        """Returns the layer with its MLP in tiles. The tile is bound now: the recomputation must not use that of a
+        later plan."""
         with self.advisor.advising(self.advisor.batch_shape):
             return function(*args, mlp_tile=tile)
 

@@ -1,4 +1,4 @@
-"""What the memory formulas need of a model, read from a config or from a live model."""
+"""Reads the sizes that the memory formulas need from a config or from a live model."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,11 +29,11 @@ from hasten.weights.formats.base import tensor_bytes
 class ModelShape:
     """A causal LM. Bytes are those of one device.
 
-    itemsize: of the compute dtype, which is that of the hidden states. weights: all weights and buffers, trained ones and
-    adapters included. embedding, head: bytes of their gradients, 0 where they do not train; where the two are tied, head
-    has them. head_itemsize: of the head's stored weight. head_adapter: bytes of a LoRA on it. norm: bytes of the last
-    norm's gradient. moment_numbers: number of weights that train. lookup: bytes of an input embedding that could be
-    offloaded to CPU memory: frozen, untied, on the device.
+    itemsize: of the compute dtype, which is that of the hidden states. weights: all weights and buffers, trained ones
+    and adapters included. embedding, head: bytes of their gradients, 0 where they do not train; where the two are tied,
+    head has them. head_itemsize: of the head's stored weight. head_adapter: bytes of a LoRA on it. norm: bytes of the
+    last norm's gradient. moment_numbers: number of weights that train. lookup: bytes of an input embedding that could
+    be offloaded to CPU memory: frozen, untied, on the device.
     """
 
     layers: tuple[LayerShape, ...]
@@ -69,9 +69,9 @@ class ModelShape:
         dtype: torch.dtype = torch.bfloat16,
         offload_embedding: bool = False,
     ) -> "ModelShape":
-        """As `FastLanguageModel` would load the model on a GPU, with a LoRA of `rank` on all seven Linears of each layer,
-        or with every weight training. quantization: a choice of `weights.formats`, None = dense. dtype: the compute
-        dtype, and that of weights that are not quantised.
+        """Returns the shape of the model as `FastLanguageModel` would load it on a GPU, with a LoRA of `rank` on all
+        seven Linears of each layer, or with every weight training. quantization: a choice of `weights.formats`, None =
+        dense. dtype: the compute dtype, and that of weights that are not quantised.
 
         Raises CheckpointError for an architecture whose layers do not have these seven Linears.
         """
@@ -114,8 +114,9 @@ class ModelShape:
 
     @classmethod
     def of_model(cls, model: Any, dtype: torch.dtype | None = None) -> "ModelShape":
-        """A live model, with or without an adapter, as it is stored and trains now. dtype: the compute dtype; None = that
-        of the hidden states. Weights on another device than the layers (an offloaded embedding) do not count.
+        """Returns the shape of a live model, with or without an adapter, as it is stored and trained now. dtype: the
+        compute dtype; None = that of the hidden states. Weights on another device than the layers (an offloaded
+        embedding) do not count.
 
         Raises CheckpointError as `of_config`.
         """

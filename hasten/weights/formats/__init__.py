@@ -1,4 +1,4 @@
-"""Storage formats of a Linear's weight, and the registry. Every decision that depends on the format asks it."""
+"""Storage formats of a Linear's weight, and the registry. Code that depends on the format looks it up here."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,11 +11,12 @@ from hasten.weights.formats.int8 import INT8
 from hasten.weights.formats.nf4 import FP4, NF4
 
 FORMATS: tuple[WeightFormat, ...] = (NF4(), FP4(), INT8(), Dense())
-"""In the order in which they are asked. `Dense` comes last: it matches any floating-point weight."""
+"""The registry, in the order in which `matches` is called. `Dense` is last: it matches any floating-point weight."""
 
 
 def find_format(linear: nn.Module) -> WeightFormat | None:
-    """The format in which this module (without PEFT's wrapper) stores its weight; None where hasten knows none."""
+    """Returns the format in which this module (without PEFT's wrapper) stores its weight; None where hasten knows
+    none."""
     for one in FORMATS:
         if one.matches(linear):
             return one
@@ -23,71 +24,73 @@ def find_format(linear: nn.Module) -> WeightFormat | None:
 
 
 def format_of(linear: nn.Module) -> WeightFormat:
-    """As `find_format`. Raises TypeError for a module without a weight of a known format."""
+    """Returns the result of `find_format`. Raises TypeError for a module without a weight of a known format."""
     found = find_format(linear)
     if found is None:
         kind = type(getattr(linear, "weight", None)).__name__
-        raise TypeError(f"{type(linear).__name__} holds no weight that hasten can read (found {kind})")
+        raise TypeError(f"{type(linear).__name__} has no weight that hasten can read (found {kind})")
     return found
 
 
 def is_quantized(linear: nn.Module) -> bool:
-    """Whether this module is a Linear whose format does not keep a dense checkpoint's values. Raises as `format_of`."""
+    """Returns whether this module is a Linear whose format does not keep a dense checkpoint's values. Raises as
+    `format_of`."""
     return isinstance(linear, nn.Linear) and not format_of(linear).exact
 
 
 def named(name: str) -> WeightFormat:
-    """The format of a name. Raises KeyError."""
+    """Returns the format of a name. Raises KeyError."""
     return {one.name: one for one in FORMATS}[name]
 
 
 def dense() -> WeightFormat:
-    """The format of weights that are not quantised."""
+    """Returns the format of weights that are not quantised."""
     return next(one for one in FORMATS if one.exact)
 
 
 def default() -> WeightFormat:
-    """The format to load in where no argument asks for one."""
+    """Returns the format to load in where no argument asks for one."""
     return next(one for one in FORMATS if one.by_default)
 
 
 def by_choice(choice: str | None) -> WeightFormat:
-    """The format of a value of `--load`, or of `estimate(quantization=)` (None = dense). Raises KeyError."""
+    """Returns the format of a value of `--load`, or of `estimate(quantization=)` (None = dense). Raises KeyError."""
     return dense() if choice is None else {one.choice: one for one in FORMATS if one.choice}[choice]
 
 
 def choices() -> list[str]:
-    """The values of `--load`."""
+    """Returns the values of `--load`."""
     return [one.choice for one in FORMATS if one.choice is not None]
 
 
 def by_load_argument(argument: str) -> WeightFormat:
-    """The format that an argument of `from_pretrained` asks for. Raises KeyError."""
+    """Returns the format that an argument of `from_pretrained` asks for. Raises KeyError."""
     return {one.load_argument: one for one in FORMATS if one.load_argument}[argument]
 
 
 def load_arguments(quantized: bool = False) -> dict[str, str]:
-    """{argument of `from_pretrained`: name of the format that it asks for}; quantized: without exact formats."""
+    """Returns {argument of `from_pretrained`: name of the format that it asks for}; quantized: without exact
+    formats."""
     return {one.load_argument: one.name for one in FORMATS if one.load_argument and not (quantized and one.exact)}
 
 
 def stored_format(record: Mapping[str, Any]) -> WeightFormat | None:
-    """The format of a checkpoint with this `quantization_config`; None where hasten knows none."""
+    """Returns the format of a checkpoint with this `quantization_config`; None where hasten knows none."""
     return next((one for one in FORMATS if record and one.stored_in(record)), None)
 
 
 def smallest_loadable() -> WeightFormat:
-    """The format with the fewest bits among those that an argument of `from_pretrained` asks for."""
+    """Returns the format with the fewest bits among those that an argument of `from_pretrained` asks for."""
     return min((one for one in FORMATS if one.load_argument is not None), key=lambda one: one.bits)
 
 
 def save_methods() -> list[str]:
-    """The values of `save_method` that write a quantised checkpoint."""
+    """Returns the values of `save_method` that write a quantised checkpoint."""
     return [one.save_method for one in FORMATS if one.save_method is not None]
 
 
 def packages() -> list[str]:
-    """The optional packages that the formats need."""
+    """Returns the optional packages that the formats need."""
     return sorted({one.package for one in FORMATS if one.package is not None})
 
 

@@ -7,7 +7,7 @@ MIN_AGREEING = 0.999
 
 
 def codes_agree(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
-    """Whether both hold the same number of codes and nearly all are equal."""
+    """Returns whether both hold the same number of codes and nearly all are equal."""
     if mine.numel() != theirs.numel():
         return False
     return (mine.flatten() == theirs.flatten()).float().mean().item() >= MIN_AGREEING

@@ -17,7 +17,8 @@ class Dense(WeightFormat):
     trainable = True
 
     def matches(self, linear: nn.Module) -> bool:
-        """Any floating-point weight, also that of an embedding. Quantised formats are asked first: some have one too."""
+        """Matches any floating-point weight, also that of an embedding. Quantised formats are tried first, since some
+        of them have one too."""
         weight = getattr(linear, "weight", None)
         return isinstance(weight, torch.Tensor) and weight.is_floating_point()
 
@@ -25,20 +26,20 @@ class Dense(WeightFormat):
         kind = type(linear)
         # An overlay over a Linear computes the same: it differs only in where it rounds.
         if kind is not nn.Linear and getattr(kind, "stock_class", kind) is not nn.Linear:
-            return f"held as {kind.__name__}"
+            return f"stored as {kind.__name__}"
         weight = linear.weight
-        if type(weight) is not nn.Parameter:  # e.g. a DTensor, which somebody sharded
-            return f"held as {type(weight).__name__}"
+        if type(weight) is not nn.Parameter:  # e.g. a sharded DTensor
+            return f"stored as {type(weight).__name__}"
         return DenseWeight(weight)
 
     def dequantize(self, linear: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The weight itself where the dtype is right, not a copy. None = its own dtype."""
+        """Returns the weight itself where the dtype is right, not a copy. None = its own dtype."""
         weight: torch.Tensor = linear.weight
         dense = weight if weight.requires_grad else weight.detach()
         return dense if dtype is None else dense.to(dtype)
 
     def holds(self, linear: Any, dense: torch.Tensor) -> bool:
-        """The weight must equal `dense` cast to its dtype, bit for bit."""
+        """Returns whether the weight equals `dense` cast to its dtype, bit for bit."""
         weight: torch.Tensor = linear.weight
         return tuple(weight.shape) == tuple(dense.shape) and torch.equal(dense.to(weight.device, weight.dtype), weight)
 

@@ -26,10 +26,10 @@ class INT8(WeightFormat):
         return type(linear._parameters.get("weight")).__name__ == "Int8Params"
 
     def weight(self, linear: Any) -> Weight | str:
-        return f"held as {type(linear).__name__}"
+        return f"stored as {type(linear).__name__}"
 
     def dequantize(self, linear: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """None = fp16, in which the layer computes."""
+        """Dequantises; dtype None = fp16, in which the layer computes."""
         import bitsandbytes.functional as bnb
 
         return bnb.int8_vectorwise_dequant(*_codes_and_scale(linear)).to(torch.float16 if dtype is None else dtype)
@@ -61,7 +61,8 @@ class INT8(WeightFormat):
         return LoadPlan(BitsAndBytesConfig(load_in_8bit=True), notes=("quantisation: LLM.int8",))
 
     def fill(self, linear: Any, matrix: Matrix) -> None:
-        """Output channels are quantised independently, so the codes are exactly bitsandbytes' own."""
+        """Quantises some output channels at a time. They are independent, so the codes are exactly bitsandbytes'
+        own."""
         import bitsandbytes as bnb
         from bitsandbytes.functional import int8_vectorwise_quant
 
@@ -93,7 +94,8 @@ class INT8(WeightFormat):
 
 
 def _codes_and_scale(linear: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes (out, in) int8, scale (out,) fp32). bitsandbytes moves both to `linear.state` on the first forward."""
+    """Returns (codes (out, in) int8, scale (out,) fp32). bitsandbytes moves both to `linear.state` on the first
+    forward."""
     weight = linear.weight
     scale = getattr(weight, "SCB", None)
     scale = scale if scale is not None else linear.state.SCB

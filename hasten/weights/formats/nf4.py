@@ -1,6 +1,6 @@
 """bitsandbytes' 4-bit formats: NF4 (Dettmers et al. 2023, arXiv:2305.14314) and FP4, with doubly quantised scales.
 
-bitsandbytes is imported only once one of its layers is at hand, or is to be made.
+bitsandbytes is imported only when one of its layers is read or created.
 """
 
 import copy
@@ -36,7 +36,7 @@ WIDTHS = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4}
 
 @dataclass(frozen=True)
 class PackedWeight(Weight):
-    """An NF4 weight that is dequantised at each call."""
+    """An NF4 weight, dequantised at each call."""
 
     weight: NF4Weight
 
@@ -56,7 +56,7 @@ class PackedWeight(Weight):
 
 
 class _FourBit(WeightFormat):
-    """What NF4 and FP4 share: everything but the code book, which `name` selects."""
+    """The common base of NF4 and FP4, which differ only in the code book; `name` selects it."""
 
     stored_argument: ClassVar[str | None] = "load_in_4bit"
     bits: ClassVar[int] = 4
@@ -71,7 +71,7 @@ class _FourBit(WeightFormat):
         return (weight if state is None else state).quant_type == self.name
 
     def dequantize(self, linear: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The values that the layer computes with: rounded to its compute dtype first, then cast."""
+        """Returns the values that the layer computes with: rounded to its compute dtype first, then cast."""
         import bitsandbytes.functional as bnb
 
         dense = bnb.dequantize_4bit(*_plain_state(linear))
@@ -102,7 +102,7 @@ class _FourBit(WeightFormat):
         return round(rows * columns * BYTES)
 
     def after_load(self, linear: Any) -> None:
-        """Has bitsandbytes leave the codes in the layout in which they were read.
+        """Keeps bitsandbytes from changing the layout in which the codes were read.
 
         On CPUs with AVX512-BF16 its first forward in evaluation mode repacks them and rounds their scales to bf16: one
         `generate` would change the weights that are trained on and merged, and inputs off a multiple of 64 fail.
@@ -118,7 +118,7 @@ class _FourBit(WeightFormat):
         return list(record.get("llm_int8_skip_modules") or ())
 
     def fits(self, shape: tuple[int, ...], dtype: str, numbers: int, suffixes: Collection[str]) -> bool:
-        """Two codes in each byte."""
+        """Expects two codes per byte."""
         state = any(suffix.startswith(".quant_state.") for suffix in suffixes)
         return state and torch.Size(shape).numel() * WIDTHS.get(dtype, 0) == (numbers + 1) // 2
 
@@ -132,8 +132,8 @@ class _FourBit(WeightFormat):
         ]
 
     def fill(self, linear: Any, matrix: Matrix) -> None:
-        """Blocks are quantised independently, so the codes are exactly bitsandbytes' own for the whole matrix. Input
-        channels must be a multiple of `BLOCK`."""
+        """Blocks are quantised independently, so the codes are exactly bitsandbytes' own for the whole matrix. The
+        number of input channels must be a multiple of `BLOCK`."""
         import bitsandbytes as bnb
         from bitsandbytes.functional import QuantState, quantize_4bit, quantize_blockwise
 
@@ -199,7 +199,7 @@ class NF4(_FourBit):
         weight = linear.weight
         state = weight.quant_state
         if state is None:
-            return f"held as {type(linear).__name__}, not quantised yet"
+            return f"stored as {type(linear).__name__}, not quantised yet"
         if getattr(state, "packing_format_for_cpu", False):
             return "4-bit, but not NF4 in the plain layout"
         packed, shape = weight.data.view(torch.uint8), (int(state.shape[0]), int(state.shape[1]))
@@ -221,7 +221,7 @@ class NF4(_FourBit):
         )
 
     def plan_load(self, empty: nn.Module, dtype: torch.dtype, on_cpu: bool) -> LoadPlan:
-        """Leaves dense what bitsandbytes misreads on a CPU."""
+        """Plans NF4, but leaves layers dense that bitsandbytes misreads on a CPU."""
         dense = _misread_on_cpu(empty) if on_cpu else []
         notes = ["quantisation: NF4 with double quantisation"]
         if dense:
@@ -235,7 +235,7 @@ class NF4(_FourBit):
 
 
 class FP4(_FourBit):
-    """Read where a checkpoint is stored so; never asked for by an argument of hasten."""
+    """Only read from checkpoints that are stored in it; no argument of hasten selects it."""
 
     name = "fp4"
     fused = False
@@ -257,7 +257,7 @@ def _settings(kind: str, dtype: torch.dtype, kept_dense: list[str] | None) -> An
 
 
 def _misread_on_cpu(empty: nn.Module) -> list[str]:
-    """Linears whose input channels are not a whole number of blocks.
+    """Returns the linears whose input channels are not a whole number of blocks.
 
     bitsandbytes' CPU code starts each output channel at a new scale, though blocks continue across them (seen in 0.50:
     relative error 0.28 instead of 0.09, and a RuntimeError in the first forward in eval mode).
@@ -271,7 +271,7 @@ def _misread_on_cpu(empty: nn.Module) -> list[str]:
 
 
 def _plain_state(linear: Any) -> tuple[torch.Tensor, Any]:
-    """(packed codes, quant state) in the plain layout; the layer's own stay as they are.
+    """Returns (packed codes, quant state) in the plain layout; those of the layer are not changed.
 
     On a CPU with AVX512-BF16 the first forward in eval mode repacks a layer's codes for its kernel and rounds the block
     scales to bf16; a copy of the codes is put back in order here.

@@ -16,7 +16,7 @@ ALLOWED = {
     "model.py": "the public signature",
     "estimation.py": "the public signature",
     "training/optimizers.py": "the package of transformers' optimizers",
-    "demo/story.py": "calls the public signature",
+    "demo/pipeline.py": "calls the public signature",
 }
 """Files outside `weights/formats`, `ops/nf4` and the options -> why a format is named there."""
 ROOMS = ("weights/formats/", "ops/nf4/", "option")

@@ -68,5 +68,5 @@ def test_convert_matches_itself_alone_and_has_the_promised_size(name: str) -> No
 def test_modules_without_a_known_weight() -> None:
     assert formats.find_format(nn.Identity()) is None
     assert not formats.is_quantized(tiny_model("llama").get_input_embeddings())
-    with pytest.raises(TypeError, match="holds no weight that hasten can read"):
+    with pytest.raises(TypeError, match="has no weight that hasten can read"):
         formats.format_of(nn.Identity())

@@ -83,7 +83,7 @@ def adapted(model: Any) -> Any:
 def test_loads_a_dense_checkpoint(base: Path, by_rows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hasten.weights.formats.base.CHUNK", 300)
     if not by_rows:
-        monkeypatch.setattr("hasten.loading.read.Reading.goes_by_rows", False)
+        monkeypatch.setattr("hasten.loading.read.Reading.reads_tensors_itself", False)
     model = loaded(base)
     stored = load_file(base / "model.safetensors")
     linears = linears_of(model)
@@ -170,7 +170,7 @@ def test_a_stored_checkpoint_refuses_another_format(base: Path, tmp_path: Path) 
     model.save_pretrained_merged(tmp_path / "toy", save_method="merged_toy", rows=IDS)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "toy" / file).write_bytes((base / file).read_bytes())
-    with pytest.raises(OptionError, match="stored as toy already"):
+    with pytest.raises(OptionError, match="is already stored as toy"):
         loaded(tmp_path / "toy", load_in_toy=None, load_in_8bit=True)
     assert linears_of(loaded(tmp_path / "toy"))
 

@@ -1,7 +1,7 @@
 """Backward of FlashAttention-2: delta = rowsum(dO * O), then dK and dV per block of keys, dQ per block of queries.
 
-The attention weights are recomputed from the scores and the forward's lse. The dK/dV kernel loops over the query heads of a
-group, so K and V are never expanded, and there are no atomic adds: equal inputs give equal bits.
+The attention weights are recomputed from the scores and the forward's lse. The dK/dV kernel loops over the query heads
+of a group, so K and V are never expanded, and there are no atomic adds: equal inputs give equal bits.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def _dkdv_range(
     MASKED: tl.constexpr, WINDOW: tl.constexpr, SPANS: tl.constexpr, SOFTCAP: tl.constexpr, QUERIES: tl.constexpr,
     CHANNELS: tl.constexpr, PAD: tl.constexpr, UPCAST: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Score tiles are transposed (keys x queries), so that they are the left operand of both matmuls."""
+    """Accumulates dK and dV over a range of queries. Score tiles are transposed (keys x queries), so that they are the
+    left operand of both matmuls."""
     rows, cols = tl.arange(0, QUERIES), tl.arange(0, CHANNELS)
     for start in range(lo, hi, QUERIES):
         q = tile(q_ptr, start, stride_q, rows, cols, T, D, MASKED, PAD)
@@ -183,7 +184,8 @@ def _attention_dq(
 def attention_bwd(
     d: torch.Tensor, saved: tuple[torch.Tensor, ...], config: ScoreMaskConfig, tiles: Tiles
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk, dv, contiguous. d: (B, T, H, D), the gradient of out, any strides. saved: q, k, v, out, lse, and spans or None."""
+    """Returns dq, dk, dv, contiguous. d: (B, T, H, D), the gradient of out, any strides. saved: q, k, v, out, lse, and
+    spans or None."""
     q, k, v, out, lse, spans = saved
     d = d if d.stride(-1) == 1 else d.contiguous()
     batch, tokens, heads, channels = q.shape

@@ -1,9 +1,9 @@
 """FlashAttention-2 (Dao 2023, arXiv:2307.08691), causal, with window, softcap, spans and grouped queries.
 
 Each program computes one block of queries of one head. It saves lse = log2(sum(2 ** score)) per query, from which the
-backward recomputes the attention weights. Blocks of keys that causality, the window or the spans hide from all queries of a
-block are skipped. Scores are in base 2 (log2(e) is folded into the scale), so that exp2 can be used. Heads of one group read
-the same K and V in place.
+backward recomputes the attention weights. Blocks of keys that causality, the window or the spans hide from all queries
+of a block are skipped. Scores are in base 2 (log2(e) is folded into the scale), so that exp2 can be used. Heads of one
+group read the same K and V in place.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _attention_fwd(
 def attention_fwd(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: torch.Tensor | None, config: ScoreMaskConfig, tiles: Tiles
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out (B, T, H, D), lse (B, H, T) fp32 in base 2, 0 for a query without a visible key)."""
+    """Returns (out (B, T, H, D), lse (B, H, T) fp32 in base 2, 0 for a query without a visible key)."""
     batch, tokens, heads, channels = q.shape
     out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
     lse = torch.empty(batch, heads, tokens, device=q.device, dtype=torch.float32)

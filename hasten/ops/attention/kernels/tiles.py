@@ -37,24 +37,27 @@ TABLE = {
     128: Tiles(Tile(64, 64, 4, 3), Tile(32, 64, 4, 3), Tile(64, 64, 4, 2)),
     256: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 1), Tile(64, 32, 4, 2)),
 }
-"""Padded head size -> tiles, for 16-bit inputs: the fastest on an H200 (benchmarks/attention_speed.py). 160 KiB of shared memory."""
+"""Padded head size -> tiles, for 16-bit inputs: the fastest on an H200 (benchmarks/tune.py). 160 KiB of
+shared memory."""
 IN_96_KIB = TABLE | {256: Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2))}
 IN_64_KIB = {
     64: Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 1), Tile(64, 64, 4, 3)),
     128: Tiles(Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
     256: Tiles(Tile(32, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
 }
-"""What fits into less shared memory (GeForce RTX, T4). Compiled for these GPUs (tests/ops/compile_kernels.py), not timed there."""
+"""Tiles that fit into less shared memory (GeForce RTX, T4). Compiled for these GPUs (tests/ops/compile_kernels.py),
+not timed there."""
 
 FP32 = Tiles(Tile(32, 32, 8, 1), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1))
 FP32_WIDE = Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))
 
 
-def tiles_for(dtype: torch.dtype, channels: int, room: int) -> Tiles:
-    """The tiles for a dtype. channels: of a head, padded to a power of two. room: bytes of shared memory per thread block."""
+def tiles_for(dtype: torch.dtype, channels: int, shared: int) -> Tiles:
+    """Returns the tiles for a dtype. channels: of a head, padded to a power of two. shared: bytes of shared memory per
+    thread block."""
     if dtype == torch.float32:
         return FP32 if channels <= 128 else FP32_WIDE
-    table = TABLE if room >= 160 * 2**10 else IN_96_KIB if room >= 96 * 2**10 else IN_64_KIB
+    table = TABLE if shared >= 160 * 2**10 else IN_96_KIB if shared >= 96 * 2**10 else IN_64_KIB
     return table[max(64, channels)]
 
 
@@ -67,13 +70,13 @@ class ScoreMaskConfig:
     softcap: float | None
 
     def arguments(self) -> tuple[int, float, float]:
-        """(window, factor before tanh, factor after it); scores are then in base 2."""
+        """Returns (window, factor before tanh, factor after it); scores are then in base 2."""
         if self.softcap is None:
             return self.window or 0, self.scale * LOG2_E, 1.0
         return self.window or 0, self.scale / self.softcap, self.softcap * LOG2_E
 
     def flags(self, q: torch.Tensor, spans: torch.Tensor | None) -> dict[str, int | bool]:
-        """The kernels' compile-time arguments."""
+        """Returns the kernels' compile-time arguments."""
         head = q.shape[-1]
         channels = max(16, triton.next_power_of_2(head))
         return {
@@ -105,7 +108,7 @@ def tile(ptr, start, stride, rows, cols, T, D, MASK_ROWS: tl.constexpr, MASK_COL
 
 @triton.jit
 def dot(a, b, UPCAST: tl.constexpr):
-    """a @ b, accumulated in fp32. UPCAST: set in Triton's interpreter, whose 16-bit dot is wrong."""
+    """Computes a @ b, accumulated in fp32. UPCAST: set in Triton's interpreter, whose 16-bit dot is wrong."""
     if UPCAST:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")
@@ -113,7 +116,8 @@ def dot(a, b, UPCAST: tl.constexpr):
 
 @triton.jit
 def score(qk, scale, cap, SOFTCAP: tl.constexpr, EXACT: tl.constexpr):
-    """(score in base 2, derivative of the softcap). Without a softcap `scale` includes log2(e); with one `cap` does.
+    """Returns (score in base 2, derivative of the softcap). Without a softcap `scale` includes log2(e); with one `cap`
+    does.
 
     EXACT: tanh by its Taylor series for |x| < 0.3, where 2 sigmoid(2x) - 1 cancels digits that fp32 inputs have.
     """
@@ -131,7 +135,8 @@ def score(qk, scale, cap, SOFTCAP: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def visible(query, key, last, window, WINDOW: tl.constexpr, SPANS: tl.constexpr):
-    """The mask of a tile, True = visible. query, key: positions that broadcast to the tile. last: see `ops.attention.spans`."""
+    """Returns the mask of a tile, True = visible. query, key: positions that broadcast to the tile. last: see
+    `ops.attention.spans`."""
     seen = key <= query
     if WINDOW:
         seen = seen & (key > query - window)
@@ -143,7 +148,8 @@ def visible(query, key, last, window, WINDOW: tl.constexpr, SPANS: tl.constexpr)
 @triton.jit
 def key_range(spans_ptr, first_query, T, window, WINDOW: tl.constexpr, SPANS: tl.constexpr, QUERIES: tl.constexpr,
                KEYS: tl.constexpr):  # fmt: skip
-    """(lo, full, diagonal, hi) of a block of queries: it attends to keys in [lo, hi); whole blocks in [full, diagonal) need no mask."""
+    """Returns (lo, full, diagonal, hi) of a block of queries: it attends to keys in [lo, hi); whole blocks in [full,
+    diagonal) need no mask."""
     lo = first_query * 0
     clear = lo
     hi = tl.minimum(first_query + QUERIES, T)

@@ -1,6 +1,7 @@
 """Linears with LoRA on a GPU: few large cuBLAS matmuls, fused additions, gradients summed in fp32.
 
-- Linears that read one input are stacked (`ops.lora.stacked`): one matmul with all W, one with all A, one gradient each.
+- Linears that read one input are stacked (`ops.lora.stacked`): one matmul with all W, one with all A, one gradient
+each.
 - Fuses the LoRA delta, the bias and the residual add into the base matmul: base = residual + bias + xa @ B is written
   first, then addmm accumulates x @ W.T onto it. The gradient of the input starts as d_xa @ A in the same way.
 
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 def low_rank(
     x_NE: torch.Tensor, linears: Sequence[LoraLinear]
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """(xa, a, b) of all linears' LoRAs together; three times None without any."""
+    """Computes (xa, a, b) of all linears' LoRAs together; (None, None, None) without a LoRA."""
     found = adapters(linears, x_NE.dtype)
     return (None, None, None) if found is None else (x_NE @ found.a.T, found.a, found.b)
 
@@ -60,7 +61,8 @@ def project(
     residual_NO: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The outputs of all linears side by side (N, O), plus `residual` if given. xa, b: of `low_rank`. out: where to write."""
+    """Computes the outputs of all linears side by side (N, O), plus `residual` if given. xa, b: of `low_rank`. out:
+    where to write."""
     bias = bias_of(linears, x_NE.dtype)
     base = residual_NO
     if base is None and bias is not None:
@@ -73,7 +75,7 @@ def project(
             start = add_lora_delta(base, xa, b, out)
         else:
             start = torch.addmm(base, xa, b, out=out)
-    # `start` is ours to overwrite, unless it is the caller's residual or the expanded bias.
+    # `start` may be overwritten, unless it is the caller's residual or the expanded bias.
     y = matmul(x_NE, linears, start, out if start is base else start)
     return y if bias is None else y.add_(bias)
 
@@ -81,7 +83,7 @@ def project(
 def lora_gradients(
     linears: Sequence[LoraLinear], dy_NO: torch.Tensor, xa_NR: torch.Tensor | None, b_RO: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-    """(d_xa (N, R), for each linear the (O_i, R_i) fp32 gradient of scale * B); (None, []) without LoRA.
+    """Computes (d_xa (N, R), for each linear the (O_i, R_i) fp32 gradient of scale * B); (None, []) without LoRA.
 
     One kernel that reads dy once, where ranks and widths suit it; else two cuBLAS matmuls.
     """
@@ -110,7 +112,7 @@ def input_gradient(
     a: torch.Tensor | None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """d_xa @ A + dy @ W (N, E): the gradient of the input that all linears read. out: where to write."""
+    """Computes d_xa @ A + dy @ W (N, E), the gradient of the input that all linears read. out: where to write."""
     if d_xa is None or a is None:
         return matmul_t(dy_NO, linears, out=out)
     dx = torch.mm(d_xa, a, out=out)
@@ -118,14 +120,15 @@ def input_gradient(
 
 
 class SavedInput:
-    """What a Function saves of its input x: x itself, or the input of the norm that produced x, or nothing.
+    """The saved form of a Function's input x: x itself, or the input of the norm that produced x, or neither.
 
     The norm's input is saved by the layer anyway (it is the residual stream), and a norm is cheap to recompute.
     """
 
     @staticmethod
     def tensors(x_NE: torch.Tensor, norm_input: NormInput | None, needed: bool) -> tuple[torch.Tensor | None, ...]:
-        """The two entries for save_for_backward. needed: whether the backward reads x at all (`needs_input`)."""
+        """Returns the two entries for save_for_backward. needed: whether the backward reads x at all
+        (`needs_input`)."""
         if not needed:
             return None, None
         return (x_NE, None) if norm_input is None else (norm_input.x, norm_input.weight)
@@ -138,19 +141,21 @@ class SavedInput:
     def restore(
         x: torch.Tensor | None, weight: torch.Tensor | None, config: NormConfig | None, dtype: torch.dtype
     ) -> torch.Tensor | None:
-        """x (N, E) again from the saved entries, in the dtype of the matmuls (a norm with an fp32 weight gives fp32)."""
+        """Returns x (N, E): the saved tensor, or recomputed from the norm's input, in the dtype of the matmuls (a norm
+        with an fp32 weight gives fp32)."""
         if x is None or weight is None or config is None:
             return x
         return flat_rows(NormInput(x, weight, config).recompute()).to(dtype)
 
 
 def needs_input(linears: Sequence[LoraLinear]) -> bool:
-    """Whether the backward reads the linears' input: for the gradient of an A or of a weight."""
+    """Returns whether the backward reads the linears' input: for the gradient of an A or of a weight."""
     return any(one.a is not None or one.trained_weight is not None for one in linears)
 
 
 class LoraLinearsFunction(torch.autograd.Function):
-    """Saves the input (see `SavedInput`), xa, a and b. `parameters(linears)` are arguments so that autograd sees them."""
+    """Saves the input (see `SavedInput`), xa, a and b. `parameters(linears)` are arguments so that autograd sees
+    them."""
 
     @staticmethod
     def forward(

@@ -1,9 +1,9 @@
 """The LoRA delta xa @ b, forward and backward, with one pass over the tensor of the output's size.
 
 Forward: writes base + xa @ b, onto which the base matmul then accumulates (addmm, beta = 1).
-Backward: computes d_xa = dy @ b.T and d_b = dy.T @ xa from one read of dy. A program owns a strip of columns and walks down
-the rows: d_b is summed in registers, the partial d_xa of each strip is stored in fp32. Partial sums are added afterwards in
-a fixed order, so results are deterministic.
+Backward: computes d_xa = dy @ b.T and d_b = dy.T @ xa from one read of dy. A program owns a strip of columns and walks
+down the rows: d_b is summed in registers, the partial d_xa of each strip is stored in fp32. Partial sums are added
+afterwards in a fixed order, so results are deterministic.
 
 N tokens (rows), F output channels (columns), R rank.
 """
@@ -17,7 +17,7 @@ import triton.language as tl
 from hasten.ops.backend import on_device, shared_memory
 
 MAX_RANK = 128
-"""Largest rank of the forward kernel, which holds all ranks in one tile; cuBLAS runs beyond."""
+"""Largest rank of the forward kernel, which holds all ranks in one tile; cuBLAS runs larger ones."""
 MAX_RANK_BACKWARD = 32
 """Largest rank at which the backward kernel is faster than two cuBLAS matmuls."""
 MIN_WIDTH_BACKWARD = 2048
@@ -36,8 +36,8 @@ def load_tile(ptr, rows, cols, stride, rows_end, cols_end):
 
 
 @triton.jit
-def thin_dot(left, right, UPCAST: tl.constexpr):
-    """left @ right, accumulated in fp32. UPCAST: set in Triton's interpreter, whose 16-bit dot is wrong."""
+def dot(left, right, UPCAST: tl.constexpr):
+    """Computes left @ right, accumulated in fp32. UPCAST: set in Triton's interpreter, whose 16-bit dot is wrong."""
     if UPCAST:
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, input_precision="ieee")
@@ -58,9 +58,9 @@ def _lora_delta_bwd(
         rows = first + start + tl.arange(0, ROWS)
         dy = load_tile(dy_ptr, rows, cols, stride_dy, N, F)
         xa = load_tile(xa_ptr, rows, ranks, stride_xa, N, R)
-        total += thin_dot(tl.trans(dy), xa, UPCAST)
+        total += dot(tl.trans(dy), xa, UPCAST)
         part = strips_ptr + (strip.to(tl.int64) * N + rows[:, None]) * BLOCK_R + ranks[None, :]
-        tl.store(part, thin_dot(dy, tl.trans(b_cols), UPCAST), mask=(rows < N)[:, None] & (ranks >= 0)[None, :])
+        tl.store(part, dot(dy, tl.trans(b_cols), UPCAST), mask=(rows < N)[:, None] & (ranks >= 0)[None, :])
     at = sums_ptr + (split.to(tl.int64) * F + cols[:, None]) * BLOCK_R + ranks[None, :]
     tl.store(at, total, mask=(cols < F)[:, None] & (ranks >= 0)[None, :])
 
@@ -78,19 +78,19 @@ def _add_lora_delta(
     base = tl.load(base_ptr + rows[:, None] * stride_base + cols[None, :], mask=mask, other=0.0)
     xa = load_tile(xa_ptr, rows, ranks, stride_xa, N, R)
     b = load_tile(b_ptr, ranks, cols, stride_b, R, F)
-    out = base.to(tl.float32) + thin_dot(xa, b, UPCAST)
+    out = base.to(tl.float32) + dot(xa, b, UPCAST)
     tl.store(out_ptr + rows[:, None] * stride_out + cols[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def rank_block(rank: int) -> int:
-    """The power of two that a rank is padded to, at least 16 (the least that tensor cores take)."""
+    """Returns the power of two that a rank is padded to, at least 16 (the least that tensor cores take)."""
     return max(16, triton.next_power_of_2(rank))
 
 
 def add_lora_delta(
     base_NF: torch.Tensor, xa_NR: torch.Tensor, b_RF: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """base + xa @ b (N, F) in base's dtype, written into `out` or a new tensor.
+    """Computes base + xa @ b (N, F) in base's dtype, written into `out` or a new tensor.
 
     Columns must be contiguous; base may be one expanded row (a bias). R <= MAX_RANK.
     """
@@ -116,7 +116,7 @@ def lora_delta_bwd(
     tile: dict[str, int] | None = None,
     splits: int = 8,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dy @ b.T (N, R), dy.T @ xa (F, R)), both fp32. Columns must be contiguous; N >= 1.
+    """Computes (dy @ b.T (N, R), dy.T @ xa (F, R)), both fp32. Columns must be contiguous; N >= 1.
 
     tile: the launch, None = by the GPU's shared memory. splits: programs that the tokens are divided among.
     """

@@ -1,11 +1,12 @@
 """The gated MLP on a GPU: gate and up share one buffer, and the backward overwrites it with their gradients.
 
-Two autograd Functions. `LoraGluFunction` runs everything up to the last matmul, saves all tensors and has the whole backward.
-`DownFunction` runs the last matmul and saves nothing. torch's activation checkpointing stops recomputing a layer once every
-saved tensor is there, so the last matmul is not recomputed. Between the two runs a `grad_anchor`: a tensor of the output's
-shape without storage of its own, whose gradient is the gradient of the output.
+Two autograd Functions. `LoraGluFunction` runs everything up to the last matmul, saves all tensors and runs the whole
+backward. `DownFunction` runs the last matmul and saves nothing. torch's activation checkpointing stops recomputing a
+layer once every saved tensor is there, so the last matmul is not recomputed. Between the two runs a `grad_anchor`: a
+tensor of the output's shape without storage of its own, whose gradient is the gradient of the output.
 
-N tokens, E hidden size, F intermediate size. h = act(gate) * up (N, F), the input of down. xa, a, b: see `kernels.linear`;
+N tokens, E hidden size, F intermediate size. h = act(gate) * up (N, F), the input of down. xa, a, b: see
+`kernels.linear`;
 down_xa = h @ A.T (N, R), down_a, down_b: the same of down.
 """
 
@@ -42,7 +43,7 @@ class GateUpActivations(NamedTuple):
 def gate_up_forward(
     flat: torch.Tensor, linears: Sequence[LoraLinear], activation: str
 ) -> tuple[torch.Tensor, GateUpActivations]:
-    """(h (N, F), activations) of the input (N, E): the forward up to the last matmul."""
+    """Computes (h (N, F), activations) of the input (N, E): the forward without the last matmul."""
     xa, a, b = low_rank(flat, linears[:2])
     gate_up = project(flat, linears[:2], xa, b)
     h = glu_fwd(*gate_up.chunk(2, dim=1), activation)
@@ -64,7 +65,7 @@ def gate_up_backward(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, list[torch.Tensor]]:
     """Overwrites `acts.gate_up` with the gradients of gate and up.
 
-    Returns what `parameter_gradients` of down needs beside dy: h (None unless `needs_h`), d_down_xa and d_b.
+    Returns what `parameter_gradients` of down needs in addition to dy: h (None unless `needs_h`), d_down_xa and d_b.
     """
     halves = acts.gate_up.chunk(2, dim=1)
     d_down_xa, d_b = lora_gradients(down, dy, acts.down_xa, acts.down_b)
@@ -113,12 +114,14 @@ class LoraGluFunction(torch.autograd.Function):
 
 
 def grad_anchor_of(flat: torch.Tensor, linears: Sequence[LoraLinear]) -> torch.Tensor:
-    """An (N, E) tensor of one element, expanded: takes the output's gradient from the last Function to the backward's."""
+    """Returns an (N, E) tensor of one element, expanded, which carries the output's gradient from the last Function to
+    the one that runs the backward."""
     return flat.new_empty(1).expand(len(flat), sum(widths(linears[2:])))
 
 
 class DownFunction(torch.autograd.Function):
-    """h @ down (+ residual). Saves nothing: every gradient but the residual's is computed behind `grad_anchor`."""
+    """h @ down (+ residual). Saves nothing: every gradient but the residual's is computed by `LoraGluFunction`, which
+    `grad_anchor` leads to."""
 
     @staticmethod
     def forward(

@@ -1,12 +1,15 @@
 """The gated MLP, some tokens at a time: no buffer of the intermediate size outlives its tile, forward or backward.
 
-Two autograd Functions, as in `kernels.mlp`, here in the other order of work. `TiledBackwardFunction` comes first and computes
-nothing: it saves the input and has the whole backward, which recomputes gate and up tile by tile. `TiledForwardFunction`
-computes the output and saves nothing. So activation checkpointing, which stops at the last saved tensor, does not run the
-MLP's forward a second time before the backward recomputes it anyway. Weights are dequantised once per pass, for all tiles.
+Two autograd Functions, as in `kernels.mlp`, but in reverse order. `TiledBackwardFunction` comes first and computes
+nothing: it saves the input and runs the whole backward, which recomputes gate and up tile by tile.
+`TiledForwardFunction`
+computes the output and saves nothing. So activation checkpointing, which stops at the last saved tensor, does not run
+the MLP's forward a second time before the backward recomputes it anyway. Weights are dequantised once per pass, for all
+tiles.
 
-One tensor goes from forward to backward outside of autograd: down_xa (h @ A.T of down, R numbers per token), which spares
-the backward the activation and a matmul over F. Autograd does not free it, so the backward does; a second backward through
+One tensor goes from forward to backward outside of autograd: down_xa (h @ A.T of down, R numbers per token), which
+spares the backward the activation and a matmul over F. Autograd does not free it, so the backward does; a second
+backward through
 the same graph (retain_graph=True) recomputes it.
 
 Names as in `kernels.mlp`.
@@ -33,12 +36,14 @@ if TYPE_CHECKING:
 
 
 def tiles(tokens: int, tile: int) -> Iterator[slice]:
-    """Slices of at most `tile` tokens; one empty slice for no tokens, so that gradients become zeros and not None."""
+    """Returns slices of at most `tile` tokens; one empty slice for no tokens, so that gradients become zeros and not
+    None."""
     return (slice(start, min(start + tile, tokens)) for start in range(0, max(tokens, 1), tile))
 
 
 def dense_once(linears: Sequence[LoraLinear], dtype: torch.dtype) -> tuple[LoraLinear, ...]:
-    """The linears over weights that are dense in `dtype` and packed in one buffer, so that no tile dequantises them again.
+    """Returns the linears over weights that are dense in `dtype` and packed in one buffer, so that no tile dequantises
+    them again.
 
     A weight with its own matmul stays as it is.
     """
@@ -75,7 +80,7 @@ class GradientSums:
                 own[2] = _added(own[2], mine.sum(0, dtype=at_least_fp32(mine[:0]).dtype))
 
     def rounded(self) -> list[torch.Tensor | None]:
-        """The gradients of `parameters(linears)`, each in its parameter's dtype."""
+        """Returns the gradients of `parameters(linears)`, each in its parameter's dtype."""
         found = []
         for one, (rows, _), (b, weight, bias) in zip(self.linears, blocks_of(self.linears), self.own, strict=True):
             a = self.a[rows] if self.a is not None and one.a is not None else None
@@ -100,12 +105,13 @@ class TiledCall:
     down_xa: list[torch.Tensor | None] = field(default_factory=list)
 
     def dense(self, dtype: torch.dtype) -> tuple[LoraLinear, ...]:
-        """gate, up, down over dense weights (`dense_once`)."""
+        """Returns gate, up and down over dense weights (`dense_once`)."""
         return (*dense_once(self.linears[:2], dtype), *dense_once(self.linears[2:], dtype))
 
 
 class TiledBackwardFunction(torch.autograd.Function):
-    """Returns a grad_anchor, whose gradient is the output's; computes every gradient but the residual's. Saves the input."""
+    """Returns a grad_anchor, whose gradient is the output's; computes every gradient but the residual's. Saves the
+    input."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, norm_input: Any, call: TiledCall, *_: Any) -> torch.Tensor:
@@ -149,7 +155,8 @@ class TiledBackwardFunction(torch.autograd.Function):
 
 
 class TiledForwardFunction(torch.autograd.Function):
-    """The output (N, E). x comes detached: every gradient but the residual's is computed behind `grad_anchor`."""
+    """Returns the output (N, E). x is detached: `TiledBackwardFunction`, which `grad_anchor` leads to, computes every
+    gradient but the residual's."""
 
     @staticmethod
     def forward(

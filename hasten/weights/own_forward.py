@@ -5,11 +5,12 @@ from typing import Any
 from accelerate.hooks import AlignDevicesHook
 
 
-def is_watched(module: Any, moves_input: bool = False) -> bool:
-    """Whether the module's own forward must run: it has forward or backward hooks, parametrizations, or its own forward.
+def needs_own_forward(module: Any, moves_input: bool = False) -> bool:
+    """Returns whether the module's own forward must run: it has forward or backward hooks, parametrizations, or its own
+    forward.
 
-    moves_input: the caller brings the input to the weight's device itself, so that accelerate's hook, where it does
-    nothing else, need not run.
+    moves_input: the caller moves the input to the weight's device, so that an accelerate hook that only does the same
+    may be skipped.
     """
     own = module.__dict__
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
