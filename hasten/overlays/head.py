@@ -1,9 +1,10 @@
 """The causal-LM forward: backbone, then logits, or a fused loss that never materialises the full logits.
 
 Which of the two runs:
-- training mode with `labels`: the fused loss; reading `outputs.logits` raises with the reason and the way to get them;
+- training mode with `labels`: the fused loss; reading the logits raises with the reason and the way to get them;
 - `fused_lm_head=True` (TRL's protocol): per-token scores from the same op;
-- everything else (no labels, evaluation mode, a custom loss function): real logits, as in transformers.
+- everything else (no labels, evaluation mode, a custom loss function, a head that somebody watches): real logits, as
+  in transformers.
 """
 
 from dataclasses import dataclass
@@ -14,12 +15,15 @@ from transformers.cache_utils import Cache
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from hasten.ops.backend import backend_for
 from hasten.overlays.base import Overlay, with_oom_advice
-from hasten.overlays.fused_loss import FusedLossOutput, fused_loss
+from hasten.overlays.fused_loss import fused_loss
+from hasten.overlays.fused_output import FusedLossOutput
 from hasten.overlays.head_inputs import check_length, keep_positions
 from hasten.overlays.label_checks import refuse_data_parallel
 from hasten.overlays.trl_fused_head import fused_scores, read_trl_request
 from hasten.state import state_of
+from hasten.weights import head_is_watched
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,13 @@ class HeadOverlay(Overlay):
         hidden_BTE = outputs.last_hidden_state
         if fused_lm_head:
             return fused_scores(self, hidden_BTE, labels, **loss_kwargs)
+        found: dict[str, Any] = {
+            "past_key_values": outputs.past_key_values,
+            "hidden_states": outputs.hidden_states,
+            "attentions": outputs.attentions,
+        }
         if fuses_loss:
-            loss, logits, kind = fused_loss(self, hidden_BTE, labels, **loss_kwargs), None, FusedLossOutput
+            result = FusedLossOutput(loss=fused_loss(self, hidden_BTE, labels, **loss_kwargs), **found)
         else:
             logits = self._logits(keep_positions(hidden_BTE, logits_to_keep))
             loss = None
@@ -99,14 +108,7 @@ class HeadOverlay(Overlay):
                 loss = self.loss_function(
                     logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_kwargs, **kwargs
                 )
-            kind = CausalLMOutputWithPast
-        result = kind(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+            result = CausalLMOutputWithPast(loss=loss, logits=logits, **found)
         wants_dict = return_dict if return_dict is not None else getattr(self.config, "return_dict", True)
         return result if wants_dict else result.to_tuple()
 
@@ -121,4 +123,11 @@ class HeadOverlay(Overlay):
     def _wants_fused_loss(self, labels: torch.Tensor | None, loss_kwargs: dict[str, Any], keep: Any) -> bool:
         has_target = labels is not None or loss_kwargs.get("shift_labels") is not None
         every_position = isinstance(keep, int) and keep == 0
-        return self.training and has_target and every_position and self.loss_function is ForCausalLMLoss
+        if not (self.training and has_target and every_position and self.loss_function is ForCausalLMLoss):
+            return False
+        return not self._traces_reference() and not head_is_watched(self.lm_head)
+
+    def _traces_reference(self) -> bool:
+        """Returns whether a graph of plain torch operations is being traced (`torch.compile`, `torch.export`). The loop
+        of the fused loss over chunks depends on the labels' values; the compiler fuses real logits and their loss."""
+        return torch.compiler.is_compiling() and backend_for(self.lm_head.weight) == "reference"
