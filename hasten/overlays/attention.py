@@ -49,6 +49,7 @@ class AttentionOverlay(Overlay):
         residual: torch.Tensor | None = None,
         norm_input: NormInput | None = None,
         attention_context: AttentionContext | None = None,
+        rope_is_watched: bool = False,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns (B, T, E) and the attention weights, if the context materialises them.
@@ -56,7 +57,8 @@ class AttentionOverlay(Overlay):
         hidden_states: (B, T, E). position_embeddings: cos and sin, (B or 1, T, D). residual: (B, T, E), added to the
         result; fused into o_proj (addmm) where the op runs. norm_input: the input of the norm that produced
         hidden_states; the fused op saves it instead of hidden_states and recomputes the norm in the backward.
-        attention_context: None = transformers' attention interface. Raises InputError where position_embeddings are
+        attention_context: None = transformers' attention interface. rope_is_watched: cos and sin may be any numbers; the
+        kernels rely on the equal halves that transformers' rotary embeddings have. Raises InputError where position_embeddings are
         needed and missing.
         """
         overlay_config = self.overlay_config
@@ -67,7 +69,9 @@ class AttentionOverlay(Overlay):
             )
         heads = HeadsConfig(self.head_dim, position, overlay_config.rotation, overlay_config.rope_fp32)
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        if overlay_config.qk_norm is None:
+        if rope_is_watched:
+            qkv_BTHD = qkv_through_norms(hidden_states, projections, heads, self._normed)
+        elif overlay_config.qk_norm is None:
             qkv_BTHD = qkv(hidden_states, projections, self.training, heads, norm_input)
         elif self._norms_can_fuse():
             norms = QKNorm(self.q_norm.weight, self.k_norm.weight, overlay_config.qk_norm)
@@ -87,7 +91,10 @@ class AttentionOverlay(Overlay):
         return all(runs_overlay(norm, NormOverlay) and not needs_own_forward(norm) for norm in norms)
 
     def _normed(self, q_BTHD: torch.Tensor, k_BTKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Calls the norms' own forwards, with the axes in the order that transformers gives them."""
+        """Calls the norms' own forwards, where there are any, with the axes in the order that transformers gives
+        them."""
+        if self.overlay_config.qk_norm is None:
+            return q_BTHD, k_BTKD
         if not self.overlay_config.qk_norm_heads_first:
             return self.q_norm(q_BTHD), self.k_norm(k_BTKD)
         return self.q_norm(q_BTHD.transpose(1, 2)).transpose(1, 2), self.k_norm(k_BTKD.transpose(1, 2)).transpose(1, 2)

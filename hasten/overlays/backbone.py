@@ -17,6 +17,7 @@ from hasten.ops.backend import backend_for
 from hasten.overlays.attention import AttentionOverlay
 from hasten.overlays.base import Overlay, runs_overlay
 from hasten.overlays.context import AttentionContext, SpanAttention, placeholder_mask
+from hasten.weights import hooks_on_every_module, is_watched
 
 MASKED = ("eager", "sdpa", "flex_attention")
 """transformers' backends that separate documents only by the dense mask that transformers builds."""
@@ -80,6 +81,8 @@ class BackboneOverlay(Overlay):
         if attention_context is not None and given is not None:
             attention_mask = placeholder_mask(given)
             kwargs["attention_context"] = attention_context
+        if given is not None and backend_for(given) == "triton" and self._rope_is_watched():
+            kwargs["rope_is_watched"] = True
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -102,6 +105,10 @@ class BackboneOverlay(Overlay):
             return False
         asked = kwargs.get("output_attentions")
         return not (self.config.output_attentions if asked is None else asked)
+
+    def _rope_is_watched(self) -> bool:
+        rotary = self._modules.get("rotary_emb")
+        return hooks_on_every_module() or (rotary is not None and is_watched(rotary))
 
     def _layers_take_contexts(self) -> bool:
         """Returns whether every layer's attention reads the attention context. One with a forward of its own (replaced

@@ -65,6 +65,7 @@ def qkv_through_norms(
     heads: HeadsConfig,
     normed: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Does what `qkv` does, with every module's own forward. normed: calls the norms on q and k, each (B, T, H, D)."""
+    """Does what `qkv` does, with every module's own forward, and with cos and sin that may be any numbers. normed: calls
+    the norms on q and k, each (B, T, H, D)."""
     q, k, v = (module(x).unflatten(-1, (-1, heads.dim)) for module in modules)
-    return *qk_rope(*normed(q, k), heads.position, heads.rotation, heads.fp32), v
+    return *qk_rope(*normed(q, k), heads.position, heads.rotation, heads.fp32, backend="reference"), v

@@ -88,7 +88,7 @@ class HeadOverlay(Overlay):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            return_dict=True,
+            **({} if self.config.return_dict else {"return_dict": True}),
             **kwargs,
         )
         hidden_BTE = outputs.last_hidden_state
@@ -109,7 +109,7 @@ class HeadOverlay(Overlay):
                     logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_kwargs, **kwargs
                 )
             result = CausalLMOutputWithPast(loss=loss, logits=logits, **found)
-        wants_dict = return_dict if return_dict is not None else getattr(self.config, "return_dict", True)
+        wants_dict = self.config.return_dict if return_dict is None else return_dict
         return result if wants_dict else result.to_tuple()
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:

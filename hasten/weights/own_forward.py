@@ -14,9 +14,6 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 
-LIBRARIES = ("torch", "bitsandbytes", "peft", "hasten")
-"""Libraries whose Linear-like classes compute each token by itself, with the weights that they store."""
-
 
 def hooks_on_every_module() -> bool:
     """Returns whether torch's global module hooks are in use (`register_module_forward_hook` and the like). Each of
@@ -47,16 +44,16 @@ def needs_own_forward(module: Any, moves_input: bool = False) -> bool:
     return is_watched(module, moves_input) or "parametrizations" in module.__dict__["_modules"]
 
 
-def is_library_class(kind: type[nn.Module]) -> bool:
-    """Returns whether calling an instance of `kind` runs a forward that torch, PEFT, bitsandbytes or hasten defines, and
-    nothing else. False for a class of a user that overrides `forward` or `__call__`, and where `forward` of a library's
-    class was replaced."""
-    return kind.__call__ is nn.Module.__call__ and _is_of_library(kind.forward)
+def runs_forward_of(kind: type[nn.Module], packages: tuple[str, ...]) -> bool:
+    """Returns whether calling an instance of `kind` runs a forward that one of these packages defines, and nothing else.
+    False for a class of a user that overrides `forward` or `__call__`, and where the `forward` of a package's class was
+    replaced."""
+    return kind.__call__ is nn.Module.__call__ and _is_of(kind.forward, packages)
 
 
 @functools.lru_cache(maxsize=256)
-def _is_of_library(forward: Callable[..., Any]) -> bool:
-    return getattr(forward, "__module__", "").partition(".")[0] in LIBRARIES
+def _is_of(forward: Callable[..., Any], packages: tuple[str, ...]) -> bool:
+    return getattr(forward, "__module__", "").partition(".")[0] in packages
 
 
 def _only_moves_tensors(hook: Any) -> bool:

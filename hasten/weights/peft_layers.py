@@ -10,9 +10,6 @@ from torch import nn
 
 from hasten.weights.own_forward import needs_own_forward
 
-PLAIN_LORA = ("Linear.forward", "Linear4bit.forward", "Linear8bitLt.forward")
-"""Forwards of PEFT's LoRA layers that add scale * B(A(dropout(x))) to the base layer's output."""
-
 
 @dataclass(frozen=True)
 class LoraPair:
@@ -131,5 +128,7 @@ def _read_layer(layer: Any, training: bool) -> tuple[LoraPair | None, str | None
 
 @functools.lru_cache(maxsize=256)
 def is_plain_lora(forward: Callable[..., Any]) -> bool:
-    """Returns whether `forward` is that of one of PEFT's LoRA layers around a Linear, not a subclass's own."""
-    return forward.__module__.startswith("peft.tuners.lora.") and forward.__qualname__ in PLAIN_LORA
+    """Returns whether `forward` is that of one of PEFT's LoRA layers around a Linear (of any format), which add
+    scale * B(A(dropout(x))), and not a subclass's own."""
+    kind, _, name = forward.__qualname__.rpartition(".")
+    return forward.__module__.startswith("peft.tuners.lora.") and kind.startswith("Linear") and name == "forward"

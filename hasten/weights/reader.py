@@ -9,9 +9,12 @@ from typing import Any
 from torch import nn
 
 from hasten.ops.lora import LoraLinear
-from hasten.weights.formats import find_format
-from hasten.weights.own_forward import hooks_on_every_module, is_library_class, needs_own_forward
+from hasten.weights.formats import find_format, packages
+from hasten.weights.own_forward import hooks_on_every_module, needs_own_forward, runs_forward_of
 from hasten.weights.peft_layers import base_layer_of, descend, read_adapters
+
+LIBRARIES = ("torch", "peft", "hasten", *packages())
+"""Packages whose Linear-like classes compute each token by itself."""
 
 
 def read_linear(module: Any, training: bool, moves_input: bool = False) -> LoraLinear | str:
@@ -32,13 +35,10 @@ def read_linear(module: Any, training: bool, moves_input: bool = False) -> LoraL
     for wrapper in around:
         if needs_own_forward(wrapper, moves_input):
             return "hooks on the module"
-    kind = type(base)
     found = find_format(base)
-    weight = f"stored as {kind.__name__}" if found is None else found.weight(base)
+    weight = f"stored as {type(base).__name__}" if found is None else found.weight(base)
     if isinstance(weight, str):
         return weight
-    if not is_library_class(kind) or not is_library_class(nn.Linear):
-        return f"forward of {kind.__name__}"
     if pair is None:
         return LoraLinear(weight, base.bias)  # pyright: ignore[reportArgumentType]
     return LoraLinear(weight, base.bias, pair.a_RE, pair.b_VR, pair.scale)  # pyright: ignore[reportArgumentType]
@@ -63,7 +63,9 @@ def head_is_watched(module: Any) -> bool:
     if hooks_on_every_module():
         return True
     for one in module.modules():
-        if needs_own_forward(one, moves_input=True) or not (is_library_class(type(one)) or _is_container(one)):
+        if needs_own_forward(one, moves_input=True) or not (
+            runs_forward_of(type(one), LIBRARIES) or _is_container(one)
+        ):
             return True
     return False
 
