@@ -78,8 +78,8 @@ class HeadOverlay(Overlay):
         return_dict = kwargs.pop("return_dict", None)
         loss_kwargs = {k: kwargs.pop(k) for k in ("num_items_in_batch", "ignore_index", "shift_labels") if k in kwargs}
         refuse_data_parallel(self, loss_kwargs.get("num_items_in_batch"))
-        fuses_loss = not fused_lm_head and self._wants_fused_loss(labels, loss_kwargs, logits_to_keep)
-        if fused_lm_head or (fuses_loss and use_cache is None):
+        trains = not fused_lm_head and self._wants_training_loss(labels, loss_kwargs, logits_to_keep)
+        if fused_lm_head or (trains and use_cache is None):
             use_cache = False  # no decoding follows
         outputs = self.model(
             input_ids=input_ids,
@@ -99,7 +99,7 @@ class HeadOverlay(Overlay):
             "hidden_states": outputs.hidden_states,
             "attentions": outputs.attentions,
         }
-        if fuses_loss:
+        if trains and not self._traces_reference() and not head_is_watched(self.lm_head):
             result = FusedLossOutput(loss=fused_loss(self, hidden_BTE, labels, **loss_kwargs), **found)
         else:
             logits = self._logits(keep_positions(hidden_BTE, logits_to_keep))
@@ -120,12 +120,10 @@ class HeadOverlay(Overlay):
             logits = torch.tanh(logits / self.overlay_config.softcap) * self.overlay_config.softcap
         return logits
 
-    def _wants_fused_loss(self, labels: torch.Tensor | None, loss_kwargs: dict[str, Any], keep: Any) -> bool:
+    def _wants_training_loss(self, labels: torch.Tensor | None, loss_kwargs: dict[str, Any], keep: Any) -> bool:
         has_target = labels is not None or loss_kwargs.get("shift_labels") is not None
         every_position = isinstance(keep, int) and keep == 0
-        if not (self.training and has_target and every_position and self.loss_function is ForCausalLMLoss):
-            return False
-        return not self._traces_reference() and not head_is_watched(self.lm_head)
+        return self.training and has_target and every_position and self.loss_function is ForCausalLMLoss
 
     def _traces_reference(self) -> bool:
         """Returns whether a graph of plain torch operations is being traced (`torch.compile`, `torch.export`). The loop

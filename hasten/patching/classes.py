@@ -21,14 +21,18 @@ from hasten.overlays import Overlay
 from hasten.patching import stock_signature
 
 
-@functools.cache
 def overlay_class(stock: type, overlay: type[Overlay], overlay_config: Any, methods: type | None = None) -> type:
-    """Makes the subclass that carries `overlay_config`, with the stock class's name and module, which config.json
+    """Returns the subclass that carries `overlay_config`, with the stock class's name and module, which config.json
     stores.
 
     methods: a mixin with user-facing methods. Instances pickle by (stock, overlay, overlay_config, methods), and their
-    forward has the stock signature.
+    forward has the stock signature. Equal arguments give the same class.
     """
+    return _made_class(stock, overlay, overlay_config, methods)
+
+
+@functools.cache
+def _made_class(stock: type, overlay: type[Overlay], overlay_config: Any, methods: type | None) -> type:
     bases = (methods, overlay, stock) if methods is not None else (overlay, stock)
     names = {
         "__module__": stock.__module__,
