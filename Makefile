@@ -1,6 +1,6 @@
 # make demo   pretrain, fine-tune, merge and check a small language model
 # make test   run the test suite on the CPU
-# make test-full   run the exhaustive grids and compile tests that `make test` leaves out
+# make test-full   run what `make test` leaves out: the rest of the grids, compile tests
 # make docs   build the documentation into build/site, every warning an error
 PYTHON ?= python3
 BIN = .venv/bin

@@ -5,6 +5,7 @@
 warm-up and three timed steps. A row is ok if every loss is finite and the peak stays within the budget.
 """
 
+import argparse
 import math
 import statistics
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.jobs import GIB, JOBS
+from benchmarks.harness.results import Record
 from benchmarks.harness.steps import Steps, load, peaks, reset_peaks
 
 TIMES = (1.0, 1.1, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
@@ -32,8 +34,8 @@ class Asked:
 def measure(name: str, checkpoints: Path) -> Iterator[dict[str, Any]]:
     """Yields the rows of one job: "offload", each of TIMES, no budget."""
     _, steps = load("hasten", JOBS[name], "offload", checkpoints)
-    least: dict[str, Any] = {"job": name} | one_row(steps, Asked("offload"))
-    yield least
+    least = one_row(steps, Asked("offload"))
+    yield {"job": name} | least
     budgets = [Asked("auto", times, int(times * least["predicted_gib"] * GIB)) for times in TIMES]
     for asked in [*budgets, Asked("auto")]:
         yield {"job": name} | one_row(steps, asked)
@@ -50,14 +52,9 @@ def one_row(steps: Steps, asked: Asked) -> dict[str, Any]:
     budget = None if asked.budget is None else asked.budget / GIB
     row = {"mode": asked.mode, "times": asked.times, "budget_gib": budget, **peaks(), "losses": losses}
     row["ms"] = statistics.median(seconds for seconds, _ in taken[WARM:]) * 1e3
-    row |= steps.planned()
-    row["ok"] = all(map(math.isfinite, losses)) and (budget is None or row["peak_gib"] <= budget)
-    return row
+    ok = all(map(math.isfinite, losses)) and (budget is None or row["peak_gib"] <= budget)
+    return row | steps.planned() | {"ok": ok}
 
 
-def line_of(row: dict[str, Any]) -> str:
-    limit = "no budget" if row["budget_gib"] is None else f"{row['times']:g}x {row['budget_gib']:.2f} GiB"
-    return (
-        f"{row['job']} {row['mode']:7s} {limit:18s} {row['ms']:8.1f} ms  measured {row['peak_gib']:6.2f}, predicted "
-        f"{row['predicted_gib']:6.2f} GiB  {'ok' if row['ok'] else 'NOT OK'}  loss {row['losses'][0]:.4f}  {row['plan']}"
-    )
+def run(args: argparse.Namespace, record: Record) -> bool:
+    return record.rows("budget", (row for job in args.jobs for row in measure(job, args.checkpoints)))

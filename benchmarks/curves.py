@@ -5,6 +5,7 @@ A tiny Llama is trained from scratch on the standard library's docstrings, then,
 transformers + PEFT and hasten with the same seeds. A seed sets the initial weights, the LoRA and the order of the data.
 """
 
+import argparse
 import ast
 import hashlib
 import io
@@ -17,10 +18,17 @@ import tokenize
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from benchmarks.harness.jobs import Job
+from benchmarks.harness.results import Record, line_of
+from benchmarks.harness.steps import Steps
+from benchmarks.harness.timing import DEVICE
+from benchmarks.harness.variants import build, same_start
 
 STAGES = {"full": "full fine-tuning from scratch", "lora": "LoRA on a second text"}
 VARIANTS = {"stock": "transformers", "hasten": "hasten"}
@@ -69,25 +77,16 @@ def comments(limit: int | None = None) -> str:
 
 def train_tokenizer(text: str, words: int) -> Any:
     """A byte-level BPE tokenizer of `words` entries, trained on `text`."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import ByteLevelBPETokenizer
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=words, special_tokens=["<|pad|>", "<|bos|>", "<|eos|>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    tokenizer.train_from_iterator([text], trainer)
+    tokenizer = ByteLevelBPETokenizer()
+    special = ["<|pad|>", "<|bos|>", "<|eos|>"]
+    tokenizer.train_from_iterator([text], words, min_frequency=0, show_progress=False, special_tokens=special)
     return tokenizer
 
 
 def _train(variant: str, folder: Path, stage: str, setting: Setting, seed: int, tokens: torch.Tensor) -> Any:
     """Returns (the trained model, the loss of each step). The seed alone decides the order of the batches."""
-    from benchmarks.harness.jobs import Job
-    from benchmarks.harness.steps import DEVICE, Steps
-    from benchmarks.harness.variants import build, same_start
-
     job = Job("curves", "tiny", stage, setting.batch, setting.length)
     model, loss = build(VARIANTS[variant], job, "keep", folder)
     same_start(model, seed, setting.width**-0.5)
@@ -157,23 +156,22 @@ def summarise(stock: list[list[float]], hasten: list[list[float]], smooth: int) 
     }  # fmt: skip
 
 
-def measure_all(setting: Setting | None = None) -> dict[str, Any]:
+def measure(setting: Setting | None = None) -> dict[str, Any]:
     """{"setting", "text", "seconds", stage: summary}; one process per seed if `setting.processes` allows."""
     setting, begin = setting or Setting(), time.perf_counter()
     written = {"full": docstrings(setting.files), "lora": comments(setting.files)}
     tokenizer = train_tokenizer("".join(written.values()), setting.words)
     texts = {stage: torch.tensor(tokenizer.encode(text).ids) for stage, text in written.items()}
     prepared = time.perf_counter() - begin
+    seeds, given = range(setting.seeds), (repeat(setting), repeat(texts))
     if setting.processes > 1:
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(setting.processes, mp_context=spawn) as pool:
-            runs = [pool.submit(run_seed, seed, setting, texts) for seed in range(setting.seeds)]
-            found = [run.result() for run in runs]
+        with ProcessPoolExecutor(setting.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+            found = list(pool.map(run_seed, seeds, *given))
     else:
-        found = [run_seed(seed, setting, texts) for seed in range(setting.seeds)]
+        found = list(map(run_seed, seeds, *given))
     stages = {
         stage: summarise(
-            [run[stage]["stock"] for run in found], [run[stage]["hasten"] for run in found], setting.smooth
+            *[[run[stage][variant] for run in found] for variant in ("stock", "hasten")], smooth=setting.smooth
         )
         for stage in STAGES
     }
@@ -189,15 +187,7 @@ def measure_all(setting: Setting | None = None) -> dict[str, Any]:
     return {"setting": asdict(setting), "text": text, "seconds": seconds, **stages}
 
 
-def say(curves: dict[str, Any]) -> list[str]:
-    """One line per stage."""
-    lines = []
-    for stage, title in STAGES.items():
-        one = curves[stage]
-        sigmas = "one seed" if one["sigmas"] is None else f"{one['sigmas']:+.2f} standard deviations of stock's seeds"
-        lines.append(
-            f"curves, {title}: hasten's mean within stock's range at {one['inside']:.0%} of steps; final "
-            f"{one['final_hasten']:.4f} against {one['final_stock']:.4f} ({sigmas}); same seed at most {one['paired']:.4f} "
-            f"apart; {curves['seconds']['all']:.0f} s"
-        )
-    return lines
+def run(args: argparse.Namespace, record: Record) -> bool:
+    found = measure()
+    record.put("curves", found, *(f"curves, {title}: {line_of(found[stage])}" for stage, title in STAGES.items()))
+    return True

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.harness.timing import DEVICE, DTYPE
 from hasten.ops import (
     LoraHead,
     NormConfig,
@@ -29,10 +30,6 @@ from hasten.ops.host_rows import host_rows
 from hasten.ops.lora import DenseWeight, HeadsConfig, LoraLinear, lora_linears, lora_mlp, lora_qkv
 from hasten.ops.lora.kernels.lora_delta import MIN_WIDTH_BACKWARD, add_lora_delta, lora_delta_bwd
 from hasten.ops.nf4 import NF4Weight, dequantize_nf4
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-"""Triton's interpreter, used without a GPU, has no bf16 arithmetic."""
 
 
 def _draw(*shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:

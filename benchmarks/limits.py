@@ -1,5 +1,6 @@
 """What bounds a step on this card: measured ceilings, the floor they give, and a step's matmuls and attention alone."""
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.harness.jobs import JOBS, RECOMPUTED, SHAPES, Job, sizes
-from benchmarks.harness.timing import draw, milliseconds
+from benchmarks.harness.timing import DEVICE, draw, milliseconds
 
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -23,7 +24,7 @@ CHUNK = 1024  # tokens of the head at a time
 
 def copy_rate() -> float:
     """Bytes a second of a large device-to-device copy; reads and writes count."""
-    source = torch.randn(1 << 30, device="cuda", dtype=torch.float16)
+    source = torch.randn(1 << 30, device=DEVICE, dtype=torch.float16)
     target = torch.empty_like(source)
     return 2 * source.numel() * 2 / (milliseconds(lambda: target.copy_(source)) / 1e3)
 
@@ -35,21 +36,37 @@ def matmul_rate(size: int = 8192) -> float:
 
 
 def attention_rates(batch: int = 4, heads: int = 32, length: int = 2048, width: int = 128) -> dict[str, Any]:
-    """FLOP a second of causal attention, forward and backward, on the fastest backend of each; only visible pairs count."""
-    q, k, v = (draw(batch, heads, length, width).requires_grad_() for _ in range(3))
+    """FLOP a second of causal attention, forward and backward, on the fastest backend of each; only visible pairs count.
+
+    A backend that refuses the shape says so and has a rate of 0. Raises RuntimeError if all refuse.
+    """
+    qkv = [draw(batch, heads, length, width).requires_grad_() for _ in range(3)]
     flops = 2 * batch * heads * length**2 * width
     rates = {}
     for name, backend in BACKENDS.items():
         with sdpa_kernel(backend):
-            out = scaled_dot_product_attention(q, k, v, is_causal=True)
-            upstream = torch.randn_like(out)
-            forward = milliseconds(lambda: scaled_dot_product_attention(q, k, v, is_causal=True))
-            backward = milliseconds(
-                lambda: torch.autograd.grad(out, (q, k, v), upstream, retain_graph=True)  # noqa: B023
-            )
-        rates[name] = {"forward": flops / forward * 1e3, "backward": 2.5 * flops / backward * 1e3}
+            try:
+                spent = _attention_ms(qkv)
+            except RuntimeError as error:
+                print(f"attention on {name}: {str(error).splitlines()[0]}", flush=True)
+                spent = {"forward": math.inf, "backward": math.inf}
+        rates[name] = {
+            "forward": flops / spent["forward"] * 1e3, "backward": 2.5 * flops / spent["backward"] * 1e3,
+        }  # fmt: skip
     best = {f"attention_{way}": max(rate[way] for rate in rates.values()) for way in ("forward", "backward")}
+    if not all(best.values()):
+        raise RuntimeError(f"no backend of torch's attention supports {(batch, heads, length, width)}")
     return {**best, "attention_by_backend": rates}
+
+
+def _attention_ms(qkv: list[torch.Tensor]) -> dict[str, float]:
+    q, k, v = qkv
+    out = scaled_dot_product_attention(q, k, v, is_causal=True)
+    upstream = torch.randn_like(out)
+    return {
+        "forward": milliseconds(lambda: scaled_dot_product_attention(q, k, v, is_causal=True)),
+        "backward": milliseconds(lambda: torch.autograd.grad(out, qkv, upstream, retain_graph=True)),
+    }
 
 
 def measure() -> dict[str, Any]:

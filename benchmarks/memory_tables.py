@@ -3,39 +3,35 @@
 from collections.abc import Iterable, Sequence
 
 from benchmarks.harness.jobs import JOBS, VARIANTS
-from benchmarks.tables import Result, Row, all_rows, or_dash, table
+from benchmarks.tables import Columns, Result, Row, all_rows, table
 
-
-def _peaks(row: Row) -> list[str]:
-    return [
-        f"{row['peak_gib']:.2f}",
-        f"{row['predicted_gib']:.2f}",
-        f"{row['predicted_gib'] / row['peak_gib'] - 1:+.1%}",
-    ]
+PEAKS: Columns = {
+    "measured GiB": "{peak_gib:.2f}", "predicted": "{predicted_gib:.2f}",
+    "off by": lambda row: f"{row['predicted_gib'] / row['peak_gib'] - 1:+.1%}",
+}  # fmt: skip
 
 
 def predictions_table(result: Result, mode: str) -> str:
     """hasten's measured peaks of a race against the predicted ones; "" without predictions."""
     found: dict[str, Row] = {}
-    for job, of, row in all_rows(result):
-        if of == mode and row["variant"] == "hasten" and "predicted_gib" in row and row.get("peak_gib"):
-            found.setdefault(job, row)
-    rows = [[JOBS[job].title, *_peaks(row), row["plan"]] for job, row in found.items()]
-    return table(["hasten's step of", "measured GiB", "predicted", "off by", "plan"], rows) if rows else ""
+    for row in all_rows(result):
+        if (row["mode"], row["variant"]) == (mode, "hasten") and "predicted_gib" in row and row.get("peak_gib"):
+            found.setdefault(row["job"], row)
+    columns = {"hasten's step of": lambda row: JOBS[row["job"]].title, **PEAKS, "plan": "{plan}"}
+    return table(columns, found.values()) if found else ""
 
 
 def budget_table(result: Result) -> str:
-    rows = []
-    for row in result["budget"]:
-        asked = "no budget" if row["times"] is None else f"{row['times']:g}x"
-        asked = '"offload"' if row["mode"] == "offload" else asked
-        rows.append(
-            [row["job"], asked, or_dash(row["budget_gib"], ".2f"), *_peaks(row), "yes" if row["ok"] else "no",
-             f"{row['ms']:.0f}", row["plan"]]
-        )  # fmt: skip
-    head = ["job", "times what `offload` needs", "budget, GiB", "measured GiB", "predicted", "off by", "within the budget",
-            "step, ms", "plan"]  # fmt: skip
-    return table(head, rows)
+    def asked(row: Row) -> str:
+        if row["mode"] == "offload":
+            return '"offload"'
+        return "no budget" if row["times"] is None else f"{row['times']:g}x"
+
+    columns = {
+        "job": "{job}", "times what `offload` needs": asked, "budget, GiB": "{budget_gib:.2f}", **PEAKS,
+        "within the budget": lambda row: "yes" if row["ok"] else "no", "step, ms": "{ms:.0f}", "plan": "{plan}",
+    }  # fmt: skip
+    return table(columns, result["budget"])
 
 
 def longest_section(result: Result) -> list[str]:
@@ -60,7 +56,6 @@ def _length(row: Row) -> str:
 
 def _best_table(points: Sequence[Row]) -> str:
     """The longest sequence that fit under each cap, and the shortest that did not."""
-    variants = [variant for variant in VARIANTS if any(row["variant"] == variant for row in points)]
 
     def cell(cap: float, variant: str) -> str:
         tried = sorted(
@@ -69,26 +64,20 @@ def _best_table(points: Sequence[Row]) -> str:
         said = [_length(row) for row in tried if row["ok"]][-1:]
         return "; ".join(said + [f"{_length(row)} fails" for row in tried if not row["ok"]][:1]) or "-"
 
-    caps = sorted({row["cap_gib"] for row in points})
-    rows = [[f"{cap:g} GiB", *(cell(cap, variant) for variant in variants)] for cap in caps]
-    return table(["cap", *(f"{VARIANTS[variant]}: longest sequence tried, tokens" for variant in variants)], rows)
+    ran = {row["variant"] for row in points}
+    longest = {
+        f"{name}: longest sequence tried, tokens": lambda cap, variant=variant: cell(cap, variant)
+        for variant, name in VARIANTS.items() if variant in ran
+    }  # fmt: skip
+    return table({"cap": lambda cap: f"{cap:g} GiB", **longest}, sorted({row["cap_gib"] for row in points}))
 
 
 def _points_table(points: Iterable[Row]) -> str:
-    rows = [
-        [VARIANTS[row["variant"]], or_dash(row["cap_gib"], "g"), _length(row), f"{row['peak_gib']:.2f}",
-         f"{row['reserved_gib']:.2f}", or_dash(row.get("predicted_gib"), ".2f"), or_dash(row["seconds"], ".1f"),
-         row.get("plan") or "-" if row["ok"] else f"fails: {row['error'][:80]}"]
-        for row in sorted(points, key=lambda row: (row["variant"], row["cap_gib"] or 0, row["length"]))
-    ]  # fmt: skip
-    head = [
-        "library",
-        "cap, GiB",
-        "tokens",
-        "most allocated, GiB",
-        "most reserved",
-        "predicted",
-        "seconds a step",
-        "plan",
-    ]
-    return table(head, rows)
+    columns: Columns = {
+        "library": lambda row: VARIANTS[row["variant"]], "cap, GiB": "{cap_gib:g}", "tokens": _length,
+        "most allocated, GiB": "{peak_gib:.2f}", "most reserved": "{reserved_gib:.2f}", "predicted": "{predicted_gib:.2f}",
+        "seconds a step": "{seconds:.1f}",
+        "plan": lambda row: row.get("plan") or "-" if row["ok"] else f"fails: {row['error'][:80]}",
+    }  # fmt: skip
+    ordered = sorted(points, key=lambda row: (row["variant"], row["cap_gib"] or 0, row["length"]))
+    return table(columns, ({"predicted_gib": None, **row} for row in ordered))

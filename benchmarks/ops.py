@@ -1,137 +1,153 @@
 """Each op at the 8B step's shapes: time on the device, the bytes it must move and the operations it must do.
 
+    python -m benchmarks.gpu --out FOLDER --only ops
 A row: {"op", "ms", "bytes", "flops"}; benchmarks/tables.py compares it with the measured ceilings.
 """
 
+import argparse
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from benchmarks.harness.timing import device_ms, draw, milliseconds
-from benchmarks.nf4_speed import quantized
+from benchmarks import limits, tables
+from benchmarks.harness import timing
+from benchmarks.harness.results import Record
+from benchmarks.harness.timing import DEVICE, DTYPE, Row, draw
 from hasten.ops import NormConfig, ScoreConfig, glu, linear_cross_entropy, norm, qk_rope
 from hasten.ops.adamw import AdamWConfig, adamw_
 from hasten.ops.attention import attention
 from hasten.ops.lora import DenseWeight, LoraLinear, lora_linears, lora_mlp
-from hasten.ops.nf4 import dequantize_nf4
+from hasten.ops.nf4 import NF4Weight, dequantize_nf4
 
-BATCH, TOKENS, WIDTH, MLP, HEADS, KV, D, WORDS, RANK = 4, 8192, 4096, 14336, 32, 8, 128, 128256, 16
+Work = tuple[float, float]
+"""(bytes, FLOP)."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a step: batch x length tokens, width and MLP width, heads of q and of k and v with `dim` channels, words, LoRA's rank."""
+
+    batch: int = 4
+    length: int = 2048
+    width: int = 4096
+    mlp: int = 14336
+    heads: int = 32
+    kv: int = 8
+    dim: int = 128
+    words: int = 128256
+    rank: int = 16
+    window: int = 512
+    optimized: int = 2**28
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
 
 
 @dataclass(frozen=True)
 class Case:
-    """One op and the least its forward and backward must do, each as (bytes, FLOP).
+    """One op and the least its forward and backward must do.
 
     make: returns (function, its inputs, all of which get gradients).
     """
 
     name: str
     make: Callable[[], tuple[Callable[..., Any], list[torch.Tensor]]]
-    forward: tuple[float, float]
-    backward: tuple[float, float]
+    forward: Work
+    backward: Work
 
 
-def adapted(out: int, width: int) -> LoraLinear:
-    a, b = torch.randn(RANK, width, device="cuda") * 0.01, torch.randn(out, RANK, device="cuda") * 0.01
-    return LoraLinear(DenseWeight(draw(out, width) * 0.02), None, a.requires_grad_(), b.requires_grad_(), 1.0)
+def elementwise(s: Sizes) -> Iterator[Case]:
+    """FLOP per bf16 element, counted once each: multiply, add, exponential, reciprocal."""
+    residual, rotated, wide = (2.0 * s.tokens * n for n in (s.width, (s.heads + s.kv) * s.dim, s.mlp))
+
+    def make_norm(kind: Any, fp32: bool) -> tuple[Callable[..., Any], list[torch.Tensor]]:
+        weight, rule = draw(s.width), NormConfig(1e-5, kind, fp32_weight=fp32)
+        return lambda x: norm(x, weight, rule), [draw(s.tokens, s.width)]
+
+    def make_rope() -> tuple[Callable[..., Any], list[torch.Tensor]]:
+        table = torch.randn(1, s.length, s.dim // 2, device=DEVICE).repeat(1, 1, 2).to(DTYPE)
+        heads = [draw(s.batch, s.length, count, s.dim) for count in (s.heads, s.kv)]
+        return lambda q, k: qk_rope(q, k, (table, table)), heads
+
+    def make_glu() -> tuple[Callable[..., Any], list[torch.Tensor]]:
+        return lambda gate, up: glu(gate, up, "silu"), [draw(s.tokens, s.mlp) for _ in range(2)]
+
+    yield Case("RMSNorm", lambda: make_norm("rms", False), (2 * residual, 2 * residual), (3 * residual, 4.5 * residual))
+    yield Case(
+        "LayerNorm", lambda: make_norm("layer", True), (2 * residual, 3 * residual), (3 * residual, 6 * residual)
+    )
+    yield Case("rotary embedding of q and k", make_rope, (2 * rotated, 1.5 * rotated), (2 * rotated, 1.5 * rotated))
+    yield Case("gated activation", make_glu, (3 * wide, 2.5 * wide), (5 * wide, 5 * wide))
 
 
-def _trained(linears: Sequence[LoraLinear]) -> list[torch.Tensor]:
-    return [t for one in linears for t in (one.a, one.b) if t is not None]
+def attentions(s: Sizes) -> Iterator[Case]:
+    seen = 2.0 * s.tokens * 2 * (s.heads + s.kv) * s.dim
+
+    def make(window: int | None) -> tuple[Callable[..., Any], list[torch.Tensor]]:
+        heads = [draw(s.batch, s.length, count, s.dim) for count in (s.heads, s.kv, s.kv)]
+        return lambda q, k, v: attention(q, k, v, s.dim**-0.5, window), heads
+
+    for name, window, pairs in (
+        ("attention, causal", None, s.tokens * s.length / 2),
+        (f"attention, window of {s.window}", s.window, s.tokens * s.window - s.batch * s.window**2 / 2),
+    ):
+        flops = s.heads * s.dim * pairs
+        yield Case(name, functools.partial(make, window), (seen, 4 * flops), (2 * seen, 10 * flops))
 
 
-def _norm(kind: Any, fp32: bool) -> tuple[Callable[..., Any], list[torch.Tensor]]:
-    weight, rule = draw(WIDTH), NormConfig(1e-5, kind, fp32_weight=fp32)
-    return lambda x: norm(x, weight, rule), [draw(TOKENS, WIDTH)]
+def adapted(out: int, width: int, rank: int) -> LoraLinear:
+    a, b = torch.randn(rank, width, device=DEVICE) * 0.01, torch.randn(out, rank, device=DEVICE) * 0.01
+    return LoraLinear(DenseWeight(draw(out, width, scale=0.02)), None, a.requires_grad_(), b.requires_grad_(), 1.0)
 
 
-def _glu() -> tuple[Callable[..., Any], list[torch.Tensor]]:
-    return lambda gate, up: glu(gate, up, "silu"), [draw(TOKENS, MLP), draw(TOKENS, MLP)]
+def linears(s: Sizes) -> Iterator[Case]:
+    """Weights, inputs and outputs once; a backward computes the gradients of the input and of LoRA."""
+    residual, wide = 2.0 * s.tokens * s.width, 2.0 * s.tokens * s.mlp
+    queries, keys = s.heads * s.dim, s.kv * s.dim
+    qkv, mlp = s.width * (queries + 2 * keys), 3 * s.width * s.mlp
+    qkv_lora = 2 * s.tokens * s.rank * (3 * s.width + queries + 2 * keys)
+    mlp_lora = 2 * s.tokens * s.rank * 3 * (s.width + s.mlp)
+
+    def make(op: Callable[..., Any], *shapes: tuple[int, int]) -> tuple[Callable[..., Any], list[torch.Tensor]]:
+        made = tuple(adapted(out, width, s.rank) for out, width in shapes)
+        trained = [t for one in made for t in (one.a, one.b) if t is not None]
+        return lambda x, *_: op(x, made), [draw(s.tokens, s.width), *trained]
+
+    yield Case("q, k, v with LoRA",
+               lambda: make(lora_linears, (queries, s.width), (keys, s.width), (keys, s.width)),
+               (2.0 * qkv + 2 * residual, 2.0 * s.tokens * qkv + qkv_lora),
+               (2.0 * qkv + 3 * residual, 2.0 * s.tokens * qkv + 2 * qkv_lora))  # fmt: skip
+    yield Case("MLP with LoRA",
+               lambda: make(lambda x, made: lora_mlp(x, made, "silu"), (s.mlp, s.width), (s.mlp, s.width), (s.width, s.mlp)),
+               (2.0 * mlp + 2 * residual + 5 * wide, 2.0 * s.tokens * mlp + mlp_lora),
+               (2.0 * mlp + 3 * residual + 8 * wide, 2.0 * s.tokens * mlp + 2 * mlp_lora))  # fmt: skip
 
 
-def _rope() -> tuple[Callable[..., Any], list[torch.Tensor]]:
-    table = torch.randn(1, TOKENS // BATCH, D // 2, device="cuda").repeat(1, 1, 2).bfloat16()
-    queries, keys = (draw(BATCH, TOKENS // BATCH, heads, D) for heads in (HEADS, KV))
-    return lambda q, k: qk_rope(q, k, (table, table)), [queries, keys]
-
-
-def _lora_qkv() -> tuple[Callable[..., Any], list[torch.Tensor]]:
-    linears = [adapted(out, WIDTH) for out in (HEADS * D, KV * D, KV * D)]
-    return lambda x, *_: lora_linears(x, linears), [draw(TOKENS, WIDTH), *_trained(linears)]
-
-
-def _attention(window: int | None) -> tuple[Callable[..., Any], list[torch.Tensor]]:
-    heads = [draw(BATCH, TOKENS // BATCH, count, D) for count in (HEADS, KV, KV)]
-    return lambda q, k, v: attention(q, k, v, D**-0.5, window), heads
-
-
-def _lora_mlp() -> tuple[Callable[..., Any], list[torch.Tensor]]:
-    linears = (adapted(MLP, WIDTH), adapted(MLP, WIDTH), adapted(WIDTH, MLP))
-    return lambda x, *_: lora_mlp(x, linears, "silu"), [draw(TOKENS, WIDTH), *_trained(linears)]
-
-
-RESIDUAL, ROTATED, WIDE = 2.0 * TOKENS * WIDTH, 2.0 * TOKENS * (HEADS + KV) * D, 2.0 * TOKENS * MLP
-QKV, FFN = WIDTH * (HEADS + 2 * KV) * D, 3 * WIDTH * MLP
-QKV_LORA = 2 * TOKENS * RANK * (3 * WIDTH + (HEADS + 2 * KV) * D)
-FFN_LORA = 2 * TOKENS * RANK * 3 * (WIDTH + MLP)
-HEAD = 2.0 * WORDS * WIDTH
-SEEN = 2.0 * TOKENS * (2 * HEADS + 2 * KV) * D
-
-CASES = [
-    # elementwise: FLOP per bf16 element, counted once each: multiply, add, exponential, reciprocal
-    Case("RMSNorm", lambda: _norm("rms", False), (2 * RESIDUAL, 2.0 * RESIDUAL), (3 * RESIDUAL, 4.5 * RESIDUAL)),
-    Case("LayerNorm", lambda: _norm("layer", True), (2 * RESIDUAL, 3.0 * RESIDUAL), (3 * RESIDUAL, 6.0 * RESIDUAL)),
-    Case("rotary embedding of q and k", _rope, (2 * ROTATED, 1.5 * ROTATED), (2 * ROTATED, 1.5 * ROTATED)),
-    Case("gated activation", _glu, (3 * WIDE, 2.5 * WIDE), (5 * WIDE, 5.0 * WIDE)),
-    *(
-        Case(name, lambda window=window: _attention(window), (SEEN, 4 * HEADS * D * pairs), (2 * SEEN, 10 * HEADS * D * pairs))
-        for name, window, pairs in (
-            ("attention, causal", None, TOKENS * (TOKENS // BATCH) / 2),
-            ("attention, window of 512", 512, TOKENS * 512 - BATCH * 512**2 / 2),
-        )
-    ),
-    # matmuls: weights, inputs and outputs once; a backward computes the gradients of the input and of LoRA
-    Case("q, k, v with LoRA", _lora_qkv, (2.0 * QKV + 2 * RESIDUAL, 2.0 * TOKENS * QKV + QKV_LORA),
-         (2.0 * QKV + 3 * RESIDUAL, 2.0 * TOKENS * QKV + 2 * QKV_LORA)),
-    Case("MLP with LoRA", _lora_mlp, (2.0 * FFN + 2 * RESIDUAL + 5 * WIDE, 2.0 * TOKENS * FFN + FFN_LORA),
-         (2.0 * FFN + 3 * RESIDUAL + 8 * WIDE, 2.0 * TOKENS * FFN + 2 * FFN_LORA)),
-]  # fmt: skip
-
-
-def both_ways(function: Callable[..., Any], inputs: list[torch.Tensor]) -> tuple[float, float]:
-    """(forward ms, backward ms) on the device. The backward is timed with a forward before it, since some ops allow only one."""
+def both_ways(case: Case) -> list[Row]:
+    """The rows of forward and backward. The backward is timed with a forward before it, since some ops allow only one."""
+    function, inputs = case.make()
     inputs = [x.detach().requires_grad_() if x.is_leaf and not x.requires_grad else x for x in inputs]
-    forward = device_ms(lambda: function(*inputs))
+    forward = timing.device_ms(lambda: function(*inputs))
 
     def outputs() -> tuple[torch.Tensor, ...]:
         out = function(*inputs)
         return out if isinstance(out, tuple) else (out,)
 
     upstream = [torch.randn_like(out) for out in outputs()]
-    both = device_ms(lambda: torch.autograd.grad(outputs(), inputs, upstream))
-    return forward, both - forward
+    both = timing.device_ms(lambda: torch.autograd.grad(outputs(), inputs, upstream))
+    return [
+        {"op": f"{case.name}, {way}", "ms": ms, "bytes": moved, "flops": flops}
+        for way, ms, (moved, flops) in (("forward", forward, case.forward), ("backward", both - forward, case.backward))
+    ]
 
 
-def measure() -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for case in CASES:
-        times = both_ways(*case.make())
-        for way, ms, (moved, flops) in zip(("forward", "backward"), times, (case.forward, case.backward), strict=True):
-            rows.append({"op": f"{case.name}, {way}", "ms": ms, "bytes": moved, "flops": flops})
-        torch.cuda.empty_cache()
-    return [*rows, *(row for calls in (_heads, _nf4, _optimizers) for row in calls())]
-
-
-def _rows(calls: dict[str, Callable[[], Any]], moved: float, flops: float) -> list[dict[str, Any]]:
-    return [{"op": name, "ms": milliseconds(call), "bytes": moved, "flops": flops} for name, call in calls.items()]
-
-
-def _heads() -> list[dict[str, Any]]:
-    weight, labels = draw(WORDS, WIDTH) * 0.02, torch.randint(0, WORDS, (TOKENS,), device="cuda")
-    hidden = draw(TOKENS, WIDTH).requires_grad_()
+def heads(s: Sizes) -> list[Row]:
+    weight, labels = draw(s.words, s.width, scale=0.02), torch.randint(0, s.words, (s.tokens,), device=DEVICE)
+    hidden, size = draw(s.tokens, s.width).requires_grad_(), 2.0 * s.words * s.width
 
     def both(chunk: int) -> Any:
         loss = linear_cross_entropy(hidden, weight, labels, ScoreConfig(chunk=chunk)).loss.sum()
@@ -139,24 +155,52 @@ def _heads() -> list[dict[str, Any]]:
 
     names = {chunk: f"fused head, forward and backward, chunks of {chunk}" for chunk in (1024, 4096)}
     calls = {name: functools.partial(both, chunk) for chunk, name in names.items()}
-    return _rows(calls, 2 * HEAD + 2 * RESIDUAL, 2 * TOKENS * HEAD)
+    return timing.rows(calls, 2 * size + 4.0 * s.tokens * s.width, 2 * s.tokens * size)
 
 
-def _nf4() -> list[dict[str, Any]]:
-    ours, theirs = quantized((MLP, WIDTH))
-    count = float(MLP * WIDTH)
-    calls = {"NF4 to bf16": lambda: dequantize_nf4(ours, torch.bfloat16), "NF4 to bf16, bitsandbytes": theirs}
-    return _rows(calls, 2.5 * count, count)
+def quantized(shape: tuple[int, int]) -> tuple[NF4Weight, Callable[[], torch.Tensor]]:
+    """(weight, bitsandbytes' own dequantisation of it)."""
+    import bitsandbytes.functional as bnb
+
+    packed, state = bnb.quantize_4bit(draw(*shape), blocksize=64, compress_statistics=True, quant_type="nf4")
+    assert state is not None and state.state2 is not None and state.code is not None
+    outer = state.state2
+    weight = NF4Weight(packed, state.code, shape, state.absmax, outer.code, outer.absmax, state.offset)
+    return weight, lambda: bnb.dequantize_4bit(packed, state)
 
 
-def _optimizers() -> list[dict[str, Any]]:
-    """A step of AdamW on 2^28 bf16 weights: weight and Adam moments read and written, the gradient read."""
-    count, rule = 2**28, AdamWConfig(1e-5, 0.9, 0.999, 1e-8, 0.0, 1)
-    weight, grad, first, second = (torch.rand(count, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+def nf4(s: Sizes) -> list[Row]:
+    ours, theirs = quantized((s.mlp, s.width))
+    count = float(s.mlp * s.width)
+    calls = {"NF4 to bf16": lambda: dequantize_nf4(ours, DTYPE), "NF4 to bf16, bitsandbytes": theirs}
+    return timing.rows(calls, 2.5 * count, count)
+
+
+def optimizers(s: Sizes) -> list[Row]:
+    """A step of AdamW on bf16 weights: weight and Adam moments read and written, the gradient read."""
+    count, rule = s.optimized, AdamWConfig(1e-5, 0.9, 0.999, 1e-8, 0.0, 1)
+    weight, grad, first, second = (torch.rand(count, device=DEVICE, dtype=torch.bfloat16) for _ in range(4))
     plain = weight.clone().requires_grad_()
     plain.grad = grad
     calls = {
         "AdamW in bf16, stochastic rounding": lambda: adamw_(weight, grad, (first, second), rule, 1),
         "AdamW in bf16, torch's fused": torch.optim.AdamW([plain], fused=True).step,
     }
-    return _rows(calls, 14.0 * count, 16.0 * count)
+    return timing.rows(calls, 14.0 * count, 16.0 * count)
+
+
+def measure(sizes: Sizes | None = None) -> Iterator[Row]:
+    sizes = sizes or Sizes()
+    for case in (case for cases in (elementwise, attentions, linears) for case in cases(sizes)):
+        yield from both_ways(case)
+        torch.cuda.empty_cache()
+    for calls in (heads, nf4, optimizers):
+        yield from calls(sizes)
+        torch.cuda.empty_cache()
+
+
+def run(args: argparse.Namespace, record: Record) -> bool:
+    ceilings = limits.measure()
+    record.put("ceilings", ceilings, tables.ceilings_line({"ceilings": ceilings}))
+    record.put("ops", list(measure()), tables.ops_table(record.result))
+    return True

@@ -5,6 +5,7 @@ Lengths are log-normal, like short instructions and answers with a long tail. Ev
 forward and backward of its batches under bf16 autocast, then fused AdamW. TRL's collator and packing make the batches beforehand.
 """
 
+import argparse
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import Any
 import torch
 
 from benchmarks.harness.jobs import SHAPES, Job
-from benchmarks.harness.steps import DEVICE, Steps, load, peaks, reset_peaks
+from benchmarks.harness.results import Record, line_of
+from benchmarks.harness.steps import Steps, load, peaks, reset_peaks
+from benchmarks.harness.timing import DEVICE
 
 WAYS: dict[str, tuple[str, int | None]] = {
     "padded": ("batches of 64, padded on the right to the longest", None),
@@ -78,13 +81,9 @@ def batches(rows: Rows, way: str, setting: Setting) -> list[Batch]:
         groups = [rows[i : i + setting.batch] for i in range(0, len(rows), setting.batch)]
     else:
         groups = [[row] for row in pack_dataset(Dataset.from_list(rows), tokens, "bfd")]  # pyright: ignore
-    made = [collate(group) for group in groups]
-    labels = torch.tensor(sum(len(row["input_ids"]) - 1 for row in rows), device=DEVICE)
-    return [
-        {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        | {"num_items_in_batch": labels}
-        for batch in made
-    ]
+    labels = torch.tensor(sum(len(row["input_ids"]) - 1 for row in rows))
+    made = [{**collate(group), "num_items_in_batch": labels} for group in groups]
+    return [{k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in batch.items()} for batch in made]
 
 
 def look(steps: Steps, made: list[Batch]) -> tuple[float, float]:
@@ -119,19 +118,16 @@ def measure(setting: Setting, checkpoints: Path) -> dict[str, Any]:
         computed = sum(batch["input_ids"].numel() for step in made[way] for batch in step)
         off, norm_off = (abs(a - b) / abs(b) for a, b in zip(seen[way], seen["padded"], strict=True))
         row = {"way": way, "batches": sum(map(len, made[way])), "computed_tokens": computed, "loss_off": off,
-               "gradient_norm_off": norm_off}  # fmt: skip
-        if off <= PARITY:
+               "gradient_norm_off": norm_off, "ok": off <= PARITY}  # fmt: skip
+        if row["ok"]:
             each = [statistics.median(rounds) for rounds in taken[way]]
             row |= {"ms": sum(each) / len(each) * 1e3, "tokens_per_s": real / sum(each), "peak_gib": most[way]}
         ways.append(row)
     return {"setting": asdict(setting), "lengths": describe(drawn), "real_tokens": real, "ways": ways}
 
 
-def say(found: dict[str, Any]) -> list[str]:
-    """One line per way."""
-    return [
-        f"{row['way']:14s} {row['computed_tokens']:8d} tokens for {found['real_tokens']} real ones  "
-        + (f"{row['ms']:8.1f} ms  {row['tokens_per_s']:9.0f} real tokens/s" if "ms" in row else "PARITY FAILED")
-        + f"  loss off by {row['loss_off']:.1e}, gradients' norm by {row['gradient_norm_off']:.1e}"
-        for row in found["ways"]
-    ]
+def run(args: argparse.Namespace, record: Record) -> bool:
+    """Returns whether the losses of all ways agree."""
+    found = measure(Setting(), args.checkpoints)
+    record.put("packing", found, *map(line_of, found["ways"]))
+    return all(row["ok"] for row in found["ways"])

@@ -1,13 +1,13 @@
 """hasten's measured memory peaks and those that `hasten.training.memory.costs` predicts, as a table in docs/memory.md."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from benchmarks import tables
 from benchmarks.harness.checkpoints import config_of
 from benchmarks.harness.jobs import GIB, JOBS
-from benchmarks.harness.results import FOLDER
+from benchmarks.harness.results import FOLDER, read
+from benchmarks.tables import Columns, Row
 
 PAGE = Path(__file__).parents[1] / "docs/memory.md"
 BEGIN, END = "<!-- python -m benchmarks.publish -->", "<!-- end -->"
@@ -35,10 +35,11 @@ def compared(folder: Path = FOLDER) -> list[Compared]:
     """Every row of hasten in `folder` that has a peak. Raises KeyError for an unknown mode."""
     found: list[Compared] = []
     for path in sorted(folder.glob("*.json")):
-        result = json.loads(path.read_text())
+        result = read(path)
         for row in result.get("train", []):
             if row["variant"] == "hasten" and row.get("peak_gib"):
-                found.append(_as_planned(row, _name(row)) if row["mode"] in PLANNED else _compare(row))
+                name = f"{row['job']}, {row['mode']}, {row['batch']} x {row['length']}"
+                found.append(_as_planned(row, name) if row["mode"] in PLANNED else _compare(row, name))
         found += [_as_planned(row, f"{row['job']}, budget {row['budget_gib']:.1f} GiB") for row in result.get("budget", [])
                   if row["budget_gib"] is not None]  # fmt: skip
         found += [_as_planned(row, f"8b-qlora r=32, longest, 1 x {row['length']}") for row in result.get("longest", [])
@@ -46,35 +47,27 @@ def compared(folder: Path = FOLDER) -> list[Compared]:
     return list(dict.fromkeys(found))
 
 
-def _name(row: dict[str, Any]) -> str:
-    return f"{row['job']}, {row['mode']}, {row['batch']} x {row['length']}"
-
-
-def _as_planned(row: dict[str, Any], name: str) -> Compared:
+def _as_planned(row: Row, name: str) -> Compared:
     return Compared(name, row["peak_gib"], row["predicted_gib"], "as planned then")
 
 
-def _compare(row: dict[str, Any]) -> Compared:
+def _compare(row: Row, name: str) -> Compared:
     from hasten.training.memory.actions import ActivationAction
     from hasten.training.memory.costs import ModelShape, peak
 
-    job, batch, length = JOBS[row["job"]], row["batch"], row["length"]
+    job = JOBS[row["job"]]
     shape = ModelShape.of_config(config_of(job.shape), 16, "4bit" if job.kind == "qlora" else None, job.kind == "full")
-    found = peak(shape, batch, length, ActivationAction[MODES[row["mode"]]])
-    return Compared(_name(row), row["peak_gib"], found.total / GIB, found.when)
+    found = peak(shape, row["batch"], row["length"], ActivationAction[MODES[row["mode"]]])
+    return Compared(name, row["peak_gib"], found.total / GIB, found.when)
 
 
 def table() -> str:
     """Markdown."""
-    lines = [
-        "| job, mode, sequences x tokens | measured, GiB | predicted, GiB | off by | where the peak is |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {one.name} | {one.measured:.2f} | {one.predicted:.2f} | {100 * one.error:+.1f}% | {one.when} |"
-        for one in sorted(compared(), key=lambda one: one.name)
-    ]
-    return "\n".join(lines)
+    columns: Columns = {
+        "job, mode, sequences x tokens": "{0.name}", "measured, GiB": "{0.measured:.2f}",
+        "predicted, GiB": "{0.predicted:.2f}", "off by": lambda one: f"{100 * one.error:+.1f}%", "where the peak is": "{0.when}",
+    }  # fmt: skip
+    return tables.table(columns, sorted(compared(), key=lambda one: one.name), "---")
 
 
 def page(text: str) -> str:

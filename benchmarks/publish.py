@@ -53,14 +53,12 @@ SECTIONS: dict[str, tuple[str, Callable[[tables.Result], list[str]], tuple[str, 
 
 def picture_name(picture: str, result: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> str:
     """roofline.png; with several GPUs, one per GPU."""
-    slug = "" if len(results) == 1 else f"-{file_name(result)[:-16]}"
-    return f"{picture}{slug}.png"
+    return f"{picture}.png" if len(results) == 1 else f"{picture}-{file_name(result)[:-16]}.png"
 
 
 def page(results: Sequence[Mapping[str, Any]]) -> str:
     """docs/benchmarks.md."""
-    parts = [INTRODUCTION, *(text for result in results for text in _sections(result, results))]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([INTRODUCTION, *(text for result in results for text in _sections(result, results))]) + "\n"
 
 
 def _sections(result: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -5,15 +5,17 @@ Each tool runs each entry of kernel_calls.CALLS in a process of its own, several
 kernels only. initcheck watches all, since it takes the output of an unwatched kernel for uninitialised memory.
 """
 
+import argparse
 import os
 import re
 import subprocess
-import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.results import Record
+from benchmarks.harness.workers import module
 from benchmarks.kernel_calls import CALLS
 from benchmarks.kernels import launched_kernels
 
@@ -34,7 +36,7 @@ def command_for(tool: str, kernels: list[str], calls: str) -> list[str]:
     if tool != "initcheck":
         for name in kernels:
             command += ["--kernel-name", f"kernel_substring={name}"]
-    return [*command, sys.executable, "-m", "benchmarks.kernel_calls", calls]
+    return [*command, *module("kernel_calls", calls)]
 
 
 def judge(tool: str, kernels: list[str], code: int, text: str) -> dict[str, Any]:
@@ -79,5 +81,5 @@ def sanitize(tools: list[str], log: Path, calls: list[str] | None = None, limit_
     return rows
 
 
-def line_of(row: dict[str, Any]) -> str:
-    return f"{row['tool']:10s} {row['calls']:12s} {'clean' if row['clean'] else 'NOT CLEAN'}  {row['verdict']}"
+def run(args: argparse.Namespace, record: Record) -> bool:
+    return record.rows("sanitize", sanitize(args.tools, args.out / "sanitize.txt", args.calls or None), "clean")

@@ -6,20 +6,19 @@ import statistics
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.harness.steps import Steps, wait
+from benchmarks.harness.timing import DEVICE
 from benchmarks.kernels import launched_kernels
-
-if TYPE_CHECKING:
-    from benchmarks.harness.steps import Steps
 
 ROOT = Path(__file__).parent.parent
 KINDS = [
@@ -73,34 +72,32 @@ def as_text(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def profile_step(step: Callable[[], Any], wall_s: float) -> dict[str, Any]:
+def profile_step(steps: Steps, wall_s: float) -> dict[str, Any]:
     """{"text", "summary"} of one step. wall_s: seconds of a step without the profiler, for the idle time."""
-    on_gpu = torch.cuda.is_available()
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as recorded:
-        step()
-        if on_gpu:
-            torch.cuda.synchronize()
+    ids = steps.batch()
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if DEVICE == "cuda" else [])]) as recorded:
+        steps.take(ids)
+        wait()
     spans = [
         (event.name, event.time_range.start, event.time_range.end)
         for event in recorded.events() or []
         if event.device_type == DeviceType.CUDA and not event.is_user_annotation
     ]
     summary = summarise(spans, wall_s, launched_kernels())
-    order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
-    table = recorded.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=90)
+    table = recorded.key_averages().table(f"self_{DEVICE}_time_total", row_limit=60, max_name_column_width=90)
     return {"text": f"{as_text(summary)}\n{table}", "summary": summary}
 
 
-def host_waits(steps: "Steps") -> dict[str, Any]:
+def host_waits(steps: Steps) -> dict[str, Any]:
     """{"count", "where"}: how often, and at which lines, one step makes the host wait for the device.
 
     The inputs are on the device already. Counted by `torch.cuda.set_sync_debug_mode`; 0 without a GPU.
     """
     ids = steps.batch()
     steps.take(ids)
-    if not torch.cuda.is_available():
+    if DEVICE != "cuda":
         return {"count": 0, "where": []}
-    torch.cuda.synchronize()
+    wait()
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -125,29 +122,26 @@ def compilations() -> Iterator[list[str]]:
     from triton import knobs
 
     names: list[str] = []
-
-    def note(**told: Any) -> None:
-        names.append(told["fn"].name)
-
-    before = knobs.runtime.jit_post_compile_hook
-    knobs.runtime.jit_post_compile_hook = note
-    try:
+    with knobs.runtime.scope():
+        knobs.runtime.jit_post_compile_hook = lambda **told: names.append(told["fn"].name)
         yield names
-    finally:
-        knobs.runtime.jit_post_compile_hook = before
 
 
-def new_lengths(steps: "Steps", lengths: Sequence[int]) -> list[dict[str, Any]]:
+def new_lengths(steps: Steps, lengths: Sequence[int]) -> list[dict[str, Any]]:
     """For each length in turn: {"length", "compiled", "first_ms", "second_ms"} of its first two steps."""
     rows = []
     for length in lengths:
         with compilations() as compiled:
             first, _ = steps.timed(steps.batch(length))
         second, _ = steps.timed(steps.batch(length))
-        rows.append(
-            {"length": length, "compiled": sorted(compiled), "first_ms": first * 1e3, "second_ms": second * 1e3}
-        )
+        spent = {"first_ms": first * 1e3, "second_ms": second * 1e3}
+        rows.append({"length": length, "compiled": sorted(compiled), **spent})
     return rows
+
+
+def costs(steps: Steps, lengths: Sequence[int]) -> dict[str, Any]:
+    """{"lengths": of `new_lengths`, "host_waits": of `host_waits`}, taken in this order."""
+    return {"lengths": new_lengths(steps, lengths), "host_waits": host_waits(steps)}
 
 
 def import_seconds(repeats: int = 3) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """The tables of docs/benchmarks.md and of the README, from results. Every figure in them comes from the JSON."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from string import Formatter
 from typing import Any
 
 from benchmarks.harness.jobs import BEFORE, JOBS, MODES, PACKAGE_OF, RATIOS, TARGETS, VARIANTS
@@ -9,15 +10,26 @@ from benchmarks.limits import floor_ms
 
 Result = Mapping[str, Any]
 Row = Mapping[str, Any]
+Columns = Mapping[str, str | Callable[[Any], str]]
+"""Head -> a cell: a format string of the row's keys (of an object's attributes: {0.name}), or a function of the row."""
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
-    return "\n".join(lines)
+class _Dashed(Formatter):
+    """Formats a missing figure as "-"."""
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        return "-" if value is None else super().format_field(value, format_spec)
 
 
-def or_dash(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+def cells(columns: Columns, row: Any) -> list[str]:
+    named = row if isinstance(row, Mapping) else {}
+    return [_Dashed().vformat(one, (row,), named) if isinstance(one, str) else one(row) for one in columns.values()]
+
+
+def table(columns: Columns, rows: Iterable[Any], rule: str = " --- ") -> str:
+    """A Markdown table. rule: below each head."""
+    head, *lines = (f"| {' | '.join(line)} |" for line in [list(columns), *(cells(columns, row) for row in rows)])
+    return "\n".join([head, f"|{'|'.join([rule] * len(columns))}|", *lines])
 
 
 # Training steps
@@ -33,9 +45,9 @@ def races(result: Result) -> dict[tuple[str, str], list[list[Row]]]:
     return {key: sorted(groups.values(), key=len, reverse=True) for key, groups in found.items()}
 
 
-def all_rows(result: Result) -> Iterator[tuple[str, str, Row]]:
-    """(job, mode, row) of every race."""
-    return ((*key, row) for key, groups in races(result).items() for group in groups for row in group)
+def all_rows(result: Result) -> Iterator[Row]:
+    """Every row of every race, in the order of `races`."""
+    return (row for groups in races(result).values() for group in groups for row in group)
 
 
 def _of(variant: str, rows: Iterable[Row]) -> Row:
@@ -74,17 +86,14 @@ def _parity(rows: Iterable[Row]) -> str:
     return f"{worst['worst']:.1e}{said} ({VARIANTS[worst['against']]})"
 
 
-def _target(job: str, mode: str) -> str:
-    if (job, mode) in RATIOS:
-        return f"Unsloth {RATIOS[job, mode]:g}x"
-    if (job, mode) not in TARGETS:
-        return "-"
-    ms, gib = TARGETS[job, mode]
-    return f"{ms:.0f} ms" + (f", {gib:g} GiB" if gib is not None else "")
+def _target(key: tuple[str, str]) -> str:
+    if key in RATIOS:
+        return f"Unsloth {RATIOS[key]:g}x"
+    ms, gib = TARGETS.get(key, (None, None))
+    return "-" if ms is None else f"{ms:.0f} ms" + (f", {gib:g} GiB" if gib is not None else "")
 
 
-def _floor(result: Result, job: str, mode: str) -> str:
-    ceilings = result.get("ceilings", {})
+def _floor(ceilings: Mapping[str, float], job: str, mode: str) -> str:
     if not {"matmul", "copy", "attention_forward", "attention_backward"} <= set(ceilings):
         return "-"
     return f"{floor_ms(JOBS[job], mode, ceilings)['total']:.0f} ms"
@@ -101,84 +110,73 @@ def _alone(ours: Row) -> str:
 def training_table(result: Result, mode: str) -> str:
     """One line per job: hasten, each library that ran, target and floor. A ratio is over hasten in the same race."""
     present = {job: groups for (job, of), groups in races(result).items() if of == mode}
-    ran = {row["variant"] for groups in present.values() for group in groups for row in group}
-    peers = [variant for variant in VARIANTS if variant in ran - {"hasten"}]
-    rows = []
-    for job, groups in present.items():
-        every = [row for group in groups for row in group]
-        ours = _of("hasten", every)
-        rows.append(
-            [JOBS[job].title, _figure(ours) if ours else "-", *(_beside(peer, groups) for peer in peers),
-             _target(job, mode), _floor(result, job, mode), _alone(ours), _parity(every)]
-        )  # fmt: skip
-    head = ["a step of", "hasten", *(VARIANTS[peer] for peer in peers), "target", "floor", "matmuls alone",
-            "losses differ by at most"]  # fmt: skip
-    return table(head, rows)
+    every = {job: [row for group in groups for row in group] for job, groups in present.items()}
+    ran = {row["variant"] for rows in every.values() for row in rows}
+    ours = {job: _of("hasten", rows) for job, rows in every.items()}
+    columns: dict[str, str | Callable[[str], str]] = {
+        "a step of": lambda job: JOBS[job].title, "hasten": lambda job: _figure(ours[job]) if ours[job] else "-",
+        **{VARIANTS[peer]: lambda job, peer=peer: _beside(peer, present[job])
+           for peer in VARIANTS if peer in ran - {"hasten"}},
+        "target": lambda job: _target((job, mode)), "floor": lambda job: _floor(result.get("ceilings", {}), job, mode),
+        "matmuls alone": lambda job: _alone(ours[job]), "losses differ by at most": lambda job: _parity(every[job]),
+    }  # fmt: skip
+    return table(columns, present)
 
 
 def load_table(result: Result) -> str:
-    rows = [
-        [f"{job}, {mode}", VARIANTS[row["variant"]], f"{row['load_s']:.1f}", f"{row['first_step_s']:.1f}",
-         "alone" if row["loaded_beside"] == 0 else f"beside {row['loaded_beside']} others"]
-        for job, mode, row in all_rows(result) if row.get("load_s") is not None and "error" not in row
-    ]  # fmt: skip
-    return table(["job", "library", "seconds to load", "first step, seconds", "loaded"], rows)
+    columns: Columns = {
+        "job": "{job}, {mode}", "library": lambda row: VARIANTS[row["variant"]], "seconds to load": "{load_s:.1f}",
+        "first step, seconds": "{first_step_s:.1f}",
+        "loaded": lambda row: f"beside {row['loaded_beside']} others" if row["loaded_beside"] else "alone",
+    }  # fmt: skip
+    return table(columns, (row for row in all_rows(result) if row.get("load_s") is not None and "error" not in row))
 
 
 def profile_table(result: Result) -> str:
-    found: dict[tuple[str, str], Row] = {}
-    for job, mode, row in all_rows(result):
+    found: dict[str, Row] = {}
+    for row in all_rows(result):
         if "profile" in row:
-            found.setdefault((job, mode), row["profile"])
-    rows = []
-    for (job, mode), profiled in found.items():
-        kinds = (f"{kind} {entry['ms']:.1f}" for kind, entry in profiled["kinds"].items() if entry["ms"] >= 0.5)
-        rows.append([f"{job}, {mode}", f"{profiled['wall_ms']:.0f}", ", ".join(kinds), f"{profiled['idle_ms']:.1f}"])
-    return table(["job", "step, ms", "on the device in one profiled step, ms", "the rest, ms"], rows) if rows else ""
+            found.setdefault(f"{row['job']}, {row['mode']}", row["profile"])
+
+    def kinds(row: Row) -> str:
+        return ", ".join(f"{kind} {one['ms']:.1f}" for kind, one in row["kinds"].items() if one["ms"] >= 0.5)
+
+    columns: Columns = {
+        "job": "{job}", "step, ms": "{wall_ms:.0f}", "on the device in one profiled step, ms": kinds,
+        "the rest, ms": "{idle_ms:.1f}",
+    }  # fmt: skip
+    return table(columns, ({"job": job, **profiled} for job, profiled in found.items())) if found else ""
 
 
 def costs_text(result: Result) -> str:
     costs = dict(result["fixed_costs"])
-    lines = []
-    if "import" in costs:
-        parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in costs.pop("import").items())
+    imports, lines = costs.pop("import", {}), []
+    if imports:
+        parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in imports.items())
         lines.append(f"Seconds of import, each beyond the ones before it: {parts}.\n")
-    rows = [
-        [job, str(cost["host_waits"]["count"]), str(one["length"]), str(len(one["compiled"])),
-         f"{one['first_ms']:.0f}", f"{one['second_ms']:.0f}"]
-        for job, cost in costs.items() for one in cost["lengths"]
-    ]  # fmt: skip
-    if rows:
-        head = ["job", "host waits a step", "then at length", "kernels compiled", "first step, ms", "second, ms"]
-        lines.append(table(head, rows))
-    return "\n".join(lines)
+    rows = [{"job": job, **cost["host_waits"], **one} for job, cost in costs.items() for one in cost["lengths"]]
+    columns: Columns = {
+        "job": "{job}", "host waits a step": "{count}", "then at length": "{length}",
+        "kernels compiled": lambda row: str(len(row["compiled"])), "first step, ms": "{first_ms:.0f}",
+        "second, ms": "{second_ms:.0f}",
+    }  # fmt: skip
+    return "\n".join([*lines, *([table(columns, rows)] if rows else [])])
 
 
 # Ops, packing, curves, sanitizers
 
 
-def reached(row: Row, ceilings: Mapping[str, float]) -> tuple[str, float]:
-    """("copy" or "matmul", the fraction of that ceiling that the op reaches): whichever bounds it."""
-    least = {"copy": row["bytes"] / ceilings["copy"]}
-    if "matmul" in ceilings:
-        least["matmul"] = row["flops"] / ceilings["matmul"]
-    bound = max(least, key=lambda name: least[name])
-    return bound, least[bound] * 1e3 / row["ms"]
-
-
-def op_line(row: Row, ceilings: Mapping[str, float]) -> str:
-    bound, share = reached(row, ceilings)
-    return f"{row['op']:48s} {row['ms']:8.3f} ms  {share:6.1%} of the {bound} ceiling"
-
-
 def ops_table(result: Result) -> str:
-    rows = []
+    """Each op's rate and its share of the ceiling that bounds it: copy or matmul."""
+    ceilings, rows = result["ceilings"], []
     for row in result["ops"]:
-        bound, share = reached(row, result["ceilings"])
-        rate = row["bytes"] / row["ms"] / 1e9 if bound == "copy" else row["flops"] / row["ms"] / 1e9
-        unit = "TB/s" if bound == "copy" else "TFLOP/s"
-        rows.append([row["op"], f"{row['ms']:.3f}", f"{rate:.2f} {unit}", bound, f"{share:.0%}"])
-    return table(["op", "ms", "reached", "bound by", "of that ceiling"], rows)
+        moved = {"copy": (row["bytes"], "TB/s"), "matmul": (row["flops"], "TFLOP/s")}
+        bound = max((name for name in moved if name in ceilings), key=lambda name: moved[name][0] / ceilings[name])
+        amount, unit = moved[bound]
+        share = amount / ceilings[bound] * 1e3 / row["ms"]
+        rows.append({**row, "rate": amount / row["ms"] / 1e9, "unit": unit, "bound": bound, "share": share})
+    return table({"op": "{op}", "ms": "{ms:.3f}", "reached": "{rate:.2f} {unit}", "bound by": "{bound}",
+                  "of that ceiling": "{share:.0%}"}, rows)  # fmt: skip
 
 
 def ceilings_line(result: Result) -> str:
@@ -195,44 +193,42 @@ def packing_section(result: Result) -> list[str]:
     from benchmarks.packing import WAYS
 
     packing = result["packing"]
-    setting, lengths = packing["setting"], packing["lengths"]
     said = (
-        f"{setting['shape']} shape, LoRA r=16, nothing recomputed; {setting['rows']} sequences a step, the same in every way. "
-        f"Lengths are log-normal with a median of {setting['median']:g} and sigma of {setting['sigma']:g}, at most "
-        f"{setting['longest']} tokens: mean {lengths['mean']:.0f}, 10% below {lengths['p10']:.0f}, 10% above "
-        f"{lengths['p90']:.0f}, 1% above {lengths['p99']:.0f}, longest {lengths['max']:.0f}. Padding does not count as tokens."
-    )
+        "{shape} shape, LoRA r=16, nothing recomputed; {rows} sequences a step, the same in every way. Lengths are log-normal with a "
+        "median of {median:g} and sigma of {sigma:g}, at most {longest} tokens: mean {mean:.0f}, 10% below {p10:.0f}, 10% above "
+        "{p90:.0f}, 1% above {p99:.0f}, longest {max:.0f}. Padding does not count as tokens."
+    ).format(**packing["lengths"] | packing["setting"])
     padded = next((row["tokens_per_s"] for row in packing["ways"] if row["way"] == "padded" and "ms" in row), None)
-    rows = []
-    for row in packing["ways"]:
-        cells = ["-", "-", "-"]
-        if "ms" in row:
-            times = "-" if padded is None else f"{row['tokens_per_s'] / padded:.2f}x"
-            cells = [f"{row['tokens_per_s'] / 1e3:.1f}k", times, f"{row['peak_gib']:.1f}"]
-        padding = row["computed_tokens"] / packing["real_tokens"] - 1
-        rows.append([WAYS[row["way"]][0], f"{padding:.1%}", *cells, f"{row['loss_off']:.1e}"])
-    head = ["batches", "padding", "real tokens/s", "of padded", "peak GiB", "loss differs from padded by"]
-    return [said, table(head, rows)]
+
+    def figure(form: str, name: str, over: float | None = 1.0) -> Callable[[Row], str]:
+        return lambda row: form.format(row[name] / over) if "ms" in row and over is not None else "-"
+
+    columns: Columns = {
+        "batches": lambda row: WAYS[row["way"]][0],
+        "padding": lambda row: f"{row['computed_tokens'] / packing['real_tokens'] - 1:.1%}",
+        "real tokens/s": figure("{:.1f}k", "tokens_per_s", 1e3), "of padded": figure("{:.2f}x", "tokens_per_s", padded),
+        "peak GiB": figure("{:.1f}", "peak_gib"), "loss differs from padded by": "{loss_off:.1e}",
+    }  # fmt: skip
+    return [said, table(columns, packing["ways"])]
 
 
 def curves_table(result: Result) -> str:
     from benchmarks.curves import STAGES
 
-    rows = []
-    for stage, title in STAGES.items():
-        one = result["curves"][stage]
-        rows.append(
-            [title, f"{one['inside']:.0%}", f"{one['final_stock']:.4f}", f"{one['final_hasten']:.4f}",
-             or_dash(one["sigmas"], "+.2f"), f"{one['paired']:.4f}"]
-        )  # fmt: skip
-    head = ["200 steps of", "steps within stock's range", "final loss, stock", "hasten",
-            "difference in standard deviations of stock's seeds", "largest difference of one seed"]  # fmt: skip
-    return table(head, rows)
+    columns: Columns = {
+        "200 steps of": "{title}", "steps within stock's range": "{inside:.0%}", "final loss, stock": "{final_stock:.4f}",
+        "hasten": "{final_hasten:.4f}", "difference in standard deviations of stock's seeds": "{sigmas:+.2f}",
+        "largest difference of one seed": "{paired:.4f}",
+    }  # fmt: skip
+    return table(columns, ({"title": title, **result["curves"][stage]} for stage, title in STAGES.items()))
 
 
 def sanitize_table(result: Result) -> str:
-    rows = [[row["tool"], row["calls"], "yes" if row["clean"] else "no", row["verdict"]] for row in result["sanitize"]]
-    return table(["tool", "kernels", "clean", "summary"], rows)
+    columns: Columns = {
+        "tool": "{tool}", "kernels": "{calls}", "clean": lambda row: "yes" if row["clean"] else "no",
+        "summary": "{verdict}",
+    }  # fmt: skip
+    return table(columns, result["sanitize"])
 
 
 def readme_row(result: Result, job: str, mode: str) -> list[str]:
@@ -241,15 +237,13 @@ def readme_row(result: Result, job: str, mode: str) -> list[str]:
     group = next((g for g in groups if "ms" in _of("hasten", g)), None)
     if group is None:
         raise LookupError(f"no figure of hasten's for {job}, {mode}")
-    ours = _of("hasten", group)
+    form = "{ms:.0f} ms and {peak_gib:.1f} GiB"
+    said = f"{form} a step".format(**_of("hasten", group))
     peers = [row for row in group if row["variant"] not in ("hasten", BEFORE) and "ms" in row]
-    said = f"{ours['ms']:.0f} ms and {ours['peak_gib']:.1f} GiB a step"
     if peers:
         best = min(peers, key=lambda row: row["ms"])
-        said += (
-            f"; {VARIANTS[best['variant']]} {result['versions'][PACKAGE_OF[best['variant']]]} in the same run "
-            f"{best['ms']:.0f} ms and {best['peak_gib']:.1f} GiB"
-        )
+        name = f"{VARIANTS[best['variant']]} {result['versions'][PACKAGE_OF[best['variant']]]}"
+        said += f"; {name} in the same run {form.format(**best)}"
     variants = ",".join(row["variant"] for row in group)
     command = f"`python -m benchmarks.gpu --out DIR --only train --jobs {job} --variants {variants} --modes {mode}`"
     return [f"{JOBS[job].title}, {MODES[mode]}", f"one {result['versions']['gpu'].split()[-1]}", said, command]

@@ -1,4 +1,7 @@
-"""Races the libraries in each job and mode; hasten is also profiled and asked for its host waits and new lengths."""
+"""Races the libraries in each job and mode; hasten is also profiled and asked for its host waits and new lengths.
+
+python -m benchmarks.gpu --out FOLDER --only train [--jobs ...] [--variants ...] [--modes ...] [--profile] [--no-costs]
+"""
 
 import argparse
 import time
@@ -8,24 +11,23 @@ import torch
 
 from benchmarks.harness import jobs, race
 from benchmarks.harness.checkpoints import write_apart
-from benchmarks.harness.results import Record
+from benchmarks.harness.results import Record, line_of
 from benchmarks.harness.workers import Worker, WorkerFailed
+from benchmarks.limits import alone_ms
+from benchmarks.step_costs import import_seconds
 
 LENGTHS = (2048, 2000, 1999, 1537)
 
 
 class Training:
-    """The races of all jobs and modes, written to `record` after each group. begin: when the whole call began."""
+    """The races of all jobs and modes, written to `record` after each group."""
 
-    def __init__(self, args: argparse.Namespace, record: Record, begin: float) -> None:
-        self.args, self.record, self.begin = args, record, begin
+    def __init__(self, args: argparse.Namespace, record: Record) -> None:
+        self.args, self.record = args, record
         self.plan = race.Plan(rounds=args.rounds, steps=args.steps, load_alone=args.load_alone)
-        self.longest, self.profiled = 0.0, set[tuple[str, str]]()
+        self.longest, self.profiled = 0.0, set[str]()
         self.costs = record.result.setdefault("fixed_costs", {})
         record.result |= {"train": [], "left_out": []}
-
-    def room_gib(self) -> float:
-        return self.args.room or torch.cuda.get_device_properties(0).total_memory / jobs.GIB * 0.94
 
     def run(self) -> bool:
         """Returns whether every library that has figures agrees with transformers."""
@@ -39,19 +41,20 @@ class Training:
     def _run(self, job: str, mode: str) -> None:
         rows: list[dict[str, Any]] = []
         done, shape, alone = self.record.result["train"], jobs.JOBS[job], None
-        for group in race.groups(job, mode, self.args.variants, self.room_gib()):
-            if time.perf_counter() - self.begin + self.longest > self.args.minutes * 60:
+        room = self.args.room or torch.cuda.get_device_properties(0).total_memory / jobs.GIB * 0.94
+        for group in race.groups(job, mode, self.args.variants, room):
+            begin = time.perf_counter()
+            if begin - self.record.begin + self.longest > self.args.minutes * 60:
                 self.record.result["left_out"].append(f"{job} {mode} {'+'.join(group)}")
                 continue
-            begin = time.perf_counter()
             self._write_checkpoint(job)
-            new = race.race(
+            rows += race.race(
                 group, lambda v: self._start(job, mode, v), self.plan, lambda lane: self._ask(job, mode, lane)
             )
-            self._shorten_errors(new)
-            rows += new
+            self._shorten_errors(rows[-len(group) :])
             self.longest = max(self.longest, time.perf_counter() - begin)
-            alone = alone or self._alone(job, mode)
+            alone = alone or (alone_ms(job, mode) if torch.cuda.is_available() else None)
+            torch.cuda.empty_cache()
             facts = {"job": job, "mode": mode, "shape": shape.shape, "batch": shape.batch, "length": shape.length}
             checked = [{**facts, "alone_ms": alone, **row} for row in race.with_parity(rows)]
             self.record.put("train", [*done, *checked], *map(race.line_of, checked[-len(group) :]))
@@ -60,19 +63,12 @@ class Training:
         """Leaves the first line of each error in its row; errors.txt gets all of it."""
         for row in rows:
             if "error" in row:
-                with (self.args.out / "errors.txt").open("a") as file:
-                    file.write(f"==== {row['variant']} of {row['group']}\n{row['error']}\n\n")
+                self._log("errors.txt", f"{row['variant']} of {row['group']}", row["error"])
                 row["error"] = row["error"].splitlines()[0][:300]
 
-    def _alone(self, job: str, mode: str) -> float | None:
-        """See limits.alone_ms; measured after the workers have ended."""
-        if not torch.cuda.is_available():
-            return None
-        from benchmarks.limits import alone_ms
-
-        found = alone_ms(job, mode)
-        torch.cuda.empty_cache()
-        return found
+    def _log(self, file: str, title: str, text: str) -> None:
+        with (self.args.out / file).open("a") as log:
+            log.write(f"==== {title}\n{text}\n\n")
 
     def _write_checkpoint(self, job: str) -> None:
         write_apart(jobs.JOBS[job].shape, self.args.checkpoints)
@@ -83,26 +79,22 @@ class Training:
     def _ask(self, job: str, mode: str, lane: race.Lane) -> None:
         if lane.row["variant"] != "hasten":
             return
+        name = f"{job} {mode}"
         try:
-            if self.args.profile and (job, mode) not in self.profiled:
-                self.profiled.add((job, mode))
+            if self.args.profile and name not in self.profiled:
+                self.profiled.add(name)
                 profiled = lane.worker.ask(self.plan.turn_limit, "profile", wall_s=lane.row["ms"] / 1e3)
-                with (self.args.out / "profiles.txt").open("a") as file:
-                    file.write(f"==== {job}, hasten, {mode}\n{profiled['text']}\n\n")
+                self._log("profiles.txt", f"{job}, hasten, {mode}", profiled["text"])
                 lane.row["profile"] = profiled["summary"]
-            if not self.args.no_costs and f"{job} {mode}" not in self.costs:
-                self.costs[f"{job} {mode}"] = lane.worker.ask(self.plan.turn_limit, "costs", lengths=LENGTHS)
+            if not self.args.no_costs and name not in self.costs:
+                self.costs[name] = lane.worker.ask(self.plan.turn_limit, "costs", lengths=LENGTHS)
         except WorkerFailed as error:
             lane.row["afterwards"] = str(error)
 
 
-def measure(args: argparse.Namespace, record: Record, begin: float) -> bool:
-    """Returns whether all races agree. args: as parsed by benchmarks.gpu."""
+def run(args: argparse.Namespace, record: Record) -> bool:
+    """Returns whether all races agree."""
     if not args.no_costs:
-        from benchmarks.step_costs import import_seconds
-
         seconds = import_seconds()
-        record.put(
-            "fixed_costs", {"import": seconds}, f"imports: { {name: round(s, 2) for name, s in seconds.items()} }"
-        )
-    return Training(args, record, begin).run()
+        record.put("fixed_costs", {"import": seconds}, f"imports: {line_of(seconds)}")
+    return Training(args, record).run()

@@ -7,12 +7,11 @@ holds the rest of the GPU, so that a library that asks for free memory sees the 
 import gc
 import json
 import sys
-from types import TracebackType
 
 import torch
 
 from benchmarks.harness.jobs import GIB
-from benchmarks.harness.workers import Worker
+from benchmarks.harness.workers import Worker, module
 
 SLACK = 2**28
 """Bytes that the second process leaves free beyond the cap, for what drivers load later outside torch's allocator."""
@@ -35,13 +34,13 @@ class Card:
         torch.cuda.synchronize()
         free, self.whole = torch.cuda.mem_get_info()
         self.context = self.whole - free - torch.cuda.memory_reserved()
-        self.rest = Worker("rest", [sys.executable, "-m", "benchmarks.harness.card"])
+        self.rest = Worker("rest", module("harness.card"))
         self.rest.reply(LIMIT_S)
 
     def __enter__(self) -> "Card":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         if self.rest is not None:
             self.rest.end()
 

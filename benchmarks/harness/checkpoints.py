@@ -1,12 +1,8 @@
-"""The measured shapes as transformers configs, and random-weight checkpoints of them on disk.
-
-    python -m benchmarks.harness.checkpoints SHAPE FOLDER
-writes one in a process of its own, so that nothing of it stays on the GPU.
-"""
+"""The measured shapes as transformers configs, and random-weight checkpoints of them on disk."""
 
 import json
-import subprocess
-import sys
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +37,11 @@ def checkpoint(name: str, folder: Path) -> Path:
 
 
 def write_apart(name: str, folder: Path) -> Path:
-    """`checkpoint` in a process of its own. Raises RuntimeError with the end of its output if it fails."""
-    if not (folder / name / "config.json").exists():
-        command = [sys.executable, "-m", "benchmarks.harness.checkpoints", name, str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"the checkpoint of {name} could not be written:\n{done.stderr[-3000:]}")
-    return folder / name
+    """`checkpoint` in a process of its own, so that nothing of it stays on the GPU."""
+    if (folder / name / "config.json").exists():
+        return folder / name
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(checkpoint, name, folder).result()
 
 
 def with_positions(folder: Path, positions: int) -> Path:
@@ -63,7 +57,3 @@ def with_positions(folder: Path, positions: int) -> Path:
             link.symlink_to(file.resolve())
     (target / "config.json").write_text(json.dumps(config | {"max_position_embeddings": positions}, indent=2))
     return target
-
-
-if __name__ == "__main__":
-    checkpoint(sys.argv[1], Path(sys.argv[2]))

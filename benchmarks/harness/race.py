@@ -5,16 +5,16 @@ turns, so that drift of the machine affects all of them. Step n sees the same to
 are compared at every step, and figures of a row whose losses disagree are set apart.
 """
 
+import json
 import math
 import statistics
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.jobs import BEFORE, JOBS, memory_gib
-from benchmarks.harness.workers import Worker, WorkerFailed
+from benchmarks.harness.workers import Worker, WorkerFailed, module
 
 PARITY = 2e-3
 """Largest difference of two libraries' losses at any step (nats per token)."""
@@ -46,24 +46,24 @@ class Lane:
     rounds: list[list[float]] = field(default_factory=list)
     peaks: list[tuple[float, float]] = field(default_factory=list)
 
-    def attempt(self, action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Returns the action's answer, or {} with the failure recorded in the row."""
+    def ask(self, limit: float, do: str | None, **arguments: Any) -> dict[str, Any]:
+        """Returns the worker's answer (do = None: to its start), or {} with the failure recorded in the row."""
         try:
-            return action()
+            return self.worker.ask(limit, do, **arguments) if do else self.worker.reply(limit)
         except WorkerFailed as error:
             self.row["error"] = str(error)
             return {}
 
     def load(self, plan: Plan) -> None:
-        self.row.update(self.attempt(lambda: self.worker.reply(plan.load_limit)))
+        self.row.update(self.ask(plan.load_limit, None))
 
     def warm(self, plan: Plan) -> None:
-        warm = self.attempt(lambda: self.worker.ask(plan.turn_limit, "warm", steps=plan.warm))
+        warm = self.ask(plan.turn_limit, "warm", steps=plan.warm)
         self.losses += warm.get("losses", [])
         self.row |= {"first_step_s": warm.get("first_s"), "gradients": warm.get("gradients", [])}
 
     def turn(self, plan: Plan) -> None:
-        done = self.attempt(lambda: self.worker.ask(plan.turn_limit, "run", steps=plan.steps, untimed=plan.untimed))
+        done = self.ask(plan.turn_limit, "run", steps=plan.steps, untimed=plan.untimed)
         if done:
             self.losses += done["losses"]
             self.rounds.append(done["seconds"])
@@ -94,8 +94,7 @@ def groups(job: str, mode: str, variants: Sequence[str], room_gib: float) -> lis
     anchor, *others = variants
     found: list[list[str]] = []
     for variant in others:
-        home = next((group for group in found if fits([*group, variant])), None)
-        if home is None:
+        if (home := next((group for group in found if fits([*group, variant])), None)) is None:
             found.append([anchor, variant])
         else:
             home.append(variant)
@@ -104,15 +103,12 @@ def groups(job: str, mode: str, variants: Sequence[str], room_gib: float) -> lis
 
 def command_for(job: str, mode: str, variant: str, folder: str, before: Path | None = None) -> list[str]:
     """before: the folder from which the worker of "hasten-before" imports hasten."""
-    command = [sys.executable, "-m", "benchmarks.harness.steps", variant, job, mode, folder]
-    return [*command, "--tree", str(before)] if variant == BEFORE else command
+    told = {"variant": variant, "job": job, "mode": mode, "folder": folder}
+    return module("harness.serve", json.dumps(told | ({"tree": str(before)} if variant == BEFORE else {})))
 
 
 def race(
-    group: Sequence[str],
-    start: Callable[[str], Worker],
-    plan: Plan,
-    afterwards: Callable[[Lane], None] | None = None,
+    group: Sequence[str], start: Callable[[str], Worker], plan: Plan, afterwards: Callable[[Lane], None] | None = None
 ) -> list[dict[str, Any]]:
     """Returns one row per variant of `group`, in its order: the figures, or an "error".
 

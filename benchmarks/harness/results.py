@@ -8,7 +8,8 @@ import datetime
 import importlib.metadata
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ KEYS = {
 
 
 class Record:
-    """A result that is written to `path` whenever a part or a row is added."""
+    """A result that is written to `path` whenever a part or a row is added. begin: when it was made, by time.perf_counter."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
+        self.path, self.begin = path, time.perf_counter()
         self.result: dict[str, Any] = {"date": datetime.date.today().isoformat(), "versions": versions()}
 
     def put(self, part: str, value: Any, *lines: str) -> None:
@@ -37,15 +38,20 @@ class Record:
         for line in lines:
             print(line, flush=True)
 
-    def rows(
-        self, part: str, rows: Iterable[dict[str, Any]], line: Callable[[dict[str, Any]], str], sound: str | None = None
-    ) -> bool:
-        """Adds each row as it comes and prints its line. Returns whether `sound`, a key, is true in all of them."""
+    def rows(self, part: str, rows: Iterable[Mapping[str, Any]], sound: str = "ok") -> bool:
+        """Adds each row as it comes and prints it. Returns whether `sound`, a key, is true in all of them."""
         well = True
         for row in rows:
-            self.put(part, [*self.result.get(part, []), row], line(row))
-            well = well and (sound is None or row[sound])
+            self.put(part, [*self.result.get(part, []), row], line_of(row, sound))
+            well = well and row[sound]
         return well
+
+
+def line_of(row: Mapping[str, Any], sound: str = "ok") -> str:
+    """One printed line: names and values of the row that are neither None nor collections. A row whose `sound` is false says so."""
+    plain = {name: value for name, value in row.items() if isinstance(value, str | int | float) and name != sound}
+    said = (f"{name} {value:.5g}" if isinstance(value, float) else f"{name} {value}" for name, value in plain.items())
+    return "  ".join([*said, *(["NOT OK"] if not row.get(sound, True) else [])])
 
 
 def versions() -> dict[str, str]:
@@ -61,17 +67,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _merged_versions(files: Iterable[Mapping[str, str]]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for one in files:
-        for name, version in one.items():
-            known = found.get(name, ABSENT)
-            if ABSENT not in (known, version) and known != version:
-                raise ValueError(f"results of different machines cannot be merged: {name} is {known} and {version}")
-            found[name] = version if known == ABSENT else known
-    return found
-
-
 def merge(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Merges results of the same GPU, versions and date, given oldest first. Raises ValueError if these differ.
 
@@ -80,10 +75,15 @@ def merge(results: list[dict[str, Any]]) -> dict[str, Any]:
     dates = {result["date"] for result in results}
     if len(dates) != 1:
         raise ValueError(f"results of different dates cannot be merged: {sorted(dates)}")
-    merged: dict[str, Any] = {"date": dates.pop(), "versions": _merged_versions(r["versions"] for r in results)}
+    merged: dict[str, Any] = {"date": dates.pop(), "versions": {}, "fixed_costs": {}}
     for result in results:
+        for name, version in result["versions"].items():
+            known = merged["versions"].get(name, ABSENT)
+            if ABSENT not in (known, version) and known != version:
+                raise ValueError(f"results of different machines cannot be merged: {name} is {known} and {version}")
+            merged["versions"][name] = version if known == ABSENT else known
         merged |= {part: result[part] for part in WHOLE if part in result}
-        merged.setdefault("fixed_costs", {}).update(result.get("fixed_costs", {}))
+        merged["fixed_costs"].update(result.get("fixed_costs", {}))
         for part, keys in KEYS.items():
             both = [*merged.get(part, []), *result.get(part, [])]
             if both:

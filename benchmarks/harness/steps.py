@@ -1,36 +1,21 @@
-"""Training steps of one library. Served in a process of its own, since some libraries patch the whole process.
+"""Training steps of one model on random tokens: what is timed, and what the libraries are compared by."""
 
-    python -m benchmarks.harness.steps VARIANT JOB MODE FOLDER [--tree TREE]      see jobs.py; FOLDER holds the checkpoints
-One JSON object a line on stdin is a command; each is answered by one line on stdout:
-    {"do": "warm", "steps": n}                  losses, first_s (the first step with all compilation), gradients (a sample)
-    {"do": "run", "steps": n, "untimed": m}     losses of m + n steps, seconds of the last n and their peak_gib; for hasten
-                                                also plan and predicted_gib
-    {"do": "profile", "wall_s": s}              text, summary                  (see step_costs.py)
-    {"do": "costs", "lengths": [...]}           host_waits, lengths            (see step_costs.py)
-The first line, unasked, says that the model is loaded: import_s, load_s. An error is answered as {"error": ...} and ends the
-process. The CUDA cache is emptied after every command, so that a waiting worker holds as little as possible.
-"""
-
-import argparse
 import gc
-import json
-import os
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
 from benchmarks.harness.checkpoints import checkpoint, with_positions
-from benchmarks.harness.jobs import GIB, JOBS, MODES, SHAPES, VARIANTS, Job
+from benchmarks.harness.jobs import GIB, SHAPES, Job
+from benchmarks.harness.timing import DEVICE
 from benchmarks.harness.variants import build, import_library, planned
 
 LEARNING_RATE = 2e-5
 """At 1e-4 AdamW's first steps, whose size does not depend on the gradient's, move transformers 1.6e-3 from itself (docs/log.md)."""
 SAMPLED = 32
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def wait() -> None:
@@ -42,9 +27,8 @@ def reset_peaks(empty_cache: bool = False) -> None:
     """Resets the peak statistics. empty_cache: first frees what an earlier plan or a failed step held."""
     if empty_cache:
         gc.collect()
+        torch.cuda.empty_cache()
     if DEVICE == "cuda":
-        if empty_cache:
-            torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 
@@ -61,14 +45,9 @@ class Steps:
     """
 
     def __init__(
-        self,
-        model: Any,
-        loss: Callable[[Any], torch.Tensor],
-        job: Job,
-        variant: str = "hasten",
-        rate: float = LEARNING_RATE,
-        weight_decay: float = 0.01,
-    ) -> None:
+        self, model: Any, loss: Callable[[Any], torch.Tensor], job: Job, variant: str = "hasten",
+        rate: float = LEARNING_RATE, weight_decay: float = 0.01,
+    ) -> None:  # fmt: skip
         self.model, self.loss, self.job, self.variant = model, loss, job, variant
         self.names = sorted((name, p) for name, p in model.named_parameters() if p.requires_grad)
         self.trained = [p for p in model.parameters() if p.requires_grad]
@@ -131,49 +110,12 @@ class Steps:
         reset_peaks()
         taken = [self.timed(self.batch()) for _ in range(steps)]
         losses += [loss for _, loss in taken]
-        told: dict[str, Any] = {"seconds": [seconds for seconds, _ in taken], **peaks()}
-        return told | self.planned() | {"losses": [float(loss) for loss in losses]}
+        seconds = [spent for spent, _ in taken]
+        return {"seconds": seconds, **peaks(), **self.planned(), "losses": [float(loss) for loss in losses]}
 
     def planned(self, length: int | None = None) -> dict[str, Any]:
         """hasten's plan and predicted peak; {} for every other variant."""
         return planned(self.model, self.job.batch, length or self.job.length) if self.variant == "hasten" else {}
-
-
-def answer(steps: Steps, command: dict[str, Any]) -> dict[str, Any]:
-    what = command["do"]
-    if what == "warm":
-        return steps.warm(command["steps"])
-    if what == "run":
-        return steps.run(command["steps"], command["untimed"])
-    from benchmarks import step_costs  # imports hasten: not in the other libraries' workers
-
-    if what == "profile":
-        ids = steps.batch()
-        return step_costs.profile_step(lambda: steps.take(ids), command["wall_s"])
-    if what == "costs":
-        lengths = step_costs.new_lengths(steps, command["lengths"])
-        return {"host_waits": step_costs.host_waits(steps), "lengths": lengths}
-    raise ValueError(f"no such command: {what}")
-
-
-def serve(make: Callable[[], tuple[dict[str, float], Steps]], commands: Iterator[str], replies: TextIO) -> None:
-    """Loads with `make`, then answers each command. An error is reported and raised."""
-
-    def say(message: dict[str, Any]) -> None:
-        replies.write(json.dumps(message) + "\n")
-        replies.flush()
-
-    try:
-        loaded, steps = make()
-        say(loaded)
-        for line in commands:
-            reply = answer(steps, json.loads(line))
-            if DEVICE == "cuda":
-                torch.cuda.empty_cache()
-            say(reply)
-    except Exception as error:
-        say({"error": f"{type(error).__name__}: {error}"[:2000]})
-        raise
 
 
 def load(variant: str, job: Job, mode: str, folder: Path, tree: Path | None = None) -> tuple[dict[str, float], Steps]:
@@ -186,29 +128,5 @@ def load(variant: str, job: Job, mode: str, folder: Path, tree: Path | None = No
     model, loss = build(variant, job, mode, written)
     wait()
     loaded = time.perf_counter() - begin
-    if DEVICE == "cuda":
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
     return {"import_s": imported, "load_s": loaded}, Steps(model, loss, job, variant)
-
-
-def _own_stdout() -> TextIO:
-    """The real stdout, for answers only; from here on, libraries print to stderr."""
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    return replies
-
-
-def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("variant", choices=VARIANTS)
-    parser.add_argument("job", choices=JOBS)
-    parser.add_argument("mode", choices=MODES)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--tree", type=Path, help="import hasten from this folder")
-    args = parser.parse_args(arguments)
-    job = JOBS[args.job]
-    serve(lambda: load(args.variant, job, args.mode, args.folder, args.tree), iter(sys.stdin), _own_stdout())
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

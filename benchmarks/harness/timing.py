@@ -1,13 +1,18 @@
-"""Times of calls on the device, and random tensors for them."""
+"""Random tensors, and times of calls on the device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+"""Triton's interpreter, used without a GPU, has no bf16 arithmetic."""
+Row = dict[str, Any]
+
 
 def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
-    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16) * scale
+    return torch.randn(*shape, device=DEVICE, dtype=DTYPE) * scale
 
 
 def milliseconds(function: Callable[[], Any], warm_ms: int = 25, measure_ms: int = 100) -> float:
@@ -31,3 +36,8 @@ def device_ms(function: Callable[[], Any], repeats: int = 20) -> float:
             function()
         torch.cuda.synchronize()
     return sum(event.self_device_time_total for event in recorded.key_averages()) / 1e3 / repeats
+
+
+def rows(calls: Mapping[str, Callable[[], Any]], moved: float, flops: float, **how: int) -> list[Row]:
+    """{"op", "ms", "bytes", "flops"} of each call, all of which must move and compute as much. how: of `milliseconds`."""
+    return [{"op": op, "ms": milliseconds(call, **how), "bytes": moved, "flops": flops} for op, call in calls.items()]

@@ -3,16 +3,24 @@
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.harness.jobs import GIB, Job, is_hasten
+from benchmarks.harness.jobs import BEFORE, GIB, Job, is_hasten
+from benchmarks.harness.timing import DEVICE
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CHECKPOINTING = {"keep": False, "recompute": True, "offload": "offload", "default": "unsloth", "budget": "auto"}
 """hasten's use_gradient_checkpointing in each mode."""
+
+MODULES = {
+    "unsloth": "unsloth", "hasten": "hasten", BEFORE: "hasten", "liger": "liger_kernel.transformers",
+    "trl": "trl.trainer.utils",
+}  # fmt: skip
+"""What a variant must import before transformers."""
 
 
 def import_library(variant: str, tree: Path | None = None) -> float:
@@ -24,21 +32,13 @@ def import_library(variant: str, tree: Path | None = None) -> float:
     begin = time.perf_counter()
     if tree is not None:
         sys.path.insert(0, str(tree.resolve()))
-        import hasten
-
-        found = Path(hasten.__file__).resolve()
+    for name in (MODULES.get(variant), "peft"):
+        if name is not None:
+            import_module(name)
+    if tree is not None:
+        found = Path(str(sys.modules["hasten"].__file__)).resolve()
         if not found.is_relative_to(tree.resolve()):
             raise ImportError(f"hasten was to be imported from {tree.resolve()}, but comes from {found.parent}")
-    if variant == "unsloth":
-        import unsloth  # noqa: F401  # pyright: ignore[reportMissingImports]
-    elif is_hasten(variant):
-        import hasten  # noqa: F401
-    elif variant == "liger":
-        import liger_kernel.transformers  # noqa: F401  # pyright: ignore[reportMissingImports]
-    elif variant == "trl":
-        import trl.trainer.utils  # noqa: F401
-    import peft  # noqa: F401
-
     return time.perf_counter() - begin
 
 
@@ -99,8 +99,7 @@ def _build_transformers(variant: str, job: Job, mode: str, folder: Path) -> Any:
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )  # fmt: skip
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = Auto.from_pretrained(folder, dtype=torch.bfloat16, device_map=device, **quantization)
+    model: Any = Auto.from_pretrained(folder, dtype=torch.bfloat16, device_map=DEVICE, **quantization)
     if variant == "trl":
         from trl.trainer.utils import add_fused_lm_head
 

@@ -1,16 +1,22 @@
-"""A process that is started, asked and always ended: the other side of steps.py and longest.py's second process."""
+"""A process that is started, asked and always ended: the other side of serve.py and of card.py's second process."""
 
+import contextlib
 import json
-import queue
 import subprocess
+import sys
 import tempfile
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 
 class WorkerFailed(Exception):
     """A worker died, answered with an error, or did not answer in time. The message says which and ends with its stderr."""
+
+
+def module(name: str, *arguments: str) -> list[str]:
+    """The command that runs a module of benchmarks in a process of its own."""
+    return [sys.executable, "-m", f"benchmarks.{name}", *arguments]
 
 
 class Worker:
@@ -22,24 +28,20 @@ class Worker:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, bufsize=1
         )
-        self._lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._lines.put(line)
-        self._lines.put(None)
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._commands, self._answers = self._process.stdin, self._process.stdout
+        self._reader = ThreadPoolExecutor(1)
 
     def reply(self, timeout: float) -> dict[str, Any]:
         """Returns the next answer. Raises WorkerFailed if it is an error or does not come within `timeout` seconds."""
         try:
-            line = self._lines.get(timeout=timeout)
-        except queue.Empty:
+            line = self._reader.submit(self._answers.readline).result(timeout)
+        except TimeoutError:
             self._kill()
             raise WorkerFailed(f"no answer within {timeout:.0f} s{self._tail()}") from None
-        if line is None:
+        if not line:
             code = self._process.wait()
+            self._close()
             raise WorkerFailed(f"died with exit code {code}{self._tail()}")
         answer = json.loads(line)
         if "error" in answer:
@@ -49,12 +51,11 @@ class Worker:
 
     def ask(self, timeout: float, do: str, **arguments: Any) -> dict[str, Any]:
         """Sends a command and returns its answer. Raises WorkerFailed as `reply` does, and if the process has been ended."""
-        assert self._process.stdin is not None
-        if self._process.stdin.closed:
+        if self._commands.closed:
             raise WorkerFailed("was ended before")
         try:
-            self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-            self._process.stdin.flush()
+            self._commands.write(json.dumps({"do": do, **arguments}) + "\n")
+            self._commands.flush()
         except BrokenPipeError:
             pass  # the process is gone: the reply below reports why
         return self.reply(timeout)
@@ -65,14 +66,24 @@ class Worker:
 
     def end(self) -> None:
         """Closes stdin, then kills the process if it does not end within 10 s. Safe to call twice."""
-        if self._process.poll() is None:
-            try:
-                assert self._process.stdin is not None
-                self._process.stdin.close()
-                self._process.wait(timeout=10)
-            except (subprocess.TimeoutExpired, BrokenPipeError):
-                self._kill()
+        self._close_commands()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._kill()
+        self._close()
+
+    def _close_commands(self) -> None:
+        with contextlib.suppress(BrokenPipeError):  # the process is gone, and did not read what was sent
+            self._commands.close()
+
+    def _close(self) -> None:
+        """Closes both pipes of a process that has ended: a waiting reader has seen the end of its output."""
+        self._close_commands()
+        self._reader.shutdown()
+        self._answers.close()
 
     def _kill(self) -> None:
         self._process.kill()
         self._process.wait()
+        self._close()

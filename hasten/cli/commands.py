@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from hasten import __version__
 from hasten.cli.arguments import Checkpointing, Load, Method, ModelName, Optimizer
+from hasten.cli.resume import RESUME_CHOICES, TrainCommand, resume_choice
 from hasten.errors import HastenError
 from hasten.units import format_bytes
 
@@ -70,12 +71,22 @@ def demo(
     run_demo(out, Console(), QUICK if quick else FULL)
 
 
-@app.command()
+@app.command(cls=TrainCommand)
 def train(
     config: Annotated[Path, typer.Argument(help="A YAML file with the sections model, adapter, data, train and save.")],
-    resume: Annotated[bool, typer.Option(help="Resume from the newest checkpoint of the run.")] = False,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[force]",
+            help="Resume from the newest complete checkpoint of the run; force: even if settings differ.",
+            callback=resume_choice,
+        ),
+    ] = None,
 ) -> None:
     """Fine-tune a model as configured in a YAML file."""
+    from hasten.schema.job_file import read_sections
+
+    read_sections(config)  # before the imports that take seconds
     quiet()
     from hasten.export.folder import check_target
     from hasten.model import FastLanguageModel
@@ -85,7 +96,11 @@ def train(
     console = Console()
     job = read_job(config)
     check_target(job.saved)  # fails before hours of training, not after
-    done = run_job(job, FastLanguageModel.from_pretrained, FastLanguageModel.get_peft_model, console, resume)
+    how = RESUME_CHOICES.get(resume, False)
+    done = run_job(job, FastLanguageModel.from_pretrained, FastLanguageModel.get_peft_model, console, how)
+    if done.already:
+        console.print(f"the run had finished at step {done.steps}; nothing to do. model: {done.saved}", soft_wrap=True)
+        return
     console.print(f"{done.steps} steps, mean loss {done.loss:.4f}; {done.counts}")
     if done.dropped:
         console.print(f"[yellow]{done.dropped} examples were dropped for being too long[/]")

@@ -77,4 +77,28 @@ def _select_columns(dataset: "Dataset", options: DataOptions, path: str) -> "Dat
     for column in found:
         if missing := dataset.data.column(column).null_count:
             raise DatasetError(f"{path}: {missing} examples have an empty {column!r}; fill or remove them")
+        if empty := _empty_lists(dataset, column):
+            listed = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
+            raise DatasetError(
+                f"{path}: {column!r} is an empty list in {len(empty)} examples (numbers {listed}, counted from 0); fill or "
+                "remove them"
+            )
     return dataset.select_columns([*found, *(name for name in CHAT_COLUMNS if name in dataset.column_names)])
+
+
+def _empty_lists(dataset: "Dataset", column: str) -> list[int]:
+    """The numbers of the examples whose `column` holds a list without elements."""
+    import pyarrow
+    from pyarrow import compute
+
+    found = []
+    number = 0
+    table: Any
+    for table in dataset.select_columns([column]).with_format("arrow").iter(1000):
+        cells = table.column(column)
+        if not (pyarrow.types.is_list(cells.type) or pyarrow.types.is_large_list(cells.type)):
+            return []
+        lengths = compute.list_value_length(cells).to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
+        found += [number + index for index, length in enumerate(lengths) if length == 0]
+        number += len(lengths)
+    return found

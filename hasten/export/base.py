@@ -60,7 +60,7 @@ def find_base(model: Any) -> BaseCheckpoint | None:
     config_path = source.find("config.json")
     if config_path is None:
         return None
-    config = json.loads(config_path.read_text())
+    config = json.loads(config_path.read_text(encoding="utf-8"))
     files = _files(source)
     if config.get("quantization_config") is not None or not files:
         return None
@@ -99,7 +99,7 @@ def _files(source: _Source) -> dict[str, Path]:
     index = source.find(INDEX)
     if index is not None:
         shards: dict[str, list[str]] = {}
-        for name, file in json.loads(index.read_text())["weight_map"].items():
+        for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
             shards.setdefault(file, []).append(name)
         paths = {file: source.find(file) for file in sorted(shards)}
         missing = [file for file, path in paths.items() if path is None]

@@ -165,7 +165,7 @@ def _enter_base(plan: MergePlan, base: BaseCheckpoint) -> None:
 def _tie(plan: MergePlan) -> None:
     """Decides whether head and embedding are still equal, and so are written once, or twice if not."""
     head, embedding = _head_and_embedding(plan)
-    plan.tied = bool(plan.model.config.tie_word_embeddings)
+    plan.tied = bool(getattr(plan.model.config, "tie_word_embeddings", False))
     if head is None or embedding is None or not plan.tied:
         return
     if head not in plan.base_names and embedding in plan.base_names:

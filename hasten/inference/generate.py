@@ -11,7 +11,7 @@ from typing import Any
 from hasten.errors import InputError
 from hasten.inference.modes import evaluating
 from hasten.inference.prompt import Prompt, read_prompt
-from hasten.overlays import HeadOverlay
+from hasten.overlays import HeadOverlay, StockHeadOverlay
 
 DEFAULT_NEW_TOKENS = 20  # transformers' default
 
@@ -62,7 +62,7 @@ def _asked(named: dict[str, Any], name: str) -> Any:
 def _checked_length(model: Any, named: dict[str, Any], prompt: Prompt) -> dict[str, Any]:
     """Returns the arguments to change so that no sequence exceeds `max_seq_length`. Raises InputError where the caller
     asks for more."""
-    limit = model.overlay_config.max_seq_length if isinstance(model, HeadOverlay) else None
+    limit = model.overlay_config.max_seq_length if isinstance(model, (HeadOverlay, StockHeadOverlay)) else None
     if limit is None:
         return {}
     if prompt.longest > limit:

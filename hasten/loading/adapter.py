@@ -8,6 +8,7 @@ changed.
 import copy
 import json
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def attach(
     ):  # PEFT initialises an adapter at random before it reads the weights; the caller's generators must not change
         peft_model = PeftModel.from_pretrained(causal_lm, str(folder), is_trainable=trainable, config=config)
     # PEFT drops this field on reading; an export needs it, since such an adapter only fits the quantised base.
-    repaired = json.loads((folder / CONFIG).read_text()).get("loftq_config")
+    repaired = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("loftq_config")
     if repaired:
         peft_model.peft_config["default"].loftq_config = repaired  # pyright: ignore[reportAttributeAccessIssue]
     return peft_model
@@ -99,7 +100,9 @@ def _fetch(source: str, token: str | bool | None, revision: str | None) -> Path:
 
 def _read_config(folder: Path) -> PeftConfig:
     try:
-        config = PeftConfig.from_pretrained(str(folder))
+        with warnings.catch_warnings():  # `attach` restores the field
+            warnings.filterwarnings("ignore", "`loftq_config` specified but will be ignored", UserWarning)
+            config = PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{folder / CONFIG} cannot be read: {error}") from error
     if config.is_prompt_learning or config.peft_type not in ("LORA", "TRAINABLE_TOKENS"):

@@ -99,7 +99,7 @@ def config_problems(config: Any, family: Family | None, options: LoadOptions) ->
         )
     if options.dtype == torch.float16 and family is not None and not family.fp16_safe:
         found.append(f"dtype=torch.float16: activations of {config.model_type} overflow fp16; use bfloat16 or float32")
-    if options.offload_embedding and config.get_text_config().tie_word_embeddings:
+    if options.offload_embedding and getattr(config.get_text_config(), "tie_word_embeddings", False):
         found.append("offload_embedding: the embedding is tied to the head, whose weight the GPU needs; leave it out")
     if softcapped(config, family) and options.attn_implementation == "sdpa":
         found.append("attn_implementation='sdpa' ignores this model's softcap on scores; use 'eager', or leave it out")

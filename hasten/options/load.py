@@ -26,6 +26,7 @@ from hasten.options.call import fields_from_call
 from hasten.options.engine import EngineOptions
 from hasten.options.fields import LoadFields
 from hasten.options.values import Rule, broken_rules
+from hasten.schema import fields_of, mistyped
 
 LOAD_RULES: Mapping[str, Rule] = {
     **source.RULES,
@@ -51,9 +52,17 @@ LOAD_CHECKS: tuple[Callable[[LoadFields], list[str]], ...] = (
 """One check per feature; each returns the problems that it finds, with what to do instead."""
 
 
+OWN_CHECKS = ("use_gradient_checkpointing", "memory_budget", "extra")
+"""Arguments whose type is looked at by the check of their feature."""
+
+
 def bad_values(options: LoadFields) -> dict[str, str]:
     """Returns {argument: problem} for each argument whose value is invalid, independently of the other arguments."""
-    return broken_rules(options, LOAD_RULES)
+    typed = {
+        name: kind for name, kind in fields_of(LoadFields.__module__, "LoadFields").items() if name not in OWN_CHECKS
+    }
+    values = {name: getattr(options, name) for name in typed if name not in LOAD_RULES}
+    return {**mistyped(values, typed), **broken_rules(options, LOAD_RULES)}
 
 
 @dataclass(frozen=True)

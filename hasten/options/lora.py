@@ -8,6 +8,7 @@ from typing import Any
 from hasten.options.arguments import unknown_names
 from hasten.options.fields import AdapterFields
 from hasten.options.values import Rule, broken_rules, is_integer, positive_integer, seed
+from hasten.schema import fields_of, mistyped
 from hasten.suggest import did_you_mean
 
 BIASES = ("none", "all", "lora_only")
@@ -61,10 +62,19 @@ RULES: Mapping[str, Rule] = {
 }
 
 
+OWN_CHECKS = ("use_gradient_checkpointing", "memory_budget", "extra")
+"""Arguments whose type is looked at by the check of their feature."""
+
+
 def check(options: AdapterFields) -> list[str]:
     """Checks every value, and that every further name is a field of PEFT's LoraConfig."""
-    found = list(broken_rules(options, RULES).values())
+    typed = {
+        name: kind for name, kind in fields_of(AdapterFields.__module__, "AdapterFields").items() if name not in RULES
+    }
+    values = {name: getattr(options, name) for name in typed if name not in OWN_CHECKS}
+    found = [*broken_rules(options, RULES).values(), *mistyped(values, typed).values()]
     if options.extra:
+        found += mistyped(options.extra, fields_of("peft", "LoraConfig")).values()
         # PEFT takes about a second to import, so only a call that needs its names pays for that.
         from peft import LoraConfig
 

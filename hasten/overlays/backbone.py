@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from hasten.errors import InputError
 from hasten.ops.attention import document_starts, row_spans
-from hasten.ops.backend import backend_for
+from hasten.ops.backend import ATTENTION, backend_for
 from hasten.overlays.attention import AttentionOverlay
 from hasten.overlays.base import Overlay, runs_overlay
 from hasten.overlays.context import AttentionContext, SpanAttention, placeholder_mask
@@ -97,7 +97,7 @@ class BackboneOverlay(Overlay):
         """Returns whether hasten's own attention runs for these inputs, rather than transformers' attention
         interface."""
         overlay_config = self.overlay_config
-        if backend_for(inputs) != "triton" or overlay_config.replaces != self.config._attn_implementation:
+        if backend_for(inputs, op=ATTENTION) != "triton" or overlay_config.replaces != self.config._attn_implementation:
             return False
         if self.training and overlay_config.dropout:
             return False

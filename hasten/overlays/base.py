@@ -25,6 +25,11 @@ class Overlay(nn.Module):
     runs: ClassVar[str] = ""
     packed_projections: ClassVar[tuple[str, ...]] = ()
 
+    @classmethod
+    def members_over(cls, stock: type[nn.Module]) -> dict[str, Any]:
+        """Further members of the class that `patching` makes over `stock`, for an overlay that wraps the stock forward."""
+        return {}
+
     if TYPE_CHECKING:  # attributes of the stock class
 
         def __getattr__(self, name: str) -> Any: ...

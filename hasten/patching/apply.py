@@ -11,11 +11,14 @@ from torch import nn
 from hasten.errors import ContractError, PatchError
 from hasten.families.schema import Family
 from hasten.ops.backend import backend_for
-from hasten.overlays import HeadOverlay, Overlay
+from hasten.overlays import HeadOverlay, Overlay, StockHeadOverlay
 from hasten.patching.classes import configured, methods_of, overlay_class, set_class, stock_class, with_base
 from hasten.patching.plan import Plan, plan
 from hasten.state import causal_lm_of, find_state, state_of
 from hasten.weights import pack_weights
+
+CAUSAL_LM = (HeadOverlay, StockHeadOverlay)
+"""Overlays of the causal LM itself, which carry the user-facing methods."""
 
 
 def apply(model: nn.Module, planned: Plan | None = None, methods: type | None = None) -> Plan:
@@ -33,7 +36,7 @@ def apply(model: nn.Module, planned: Plan | None = None, methods: type | None = 
     modules = [base.get_submodule(action.name) for action in planned.actions]
     targets = []
     for module, action in zip(modules, planned.actions, strict=True):
-        extra = (methods or methods_of(module)) if action.overlay is HeadOverlay else None
+        extra = (methods or methods_of(module)) if action.overlay in CAUSAL_LM else None
         ours = overlay_class(stock_class(module), action.overlay, action.overlay_config, extra)
         targets.append((module, with_base(module, ours)))
     _set_classes(targets)

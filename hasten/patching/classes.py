@@ -41,6 +41,7 @@ def _made_class(stock: type, overlay: type[Overlay], overlay_config: Any, method
         "__reduce_ex__": _reduce,
         "overlay_config": overlay_config,
         "stock_class": stock,
+        **overlay.members_over(stock),
     }
     if overlay.moved_config is not Overlay.moved_config:
         names["_apply"] = _apply

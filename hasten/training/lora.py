@@ -29,7 +29,7 @@ def build(model: Any, options: AdapterOptions, read_dense: Callable[[str], torch
 
     targets, saved = _split(model, options)
     _check(model, targets, saved, options, read_dense)
-    tied = bool(model.config.tie_word_embeddings)
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))  # not every config has the field
     trains_tied = tied and bool(set(saved) & set(EMBEDDINGS))
     if trains_tied:
         saved = ["embed_tokens", *(name for name in saved if name not in EMBEDDINGS)]

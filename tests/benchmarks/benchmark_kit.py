@@ -1,4 +1,4 @@
-"""A worker that speaks the protocol of harness/steps.py without a model, and results as a machine would write them."""
+"""A worker that speaks the protocol of harness/serve.py without a model, and results as a machine would write them."""
 
 import json
 import sys

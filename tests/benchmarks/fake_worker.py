@@ -1,4 +1,4 @@
-"""Speaks the protocol of `benchmarks.harness.steps`. Told by one JSON argument:
+"""Speaks the protocol of `benchmarks.harness.serve`. Told by one JSON argument:
 
 loss, drift (added per step), seconds a step, peak; die_at: exits at this command; fail_at: answers it with an error;
 silent: never answers; log: a file to which it writes when it begins and ends a turn.

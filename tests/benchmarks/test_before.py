@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from benchmark_kit import fake_command, train_row
 import hasten
 from benchmarks import gpu, train
 from benchmarks.harness import race
+from benchmarks.harness.checkpoints import write_apart
 from benchmarks.harness.workers import Worker, WorkerFailed
 
 PLAN = race.Plan(warm=1, rounds=2, steps=2, load_limit=120)
@@ -29,8 +28,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def test_two_trees_step_alike_in_processes_of_their_own(tree: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.harness.checkpoints", "tiny", str(tmp_path)]
-    subprocess.run(command, check=True, capture_output=True)
+    write_apart("tiny", tmp_path)
     logs: dict[str, str] = {}
 
     def start(variant: str) -> Worker:

@@ -47,7 +47,7 @@ def test_a_row_beyond_its_budget_or_without_a_loss_is_not_ok(
     monkeypatch.setattr(budget, "peaks", lambda: {"peak_gib": 3.0, "reserved_gib": 4.0})
     assert budget.one_row(steps, budget.Asked("auto", 1.0, 3 * GIB))["ok"]
     beyond = budget.one_row(steps, budget.Asked("auto", 1.0, 3 * GIB - 1))
-    assert not beyond["ok"] and "NOT OK" in budget.line_of({"job": "tiny-lora", **beyond})
+    assert not beyond["ok"] and "NOT OK" in results.line_of({"job": "tiny-lora", **beyond})
     plain = steps.loss
     monkeypatch.setattr(steps, "loss", lambda ids: plain(ids) * float("nan"))
     assert not budget.one_row(steps, budget.Asked("auto"))["ok"]

@@ -1,8 +1,11 @@
 """The comparison of loss curves can tell a library that trains otherwise, and runs."""
 
+import json
+from pathlib import Path
+
 import pytest
 
-from benchmarks import curves
+from benchmarks import curves, gpu
 from benchmarks.curves import comments, docstrings, train_tokenizer
 
 STOCK = [[4.0 - 0.1 * step + 0.2 * seed for step in range(10)] for seed in range(3)]
@@ -31,14 +34,19 @@ def test_text_is_real_and_always_the_same() -> None:
     assert tokenizer.decode(tokenizer.encode(said[:500]).ids) == said[:500]
 
 
-def test_both_stages_of_both_libraries_learn_alike() -> None:
+def test_both_stages_of_both_libraries_learn_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     setting = curves.Setting(
         layers=2, width=64, words=400, batch=2, length=32, steps=12, seeds=2, files=15, smooth=3, processes=1
     )
-    found = curves.measure_all(setting)
+    monkeypatch.setattr(curves, "Setting", lambda: setting)
+    assert gpu.main(["--out", str(tmp_path), "--only", "curves"]) == 0
+    found = json.loads((tmp_path / "results.json").read_text())["curves"]
     for stage in curves.STAGES:
         assert found[stage]["paired"] < 0.02, "one seed, bf16, CPU: the same steps up to rounding"
         assert found[stage]["inside"] > 0.5 and len(found[stage]["mean"]) == 10
     assert found["full"]["mean"][-1] < found["full"]["mean"][0] - 0.02
     assert found["text"]["full"]["tokens"] > 1000
-    assert len(curves.say(found)) == 2
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("curves, ")]
+    assert len(printed) == 2 and f"paired {found['full']['paired']:.5g}" in printed[0]

@@ -1,7 +1,12 @@
 """Floors against figures worked out by hand for the 8B step."""
 
-import pytest
+from collections.abc import Callable
+from typing import Any
 
+import pytest
+import torch
+
+from benchmarks import limits
 from benchmarks.harness.jobs import JOBS, SHAPES, sizes
 from benchmarks.limits import floor_ms
 
@@ -17,7 +22,6 @@ def test_sizes_are_those_of_the_models() -> None:
 
 @pytest.mark.parametrize("name", ["llama-8b", "llama-1b", "gemma-2b", "command-r-slice"])
 def test_sizes_are_those_that_transformers_makes(name: str) -> None:
-    import torch
     from transformers import AutoModelForCausalLM
 
     from benchmarks.harness.checkpoints import config_of
@@ -52,3 +56,22 @@ def test_what_is_done_more_costs_more() -> None:
     assert one("8b-qlora")["weights"] == pytest.approx(nf4) and one("8b-qlora")["matmuls"] == one("8b-lora")["matmuls"]
     assert one("1b-full")["matmuls"] == pytest.approx(1.5 * one("1b-lora")["matmuls"])
     assert one("1b-full")["head"] == pytest.approx(1.5 * one("1b-lora")["head"]) and one("1b-full")["weights"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for cuDNN where there is none")
+def test_a_backend_that_refuses_a_shape_has_no_rate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def once(function: Callable[[], Any]) -> float:
+        function()
+        return 2.0
+
+    monkeypatch.setattr(limits, "milliseconds", once)
+    found = limits.attention_rates(1, 2, 16, 8)
+    flops = 2 * 2 * 16 * 16 * 8
+    assert found["attention_by_backend"]["cudnn"] == {"forward": 0, "backward": 0}
+    assert found["attention_by_backend"]["flash"] == {"forward": flops / 2e-3, "backward": 2.5 * flops / 2e-3}
+    assert found["attention_forward"] == flops / 2e-3 and "attention on cudnn: " in capsys.readouterr().out
+    monkeypatch.setattr(limits, "BACKENDS", {"cudnn": limits.BACKENDS["cudnn"]})
+    with pytest.raises(RuntimeError, match="no backend"):
+        limits.attention_rates(1, 2, 16, 8)

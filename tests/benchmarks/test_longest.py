@@ -9,7 +9,7 @@ import pytest
 import torch
 from benchmark_kit import longest_row
 
-from benchmarks import longest
+from benchmarks import gpu, longest
 from benchmarks.harness import results
 from benchmarks.harness.card import Card
 from benchmarks.harness.checkpoints import checkpoint, with_positions
@@ -30,9 +30,9 @@ def steps(points: Path) -> Steps:
 
 def test_points_and_a_series_on_a_cpu(tmp_path: Path, points: Path) -> None:
     """One process, one model, every row in the order given; more positions than the shape's own config has."""
-    more = ["--shape", "tiny", "--points", "1:64,2:4096", "--series", "64,128,256"]
-    assert longest.main(["--out", str(tmp_path), "--checkpoints", str(points), *more]) == 0
-    written = json.loads((tmp_path / "longest-hasten.json").read_text())
+    more = ["--variants", "hasten", "--shape", "tiny", "--points", "1:64,2:4096", "--series", "64,128,256"]
+    assert gpu.main(["--out", str(tmp_path), "--checkpoints", str(points), "--only", "longest", *more]) == 0
+    written = json.loads((tmp_path / "results.json").read_text())
     rows = written["longest"]
     told = [(row["cap_gib"], row["length"]) for row in rows]
     assert told == [(1.0, 64), (2.0, 4096), (None, 64), (None, 128), (None, 256)]
@@ -56,7 +56,12 @@ def test_out_of_memory_is_a_row_and_the_next_point_runs(steps: Steps, monkeypatc
     monkeypatch.setattr(steps, "loss", loss)
     failed, came = (longest.one_point(steps, Card(), (1.0, length)) for length in (96, 64))
     assert not failed["ok"] and failed["error"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate 3 GiB"
-    assert failed["seconds"] is None and failed["predicted_gib"] > 0 and "FAILS Out" in longest.line_of(failed)
+    assert (
+        failed["seconds"] is None
+        and failed["predicted_gib"] > 0
+        and {"NOT OK", "error OutOfMemoryError: CUDA out of memory. Tried to allocate 3 GiB"}
+        <= set(results.line_of(failed).split("  "))
+    )
     assert came["ok"] and came["error"] is None
     assert all(parameter.grad is None for _, parameter in steps.names)
 
@@ -122,8 +127,16 @@ def test_peaks_on_a_line_and_peaks_that_are_not() -> None:
     assert longest.linearity([straight[0] | {"ok": False}, *straight[1:3]]) is None
 
 
-@pytest.mark.parametrize("given", [[], ["--points", "8:64"], ["--out", "x", "--checkpoints", "y"]])
-def test_too_little_is_refused(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([], "--points or --series"),
+        (["--points", "8:64"], "one of --variants"),
+        (["--variants", "hasten"], "--points or --series"),
+        (["--variants", "unsloth", "--series", "64"], "pass --variants hasten"),
+    ],
+)
+def test_too_little_is_refused(given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        longest.parse(given)
-    assert "pass --search" in capsys.readouterr().err
+        gpu.parse(["--out", "nowhere", "--only", "longest", *given])
+    assert said in capsys.readouterr().err

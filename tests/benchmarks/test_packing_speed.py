@@ -36,7 +36,9 @@ def test_every_way_holds_every_token_once(way: str) -> None:
     assert ("attention_mask" in made[0]) == (way == "padded")
 
 
-def test_the_whole_measurement_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_whole_measurement_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(packing, "Setting", lambda: SMALL)
     more = ["--checkpoints", str(tmp_path / "points"), "--only", "packing"]
     code = gpu.main(["--out", str(tmp_path / "out"), *more])
@@ -49,7 +51,8 @@ def test_the_whole_measurement_on_a_cpu(tmp_path: Path, monkeypatch: pytest.Monk
         assert (row["computed_tokens"] > found["real_tokens"]) == (row["way"] == "padded")
     merged = results.merge([{"date": written["date"], "versions": written["versions"]}, written])
     assert merged["packing"] == found
-    assert len(packing.say(found)) == len(WAYS)
+    printed = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert printed == [f"way {way}" for way in WAYS]
 
 
 def test_a_way_whose_loss_is_off_has_no_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,4 +69,4 @@ def test_a_way_whose_loss_is_off_has_no_figures(tmp_path: Path, monkeypatch: pyt
     found = packing.measure(SMALL, tmp_path)
     told = {row["way"]: "ms" in row for row in found["ways"]}
     assert told == {way: way != "packed-16384" for way in WAYS}
-    assert ["PARITY FAILED" in line for line in packing.say(found)] == [way == "packed-16384" for way in WAYS]
+    assert ["NOT OK" in results.line_of(row) for row in found["ways"]] == [way == "packed-16384" for way in WAYS]

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import pytest
 from benchmark_kit import fake_command, train_row
 
 from benchmarks.harness import jobs, race
+from benchmarks.harness.checkpoints import write_apart
 from benchmarks.harness.workers import Worker, WorkerFailed
 
 PLAN = race.Plan(warm=3, rounds=2, steps=3, untimed=1, load_limit=20, turn_limit=20)
@@ -130,8 +129,7 @@ def test_memory_guesses_are_above_what_was_measured() -> None:
 
 def test_a_real_worker_steps_and_says_what_it_was_asked(tmp_path: Path) -> None:
     """hasten and transformers, a tiny model on the CPU, through the processes that a GPU run uses."""
-    command = [sys.executable, "-m", "benchmarks.harness.checkpoints", "tiny", str(tmp_path)]
-    subprocess.run(command, check=True, capture_output=True)
+    write_apart("tiny", tmp_path)
     costs: dict[str, Any] = {}
 
     def ask(lane: race.Lane) -> None:

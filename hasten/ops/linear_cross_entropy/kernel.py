@@ -34,7 +34,7 @@ LAUNCHES = (
     Launch(8192, 16), Launch(8192, 32), Launch(8192, 8), Launch(4096, 16), Launch(4096, 8), Launch(16384, 16),
     Launch(16384, 32),
 )  # fmt: skip
-"""Launches to choose from: the first one is used; `python -m benchmarks.head_speed` times all."""
+"""Launches to choose from: the first one is used; `python -m benchmarks.tune head` times all."""
 
 
 @triton.jit

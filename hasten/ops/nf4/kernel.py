@@ -32,7 +32,7 @@ class Launch:
 
 
 LAUNCHES = (Launch(512, 4), Launch(1024, 8))
-"""Launches to choose from: the first one is used; `python -m benchmarks.nf4_speed` times all."""
+"""Launches to choose from: the first one is used; `python -m benchmarks.tune nf4` times all."""
 
 
 @triton.jit

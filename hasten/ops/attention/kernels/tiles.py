@@ -37,7 +37,7 @@ TABLE = {
     128: Tiles(Tile(64, 64, 4, 3), Tile(32, 64, 4, 3), Tile(64, 64, 4, 2)),
     256: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 1), Tile(64, 32, 4, 2)),
 }
-"""Padded head size -> tiles, for 16-bit inputs: the fastest on an H200 (benchmarks/attention_speed.py). 160 KiB of
+"""Padded head size -> tiles, for 16-bit inputs: the fastest on an H200 (benchmarks/tune.py). 160 KiB of
 shared memory."""
 IN_96_KIB = TABLE | {256: Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2))}
 IN_64_KIB = {
