@@ -119,7 +119,7 @@ class FusedLossOutput(CausalLMOutputWithPast):
             return
         others = {name: self.__dict__[name] for name in self.__dataclass_fields__}
         self.clear()
-        self.__class__ = CausalLMOutputWithPast
+        self.__class__ = CausalLMOutputWithPast  # pyright: ignore[reportAttributeAccessIssue]
         self.__init__(**{**others, LOGITS: value})
 
     def __getitem__(self, k: Any) -> Any:

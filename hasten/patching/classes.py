@@ -56,15 +56,15 @@ def _reduce(self: Any, protocol: Any) -> Any:
     """Implements `__reduce_ex__`: the class is made again where the object is unpickled. An object under another
     library's class pickles as that library's objects do."""
     ours = installed_overlay(type(self))
-    reduced = super(ours, self).__reduce_ex__(protocol)  # pyright: ignore[reportArgumentType]
+    assert ours is not None
+    reduced = super(ours, self).__reduce_ex__(protocol)
     if type(self) is not ours:
         return reduced
     return _new, (ours.stock_class, overlay_of(ours), ours.overlay_config, methods_of(self)), *reduced[2:]
 
 
 def _new(stock: type, overlay: type[Overlay], overlay_config: Any, methods: type | None) -> Any:
-    kind = overlay_class(stock, overlay, overlay_config, methods)
-    return kind.__new__(kind)
+    return object.__new__(overlay_class(stock, overlay, overlay_config, methods))
 
 
 def _apply(self: Any, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:

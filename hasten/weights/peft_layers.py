@@ -102,11 +102,13 @@ def _active_copy(wrapper: Any) -> nn.Module | None:
 
 
 def _read_layer(layer: Any, training: bool) -> tuple[LoraPair | None, str | None]:
-    if "lora_embedding_A" in layer._modules and any(n in layer.lora_embedding_A for n in active_adapters(layer)):
+    children, names = layer._modules, active_adapters(layer)  # attributes that are modules are slow to get
+    if "lora_embedding_A" in children and any(name in children["lora_embedding_A"] for name in names):
         return None, "LoRA on an embedding"
     if not is_plain_lora(type(layer).forward):
         return None, f"adapter of type {type(layer).__name__}"
-    active = [name for name in active_adapters(layer) if name in layer.lora_A]
+    down = children["lora_A"]._modules
+    active = [name for name in names if name in down]
     if not active:
         return None, None
     if len(active) > 1:
@@ -114,7 +116,7 @@ def _read_layer(layer: Any, training: bool) -> tuple[LoraPair | None, str | None
     name = active[0]
     if name in getattr(layer, "lora_variant", {}):
         return None, f"adapter variant {type(layer.lora_variant[name]).__name__}"
-    a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    a, b, dropout = down[name], children["lora_B"]._modules[name], children["lora_dropout"]._modules[name]
     if type(dropout) is not nn.Identity and (training or dropout.training or type(dropout) is not nn.Dropout):
         return None, "lora_dropout > 0"
     if type(a) is not nn.Linear or type(b) is not nn.Linear:

@@ -26,7 +26,7 @@ def _fresh_compiler() -> Iterator[None]:
 
 
 def _model(family: str = "llama", max_seq_length: int | None = None) -> Any:
-    layers = {"layer_types": ["sliding_attention"]} if family == "gemma2" else {}
+    layers: dict[str, Any] = {"layer_types": ["sliding_attention"]} if family == "gemma2" else {}
     model = tiny_model(family, amplify=2.0, num_hidden_layers=1, **layers)
     apply(model, plan(model, max_seq_length=max_seq_length))
     return model
@@ -77,14 +77,14 @@ def test_the_forward_compiles_and_exports(given: str) -> None:
     with torch.no_grad():
         expected = model(**inputs).logits
         torch.testing.assert_close(_compiled(model)(**inputs).logits, expected)
-        exported = torch.export.export(model, (), inputs, strict=False).module()
+        exported: Any = torch.export.export(model, (), inputs, strict=False).module()
         torch.testing.assert_close(exported(**inputs).logits, expected)
 
 
 def test_the_training_loss_exports() -> None:
     model = _model().train()
     inputs = {"input_ids": IDS, "labels": IDS, "attention_mask": MASK, "use_cache": False}
-    exported = torch.export.export(model, (), inputs, strict=False).module()
+    exported: Any = torch.export.export(model, (), inputs, strict=False).module()
     torch.testing.assert_close(exported(**inputs).loss, model(**inputs).loss)
 
 

@@ -104,11 +104,13 @@ def test_it_is_a_mapping_and_a_dataclass(output: Any) -> None:
 
 
 def test_copies(output: Any) -> None:
-    detached = FusedLossOutput(loss=output.loss.detach(), hidden_states=tuple(h.detach() for h in output.hidden_states))
+    detached: Any = FusedLossOutput(
+        loss=output.loss.detach(), hidden_states=tuple(h.detach() for h in output.hidden_states)
+    )
     buffer = io.BytesIO()
     torch.save(detached, buffer)
     buffer.seek(0)
-    copies = (
+    copies: tuple[Any, ...] = (
         copy.copy(detached),
         copy.deepcopy(detached),
         pickle.loads(pickle.dumps(detached)),  # noqa: S301
@@ -151,13 +153,14 @@ def test_convert_outputs_to_fp32_wraps_a_training_forward() -> None:
     model = tiny_model("llama", num_hidden_layers=1).bfloat16()
     apply(model)
     forward = accelerate.utils.convert_outputs_to_fp32(model.train().forward)
-    found = forward(IDS, labels=IDS, output_hidden_states=True)
+    found: Any = forward(IDS, labels=IDS, output_hidden_states=True)
     assert type(found) is FusedLossOutput and found.hidden_states[0].dtype == torch.float32
     found.loss.backward()
 
 
 def test_gather_of_a_single_process(output: Any) -> None:
-    assert accelerate.Accelerator(cpu=True).gather(output).loss is output.loss
+    gathered: Any = accelerate.Accelerator(cpu=True).gather(output)
+    assert gathered.loss is output.loss
 
 
 def test_assigned_logits_make_it_a_plain_output(output: Any) -> None:

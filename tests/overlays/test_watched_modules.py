@@ -17,6 +17,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from hasten.patching import apply
 from hasten.testing import relative_error, tiny_model
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:For backward hooks to be called:UserWarning"),  # a backbone returns no tensor
+    pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning"),  # an embedding gets ids
+    pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning"),  # still in use
+]
+
 IDS = torch.tensor([[7, 8, 9, 10, 11, 12], [30, 31, 32, 33, 34, 35]])
 FAMILIES = ("llama", "gemma2", "gemma3_text", "cohere", "qwen3", "granite")
 Watch = Callable[[nn.Module, list[str]], Any]
@@ -106,7 +112,9 @@ UNCHANGED = {("pre-hook", "model"), ("pre-hook", "model.embed_tokens")}
 
 
 def _model(family: str, patched: bool) -> Any:
-    kinds = {"layer_types": ["sliding_attention"]} if family in {"gemma2", "gemma3_text", "qwen3"} else {}
+    kinds: dict[str, Any] = (
+        {"layer_types": ["sliding_attention"]} if family in {"gemma2", "gemma3_text", "qwen3"} else {}
+    )
     model = tiny_model(family, amplify=2.0, num_hidden_layers=1, **kinds)
     if patched:
         apply(model)
