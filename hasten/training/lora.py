@@ -115,7 +115,7 @@ def set_dtypes(peft_model: Any, fp32: bool) -> dict[str, torch.dtype]:
     dtype. Other trained copies (of a norm, say) keep the dtype of the module that they replace.
     """
     base = peft_model.get_base_model()
-    compute = base.config.dtype if isinstance(base.config.dtype, torch.dtype) else base.dtype
+    compute = _residual_dtype(base)
     wide = torch.float32 if fp32 else compute
     for name, parameter in peft_model.named_parameters():
         if parameter.requires_grad and "lora_" in name:
@@ -124,6 +124,14 @@ def set_dtypes(peft_model: Any, fp32: bool) -> dict[str, torch.dtype]:
         _widen(base.get_input_embeddings(), Fp32Embedding, compute)
         _widen(base.get_output_embeddings(), Fp32Head, compute)
     return {name: p.dtype for name, p in peft_model.named_parameters() if p.requires_grad}
+
+
+def _residual_dtype(base: Any) -> torch.dtype:
+    """Returns the dtype of the residual stream: that of the embedding under PEFT's wrappers. The config's dtype is that
+    of loading, which `model.float()` does not change."""
+    embedding = base.get_input_embeddings()
+    frozen = getattr(embedding, "original_module", embedding)
+    return next(p.dtype for p in frozen.parameters() if p.is_floating_point())
 
 
 def _widen(module: Any, overlay: type[Overlay], compute: torch.dtype) -> None:
