@@ -169,6 +169,10 @@ def _config(source: PreTrainedConfig | str | Path) -> PreTrainedConfig:
     if isinstance(source, PreTrainedConfig):
         return source
     if Path(source).is_dir():
+        if not (Path(source) / "config.json").is_file():
+            raise CheckpointError(
+                f"{source} has no config.json; pass a folder or hub id with the config of a known model"
+            )
         return read_config(Path(source))
     with parsing(
         f"The config of {source}", CheckpointError, "Pass a folder or hub id with the config of a known model"

@@ -37,7 +37,7 @@ def read_object(
     except OSError as error:
         raise raises(f"{path} cannot be read ({error.strerror or error}). Check the file") from error
     except JsonError as error:
-        raise raises(f"{path}: {error}. Download or save it again") from error
+        raise raises(f"{path} cannot be read: {error}. Download or save it again") from error
     return found
 
 

@@ -31,7 +31,7 @@ def finite(value: float) -> float:
 
 
 def byte_count(value: str | None) -> str | None:
-    """An option's callback that refuses what is no size in bytes."""
+    """An option's callback that refuses text that cannot be parsed as a size in bytes."""
     if value is not None:
         try:
             parse_bytes(value)

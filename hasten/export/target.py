@@ -42,8 +42,10 @@ def check_writable(folder: str | Path, needed: int = 0) -> Path:
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raises ExportError for what is no name of a hub repository."""
+    """Raises ExportError for text that cannot be the name of a hub repository."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ExportError(f"{repo_id!r} is no name of a hub repository, such as owner/model: {error}") from error
+        raise ExportError(
+            f"{repo_id!r} cannot be the name of a hub repository: {error}. Pass a name such as owner/model"
+        ) from error

@@ -13,6 +13,7 @@ from hasten.errors import HastenError, OptionError, TokenizerError
 from hasten.families.schema import Family
 from hasten.json_file import shown
 from hasten.loading import config_file
+from hasten.loading.config_rules import config_problems as config_problems_of
 from hasten.loading.resolve import Source
 from hasten.loading.shards import StoredTensor
 from hasten.options import HUB_ARGUMENTS, MODEL_ARGUMENTS, LoadOptions, unknown_extra
@@ -59,7 +60,7 @@ def read_config(source: Source, options: LoadOptions, stored: Mapping[str, Store
 def set_fields(config: Any, options: LoadOptions) -> list[str]:
     """Sets the config fields among the caller's keyword arguments; returns the problems with the unknown ones."""
     known = set(config.to_dict()) | set(config.get_text_config().to_dict()) | set(config.attribute_map)
-    found = unknown_extra(options, known)
+    found = [*unknown_extra(options, known), *config_problems_of(config_fields(options), {})]
     for name, value in config_fields(options).items():
         if name in known:
             holder = config if name in config.to_dict() or name in config.attribute_map else config.get_text_config()

@@ -18,7 +18,7 @@ def parsing(what: str, raises: type[HastenError], instead: str) -> Iterator[None
 
     what: the file, as in "The config.json in x". instead: what the user can do. Only around calls that read or build
     from a foreign file: there, any exception means that the file is not what the parser expects, whichever line of the
-    parser stumbled over it. Running out of GPU memory is not the file's fault and passes.
+    parser stumbled over it. Running out of GPU memory passes: the file is not the cause.
     """
     try:
         yield

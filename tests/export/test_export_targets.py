@@ -37,7 +37,7 @@ def test_targets_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("name", ["", "a/b/c", "https://x", "-x", "a b"])
 def test_a_repository_is_checked_before_a_merge(name: str) -> None:
-    with pytest.raises(ExportError, match="no name of a hub repository"):
+    with pytest.raises(ExportError, match="cannot be the name of a hub repository"):
         push_to_hub_merged(torch.nn.Linear(1, 1), name)
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hasten.errors import CheckpointError, HastenError, TokenizerError
+from hasten.errors import CheckpointError, HastenError, OptionError, TokenizerError
 from hasten.loading import checks, load, read_rows
 from hasten.loading.adapter import attach
 from hasten.loading.config_rules import config_problems
@@ -352,6 +352,19 @@ def test_a_template_with_everything_that_published_ones_use_renders() -> None:
         "{% if tools is defined and tools %}x{% endif %}{% if add_generation_prompt %}>{% endif %}"
     )
     assert template_notes(tiny_tokenizer(template)) == []
+
+
+@pytest.mark.parametrize(
+    "field", [{"max_position_embeddings": -1}, {"num_hidden_layers": 10**6}, {"rms_norm_eps": float("nan")}]
+)
+def test_fields_of_the_config_among_the_arguments_are_checked_alike(llama: Path, field: dict[str, Any]) -> None:
+    assert f"{next(iter(field))}=" in refusal(OptionError, llama, **field)
+
+
+def test_a_callers_own_config_without_positions(llama: Path) -> None:
+    config = AutoConfig.from_pretrained(llama)
+    config.max_position_embeddings = -1
+    assert "max_position_embeddings=-1" in refusal(OptionError, llama, config=config)
 
 
 def test_brackets_in_a_folders_name(tmp_path: Path) -> None:
