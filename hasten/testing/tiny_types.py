@@ -4,8 +4,10 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 
 from hasten.testing.tiny_sizes import OVERRIDES, SIZES
 
@@ -54,9 +56,18 @@ def tiny_model_of(model_type: str, seed: int = 0) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         except (*FOREIGN_ERRORS, StrictDataclassError) as error:
             raise NotBuildable(f"{type(error).__name__}: {' '.join(str(error).split())[:80]}") from error
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "norm" in name.lower() and name.endswith("weight"):
-                    parameter.add_(torch.randn_like(parameter) * 0.2)
-            model.get_output_embeddings().weight.mul_(8.0)
+        _amplify(model)
     return model.eval()
+
+
+@torch.no_grad()
+def _amplify(model: Any) -> None:
+    """Scales Linears up and gives norms noise, until a wrong activation or a missing factor changes the output measurably."""
+    head = model.get_output_embeddings()
+    for name, parameter in model.named_parameters():
+        if "norm" in name.lower() and name.endswith("weight"):
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    for module in model.modules():
+        if isinstance(module, nn.Linear | Conv1D) and module is not head:
+            module.weight.mul_(5.0)
+    head.weight.mul_(8.0)

@@ -1,6 +1,7 @@
 """Reads PEFT's wrappers: the stock layer inside, the active adapters, and the LoRA if it is a single plain one."""
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,10 @@ import torch
 from torch import nn
 
 from hasten.weights.own_forward import needs_own_forward
+
+TUNERS = "peft.tuners."
+LINEAR_LORA = re.compile(r"Linear\w*|Embedding")
+"""PEFT's LoRA classes that compute base(x) + scale * (x A^T) B^T. Its other classes keep something else in `lora_A`."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,32 @@ def active_adapters(layer: nn.Module) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
 
 
+def adapter_type(layer: nn.Module) -> str | None:
+    """Returns PEFT's name of the method that an adapter layer belongs to ("LORA", "ADALORA", "IA3", ...), None for a
+    module that is not PEFT's."""
+    defined = _peft_class(type(layer))
+    return None if defined is None else defined.__module__.removeprefix(TUNERS).split(".")[0].upper()
+
+
+@functools.cache
+def _peft_class(kind: type) -> type | None:
+    """Returns the first class in the MRO from the package of one of PEFT's methods; other libraries derive classes from
+    it at run time. What methods share (`peft.tuners.tuners_utils`) is not meant."""
+    return next((one for one in kind.__mro__ if re.match(rf"{TUNERS}\w+\.", one.__module__)), None)
+
+
+@functools.cache
+def is_linear_lora(kind: type) -> bool:
+    """Returns whether the class is one of `LINEAR_LORA`, with that class's own forward. Cached: read at every call."""
+    defined = _peft_class(kind)
+    return (
+        defined is not None
+        and defined.__module__.startswith(f"{TUNERS}lora.")
+        and LINEAR_LORA.fullmatch(defined.__name__) is not None
+        and kind.forward is defined.forward  # pyright: ignore[reportAttributeAccessIssue]
+    )
+
+
 def read_lora(module: Any, training: bool) -> tuple[LoraPair | None, str | None]:
     """Returns (pair, None) for a plain LoRA, (None, None) where no adapter is active, (None, reason) if PEFT's own
     forward must run.
@@ -85,9 +116,10 @@ def read_adapters(layers: list[Any], training: bool) -> tuple[LoraPair | None, s
         return None, "adapters disabled while merged"  # PEFT unmerges them on the next forward
     active = [layer for layer in layers if layer not in merged and active_adapters(layer)]
     for layer in active:
-        if "lora_A" not in layer._modules:
+        if not is_linear_lora(type(layer)):
             tokens = hasattr(layer, "trainable_tokens_delta")
-            return None, "trained rows of single tokens" if tokens else f"adapter of type {type(layer).__name__}"
+            name = f"{adapter_type(layer)} ({type(layer).__name__})"
+            return None, "trained rows of single tokens" if tokens else f"adapter of type {name}"
     if len(active) > 1:
         return None, f"{len(active)} nested adapter layers"
     return _read_layer(active[0], training) if active else (None, None)

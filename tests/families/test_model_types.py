@@ -16,6 +16,9 @@ from hasten.testing.model_types import row
 from hasten.testing.tiny_types import MODEL_TYPES
 from hasten.testing.type_checks import check_type
 
+# Old model types, and PEFT on them, warn of their own deprecations; a warning of ours is an error as everywhere.
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.filterwarnings("error:::hasten")]
+
 PAGE = (Path(hasten.__file__).parent.parent / "docs/families.md").read_text(encoding="utf-8")
 ROWS = {match[1]: match[0] for match in re.finditer(r"^\| `([^`]+)` \|.*\|$", PAGE, re.M)}
 FAST = (
