@@ -115,8 +115,10 @@ class BackboneOverlay(Overlay):
         on the instance, or of another class) needs transformers' mask."""
         for layer in self.layers:
             attention = layer._modules.get("self_attn")
-            own = attention is None or ("forward" in attention.__dict__ and "_hf_hook" not in attention.__dict__)
-            if own or "_call_impl" in attention.__dict__ or not runs_overlay(attention, AttentionOverlay):
+            if attention is None or not runs_overlay(attention, AttentionOverlay):
+                return False
+            own = attention.__dict__
+            if "_call_impl" in own or ("forward" in own and "_hf_hook" not in own):
                 return False
         return True
 

@@ -49,8 +49,10 @@ class Overlay(nn.Module):
 def runs_overlay(module: nn.Module, overlay: type[Overlay]) -> bool:
     """Returns whether the class of `module` runs `overlay.forward`, i.e. no class with another forward or `__call__` was
     put over it."""
+    if not isinstance(module, overlay):
+        return False
     kind = type(module)
-    return isinstance(module, overlay) and kind.forward is kind.overlay_forward and kind.__call__ is nn.Module.__call__
+    return kind.forward is kind.overlay_forward and kind.__call__ is nn.Module.__call__
 
 
 def by_name(module: Overlay, args: tuple[Any, ...], kwargs: dict[str, Any], given: int = 0) -> dict[str, Any]:

@@ -53,8 +53,8 @@ def _made_class(stock: type, overlay: type[Overlay], overlay_config: Any, method
 
 
 def _reduce(self: Any, protocol: Any) -> Any:
-    """Implements `__reduce_ex__`: the class is made again where the object is unpickled. An object under another
-    library's class pickles as that library's objects do."""
+    """Implements `__reduce_ex__`: unpickling looks the class up by (stock, overlay, config, methods). An object under
+    another library's class pickles as that library's objects do."""
     ours = installed_overlay(type(self))
     assert ours is not None
     reduced = super(ours, self).__reduce_ex__(protocol)

@@ -117,7 +117,8 @@ def test_a_graph_checks_the_length() -> None:
 def test_right_padded_generation_is_no_packed_sequence(family: str, use_cache: bool) -> None:
     ids, mask = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     settings = {"attention_mask": mask, "use_cache": use_cache, "do_sample": False, "max_new_tokens": 4}
-    stock, model = tiny_model(family), tiny_model(family)
+    stock: Any = tiny_model(family)
+    model: Any = tiny_model(family)
     apply(model)
     assert torch.equal(model.generate(ids, **settings), stock.generate(ids, **settings))
 
