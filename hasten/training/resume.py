@@ -27,7 +27,8 @@ from hasten.training.checkpoints import (
     steps_in,
 )
 from hasten.training.fingerprint import FIXED, differences, fingerprint
-from hasten.training.state_files import has_state, is_state, random_state, read_state, set_random_state, write_state
+from hasten.training.plain_states import PlainStates
+from hasten.training.state_files import is_state
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def resumable(trainer_class: type) -> Any:
     train.
     """
 
-    class Resumable(trainer_class):
+    class Resumable(PlainStates, trainer_class):
         writing: Path | None = None
         run_fingerprint: Mapping[str, Any] | None = None
 
@@ -89,70 +90,12 @@ def resumable(trainer_class: type) -> Any:
             if self.args.should_save:
                 rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
 
-        def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
-            with _reading(resume_from_checkpoint, "weights"):
-                super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
-
-        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-            if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # sharded: in formats of their own
-                super()._save_optimizer_and_scheduler(output_dir)
-            elif self.args.should_save:
-                write_state(Path(output_dir) / "optimizer", self.optimizer.state_dict())
-                write_state(Path(output_dir) / "scheduler", self.lr_scheduler.state_dict())
-
-        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-            with _reading(checkpoint, "optimizer and scheduler"):
-                if checkpoint is None or not has_state(Path(checkpoint) / "optimizer"):
-                    super()._load_optimizer_and_scheduler(checkpoint)
-                else:
-                    self.optimizer.load_state_dict(read_state(Path(checkpoint) / "optimizer"))
-                    self.lr_scheduler.load_state_dict(read_state(Path(checkpoint) / "scheduler"))
-
-        def _save_scaler(self, output_dir: str) -> None:
-            scaler = getattr(self.accelerator, "scaler", None)
-            if scaler is not None and self.args.should_save:
-                write_state(Path(output_dir) / "scaler", scaler.state_dict())
-
-        def _load_scaler(self, checkpoint: str | None) -> None:
-            with _reading(checkpoint, "scaler"):
-                if checkpoint is None or not has_state(Path(checkpoint) / "scaler"):
-                    super()._load_scaler(checkpoint)
-                else:
-                    self.accelerator.scaler.load_state_dict(read_state(Path(checkpoint) / "scaler"))
-
-        def _save_rng_state(self, output_dir: str) -> None:
-            Path(output_dir).mkdir(
-                parents=True, exist_ok=True
-            )  # this process may be ahead of the one that saves the model
-            write_state(_random_stem(self, output_dir), random_state(self.args.world_size > 1))
-
-        def _load_rng_state(self, checkpoint: str | None) -> None:
-            with _reading(checkpoint, "random state"):
-                if checkpoint is None or not has_state(_random_stem(self, checkpoint)):
-                    super()._load_rng_state(checkpoint)
-                else:
-                    set_random_state(read_state(_random_stem(self, checkpoint)))
-
         def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
             if self.writing is None:  # while it is written the folder has another name
                 super()._push_from_checkpoint(checkpoint_folder)
 
     Resumable.__name__, Resumable.__qualname__ = trainer_class.__name__, trainer_class.__qualname__
     return Resumable
-
-
-def _random_stem(trainer: Any, folder: str) -> Path:
-    """Where a process stores the state of its random generators."""
-    return Path(folder) / (f"rng_state_{trainer.args.process_index}" if trainer.args.world_size > 1 else "rng_state")
-
-
-@contextmanager
-def _reading(folder: str | None, what: str) -> Iterator[None]:
-    """Errors of torch, PEFT and safetensors about what a checkpoint holds become one that names it."""
-    try:
-        yield
-    except Exception as error:
-        raise CheckpointError(f"the {what} of {folder} cannot be loaded ({type(error).__name__}: {error})") from error
 
 
 def resume_point(trainer: Any, asked: Any) -> Checkpoint | None:

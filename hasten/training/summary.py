@@ -34,7 +34,7 @@ class Finished:
 
 
 def write_summary(finished: Finished, job: Job, method: str) -> None:
-    """Writes summary.json, whole or not at all. method: as `save_pretrained_merged`."""
+    """Writes summary.json, completely or not at all. method: as `save_pretrained_merged`."""
     summary = {
         "steps": finished.steps,
         "mean_loss": finished.loss,
