@@ -11,7 +11,7 @@ import hasten
 
 ROOT = Path(hasten.__file__).parent
 FLOORS = [
-    {"families", "errors", "units", "suggest"},
+    {"families", "errors", "units", "suggest", "json_file"},
     {"schema", "ops"},
     {"weights"},
     {"options"},
@@ -27,7 +27,7 @@ FLOORS = [
     {"cli"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
-ONLY: dict[str, set[str]] = {"families": set(), "errors": set(), "units": set(), "suggest": set()}
+ONLY: dict[str, set[str]] = {"families": set(), "errors": set(), "units": set(), "suggest": set(), "json_file": set()}
 FILES = sorted(ROOT.rglob("*.py"))
 MAY_PRINT = {"cli", "demo"}
 TESTS = Path(__file__).parent

@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 
 from hasten.errors import ExportError
 from hasten.export.durable import hidden_sibling, put_in_place, siblings_prefix, sync_tree
+from hasten.export.fill import must_stay, replace_inside
 from hasten.export.shards import write_json
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,10 @@ def new_folder(target: Path, needed: int, method: str) -> Iterator[Path]:
         yield work
         _seal(work, method)
         check_target(target)
-        put_in_place(work, target, REPLACED)
+        if must_stay(target):
+            replace_inside(work, target, hidden_sibling(target, REPLACED))
+        else:
+            put_in_place(work, target, REPLACED)
     except OSError as error:
         raise ExportError(f"{target} could not be written ({error}); nothing was left there") from error
     finally:

@@ -149,6 +149,9 @@ def _plan_extension(
                 f"without rotary positions they cannot be extended; use max_seq_length={limit} or less"
             )
         return
+    if limit < 1:
+        plan.problems.append(f"the config's max_position_embeddings={limit}: must be a positive integer")
+        return
     rope, nested = _global(parameters)
     reach = _reach(limit, rope, nested)
     if length <= reach:

@@ -1,6 +1,7 @@
 """`LoadOptions`: the arguments of `from_pretrained` with every check over them."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -70,8 +71,12 @@ class LoadOptions(LoadFields):
 
     @classmethod
     def from_call(cls, *args: Any, extra: Mapping[str, Any] | None = None, **named: Any) -> Self:
-        """Builds the options; names among `extra` or `named` that are fields become fields, the rest `extra`."""
-        return cls(**fields_from_call(cls, args, {**named, **(extra or {})}))
+        """Builds the options; names among `extra` or `named` that are fields become fields, the rest `extra`. A path
+        as `model_name` becomes a string."""
+        fields = fields_from_call(cls, args, {**named, **(extra or {})})
+        if isinstance(fields.get("model_name"), os.PathLike):
+            fields["model_name"] = os.fspath(fields["model_name"])
+        return cls(**fields)
 
     @property
     def asked_storage(self) -> list[str]:

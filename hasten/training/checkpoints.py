@@ -17,6 +17,7 @@ from transformers import TrainerState
 from hasten.errors import TrainingError
 from hasten.export.durable import hidden_sibling, put_in_place, sync_tree
 from hasten.export.shards import write_json
+from hasten.training.state_files import state_problems
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +27,10 @@ WRITING = ".checkpoint-writing"
 MANIFEST = "hasten_checkpoint.json"
 TRAINER_STATE = "trainer_state.json"
 NEEDED: Mapping[str, tuple[str, ...]] = {
-    "weights": ("*.safetensors", "pytorch_model*", "global_step*"),
+    "weights": ("model*.safetensors", "adapter_model*", "pytorch_model*", "global_step*"),
     "optimizer state": ("optimizer*", "global_step*"),
-    "scheduler state": ("scheduler.pt", "global_step*"),
-    "random state": ("rng_state*.pth",),
+    "scheduler state": ("scheduler*", "global_step*"),
+    "random state": ("rng_state*",),
     "trainer state": (TRAINER_STATE,),
 }
 """What a checkpoint must hold -> the names that it may have (FSDP and DeepSpeed write folders)."""
@@ -213,7 +214,7 @@ def _torn(folder: Path) -> list[str]:
 
 
 def _unreadable(folder: Path) -> list[str]:
-    problems = []
+    problems = state_problems(folder)
     for path in sorted(folder.rglob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:

@@ -6,10 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from rich.console import Console
 from rich.markup import escape
 
-from hasten.data import DatasetCounts, check_dataset, drop_long, read_dataset, tokenized
+from hasten.data import DatasetCounts, check_dataset, drop_long, read_dataset, refuse_rows, tokenized
 from hasten.errors import DatasetError, MissingExtraError, OptionError
 from hasten.training.checkpoints import Checkpoint, last_whole
 from hasten.training.config import Job
@@ -127,7 +128,8 @@ def make_trainer(model: Any, tokenizer: Any, job: Job, train_data: Any, eval_dat
         )
     except OptionError:
         raise
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, TemplateError) as error:
+        refuse_rows(tokenizer, {"train": train_data, "eval": eval_data})
         raise OptionError("train", [f"the trainer refuses these settings or data: {error}"]) from error
 
 

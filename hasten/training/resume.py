@@ -27,12 +27,14 @@ from hasten.training.checkpoints import (
     steps_in,
 )
 from hasten.training.fingerprint import FIXED, differences, fingerprint
+from hasten.training.state_files import has_state, is_state, random_state, read_state, set_random_state, write_state
 
 logger = logging.getLogger(__name__)
 
 FORCE = "force"
 PACKAGES = ("torch", "transformers", "trl", "peft")
 LOCK = ".hasten-run.lock"
+PICKLED_ARGUMENTS = "training_args.bin"
 
 
 def resumable(trainer_class: type) -> Any:
@@ -91,13 +93,45 @@ def resumable(trainer_class: type) -> Any:
             with _reading(resume_from_checkpoint, "weights"):
                 super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
 
+        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+            if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # sharded: in formats of their own
+                super()._save_optimizer_and_scheduler(output_dir)
+            elif self.args.should_save:
+                write_state(Path(output_dir) / "optimizer", self.optimizer.state_dict())
+                write_state(Path(output_dir) / "scheduler", self.lr_scheduler.state_dict())
+
         def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
             with _reading(checkpoint, "optimizer and scheduler"):
-                super()._load_optimizer_and_scheduler(checkpoint)
+                if checkpoint is None or not has_state(Path(checkpoint) / "optimizer"):
+                    super()._load_optimizer_and_scheduler(checkpoint)
+                else:
+                    self.optimizer.load_state_dict(read_state(Path(checkpoint) / "optimizer"))
+                    self.lr_scheduler.load_state_dict(read_state(Path(checkpoint) / "scheduler"))
+
+        def _save_scaler(self, output_dir: str) -> None:
+            scaler = getattr(self.accelerator, "scaler", None)
+            if scaler is not None and self.args.should_save:
+                write_state(Path(output_dir) / "scaler", scaler.state_dict())
+
+        def _load_scaler(self, checkpoint: str | None) -> None:
+            with _reading(checkpoint, "scaler"):
+                if checkpoint is None or not has_state(Path(checkpoint) / "scaler"):
+                    super()._load_scaler(checkpoint)
+                else:
+                    self.accelerator.scaler.load_state_dict(read_state(Path(checkpoint) / "scaler"))
+
+        def _save_rng_state(self, output_dir: str) -> None:
+            Path(output_dir).mkdir(
+                parents=True, exist_ok=True
+            )  # this process may be ahead of the one that saves the model
+            write_state(_random_stem(self, output_dir), random_state(self.args.world_size > 1))
 
         def _load_rng_state(self, checkpoint: str | None) -> None:
             with _reading(checkpoint, "random state"):
-                super()._load_rng_state(checkpoint)
+                if checkpoint is None or not has_state(_random_stem(self, checkpoint)):
+                    super()._load_rng_state(checkpoint)
+                else:
+                    set_random_state(read_state(_random_stem(self, checkpoint)))
 
         def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
             if self.writing is None:  # while it is written the folder has another name
@@ -105,6 +139,11 @@ def resumable(trainer_class: type) -> Any:
 
     Resumable.__name__, Resumable.__qualname__ = trainer_class.__name__, trainer_class.__qualname__
     return Resumable
+
+
+def _random_stem(trainer: Any, folder: str) -> Path:
+    """Where a process stores the state of its random generators."""
+    return Path(folder) / (f"rng_state_{trainer.args.process_index}" if trainer.args.world_size > 1 else "rng_state")
 
 
 @contextmanager
@@ -199,7 +238,10 @@ def _version(package: str) -> str:
 
 
 def _publish(trainer: Any, work: Path, target: Path) -> None:
-    """Completes what the trainer wrote into `work`, and makes it `target`."""
+    """Completes what the trainer wrote into `work`, and makes it `target`. The arguments are stored as JSON, not as a pickle."""
+    if (work / PICKLED_ARGUMENTS).exists():
+        (work / PICKLED_ARGUMENTS).unlink()
+        (work / "training_args.json").write_text(trainer.args.to_json_string() + "\n", encoding="utf-8")
     if trainer.state.best_model_checkpoint == str(work):
         trainer.state.best_model_checkpoint = str(target)
         trainer.state.save_to_json(str(work / "trainer_state.json"))
@@ -252,7 +294,7 @@ def _check_shapes(checkpoint: Checkpoint, model: Any) -> None:
         }
     else:
         own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for path in sorted(checkpoint.folder.glob("*.safetensors")):
+    for path in sorted(path for path in checkpoint.folder.glob("*.safetensors") if not is_state(path)):
         with safe_open(path, framework="pt") as file:
             stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         if not stored.keys() & own.keys():

@@ -57,8 +57,8 @@ def without_manifest(folder: Path) -> Path:
 
 
 FILES = (
-    "adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
-    "training_args.bin", "tokenizer.json",
+    "adapter_model.safetensors", "adapter_config.json", "optimizer.json", "optimizer.safetensors", "scheduler.json",
+    "rng_state.json", "rng_state.safetensors", "trainer_state.json", "training_args.json", "tokenizer.json",
 )  # fmt: skip
 
 
@@ -88,7 +88,16 @@ def test_a_damaged_file_makes_the_older_checkpoint_the_last(job: Path, name: str
 
 
 @pytest.mark.parametrize(
-    "name", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+    "name",
+    [
+        "adapter_model.safetensors",
+        "optimizer.json",
+        "optimizer.safetensors",
+        "scheduler.json",
+        "rng_state.json",
+        "rng_state.safetensors",
+        "trainer_state.json",
+    ],
 )
 def test_without_a_manifest_too(job: Path, name: str) -> None:
     """As other programs write checkpoints: what is needed must be there, and archives must be whole."""
@@ -119,7 +128,7 @@ def test_a_checkpoint_under_another_name_is_not_whole(job: Path) -> None:
 
 def test_no_whole_checkpoint_names_what_is_wrong_with_each(job: Path) -> None:
     for step in (2, 4):
-        (job / f"out/checkpoint-{step}/optimizer.pt").unlink()
+        (job / f"out/checkpoint-{step}/optimizer.safetensors").unlink()
     with pytest.raises(
         TrainingError, match=r"(?s)no whole checkpoint.*checkpoint-4.*optimizer.*checkpoint-2.*optimizer"
     ):
@@ -128,7 +137,7 @@ def test_no_whole_checkpoint_names_what_is_wrong_with_each(job: Path) -> None:
 
 def test_a_resumed_run_is_bit_equal_and_sets_damage_aside(job: Path, finished: Path) -> None:
     """From checkpoint 2, since 4 is damaged; a killed save's leftovers disappear."""
-    (job / "out/checkpoint-4/scheduler.pt").unlink()
+    (job / "out/checkpoint-4/scheduler.json").unlink()
     (job / "out" / WRITING / "checkpoint-6").mkdir(parents=True)
     result = train(job / "job.yaml", resume=True)
     assert result.steps == STEPS and losses(job) == losses(finished)
@@ -334,7 +343,7 @@ def test_trl_trainers_in_python(job: Path) -> None:
     assert type(first).__name__ == "SFTTrainer" and first.train().global_step == 4
     with pytest.raises(TrainingError, match="nothing is left"):
         trainer().train(resume_from_checkpoint=True)
-    (job / "own/checkpoint-4/optimizer.pt").unlink()
+    (job / "own/checkpoint-4/optimizer.safetensors").unlink()
     with pytest.raises(TrainingError, match="optimizer"):
         trainer().train(resume_from_checkpoint=str(job / "own/checkpoint-4"))
     with pytest.raises(TrainingError, match="train.learning_rate"):

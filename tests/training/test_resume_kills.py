@@ -11,6 +11,8 @@ import torch
 from resume_kit import STEPS, job_in
 from safetensors.torch import load_file
 
+from hasten.training.state_files import read_state
+
 HERE = Path(__file__).parent
 
 
@@ -60,7 +62,7 @@ def test_a_run_that_is_killed_in_its_saves_ends_as_one_that_is_not(tmp_path: Pat
     ends = [job.parent / f"out/checkpoint-{STEPS}" for job in (whole, killed)]
     weights = [load_file(end / "adapter_model.safetensors") for end in ends]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    states = [torch.load(end / "optimizer.pt", weights_only=True)["state"] for end in ends]
+    states = [read_state(end / "optimizer")["state"] for end in ends]
     assert all(torch.equal(states[0][n]["exp_avg_sq"], states[1][n]["exp_avg_sq"]) for n in states[0])
     saved = [load_file(job.parent / "out/model/adapter_model.safetensors") for job in (whole, killed)]
     assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
