@@ -1,6 +1,7 @@
 """Makes PEFT's layers in a model: completely, or not at all if PEFT refuses or would ignore an option."""
 
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,8 +38,9 @@ def inject(model: Any, config: LoraConfig) -> Any:
     ignored = [str(one.message) for one in left if IGNORED.search(str(one.message))]
     if ignored:
         raise OptionError("get_peft_model", [f"PEFT would ignore an option: {message}" for message in ignored])
-    for one in left:
-        warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    names = {getattr(module, "__file__", None): name for name, module in sys.modules.copy().items()} if left else {}
+    for one in left:  # with the module that warned, by which filters know them
+        warnings.warn_explicit(one.message, one.category, one.filename, one.lineno, names.get(one.filename))
     return peft_model
 
 
