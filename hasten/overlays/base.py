@@ -75,7 +75,7 @@ def with_oom_advice(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def forward_with_advice(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        state = find_state(self)
+        state = None if torch.compiler.is_compiling() else find_state(self)
         if state is None or state.memory is None:
             return forward(self, *args, **kwargs)
         given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))

@@ -2,14 +2,13 @@
 
 import functools
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from hasten.weights.own_forward import needs_own_forward
+from hasten.weights.own_forward import needs_own_forward, runs_forward_of
 
 TUNERS = "peft.tuners."
 LINEAR_LORA = re.compile(r"Linear\w*|Embedding")
@@ -137,8 +136,8 @@ def _read_layer(layer: Any, training: bool) -> tuple[LoraPair | None, str | None
     children, names = layer._modules, active_adapters(layer)  # attributes that are modules are slow to get
     if "lora_embedding_A" in children and any(name in children["lora_embedding_A"] for name in names):
         return None, "LoRA on an embedding"
-    if not is_plain_lora(type(layer).forward):
-        return None, f"adapter of type {type(layer).__name__}"
+    if not runs_forward_of(type(layer), ("peft",)):
+        return None, f"forward of {type(layer).__name__} was replaced"
     down = children["lora_A"]._modules
     active = [name for name in names if name in down]
     if not active:
@@ -158,11 +157,3 @@ def _read_layer(layer: Any, training: bool) -> tuple[LoraPair | None, str | None
     if needs_own_forward(a) or needs_own_forward(b) or needs_own_forward(dropout):
         return None, "hooks on the LoRA"
     return LoraPair(a.weight, b.weight, float(layer.scaling[name])), None
-
-
-@functools.lru_cache(maxsize=256)
-def is_plain_lora(forward: Callable[..., Any]) -> bool:
-    """Returns whether `forward` is that of one of PEFT's LoRA layers around a Linear (of any format), which add
-    scale * B(A(dropout(x))), and not a subclass's own."""
-    kind, _, name = forward.__qualname__.rpartition(".")
-    return forward.__module__.startswith("peft.tuners.lora.") and kind.startswith("Linear") and name == "forward"

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners import lora
 from torch import nn
 
 from hasten.patching import apply
@@ -90,6 +91,20 @@ def test_a_subclass_of_pefts_layer_runs_its_own_forward(kernels: None) -> None:
         layer.__class__ = Doubled
         found.append(_gradients(model)["loss"])
     assert relative_error(*found) < 1e-6
+
+
+def test_a_replaced_forward_of_pefts_class_counts(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock, calls = lora.Linear.forward, []
+
+    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(1)
+        return stock(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(lora.Linear, "forward", forward)
+    for patched in (True, False):
+        calls.clear()
+        _gradients(_adapted(patched))
+        assert len(calls) == 3
 
 
 def test_dropout_that_is_active_in_evaluation_counts(kernels: None) -> None:
