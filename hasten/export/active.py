@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from peft import PeftMixedModel, PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from hasten.errors import ExportError
@@ -97,7 +97,10 @@ def _reason(module: nn.Module, method: str) -> str:
 
 
 def _is_active(module: Any) -> bool:
-    """Returns whether a module of PEFT's takes part in the forward: its adapter layers know, others always do."""
+    """Returns whether a module of PEFT's takes part in the forward: its adapter layers know, others always do. A tuner
+    (LoHaModel, ...) only holds the model; it is still there after merge_and_unload(), without layers."""
+    if isinstance(module, BaseTuner):
+        return False
     if isinstance(module, BaseTunerLayer):
         layer: Any = module
         held, names = layer._all_available_adapter_names(), active_adapters(layer)
