@@ -118,7 +118,8 @@ class ModelState:
 
 def causal_lm_of(model: nn.Module) -> Any:
     """Returns the transformers model inside a PeftModel, through any number of them, or `model` itself."""
-    while _is_peft(type(model)):
+    is_peft = _derives_from_peft if torch.compiler.is_compiling() else _is_peft  # Dynamo warns of a cached function
+    while is_peft(type(model)):
         children = model._modules
         inner = next((children[name] for name in PEFT_CHILDREN if children.get(name) is not None), None)
         if inner is None:
@@ -127,10 +128,12 @@ def causal_lm_of(model: nn.Module) -> Any:
     return model
 
 
-@functools.cache
-def _is_peft(kind: type) -> bool:
+def _derives_from_peft(kind: type) -> bool:
     """Returns whether the class is one of PEFT's, or derived from one."""
     return any(one.__module__.split(".")[0] == "peft" for one in kind.__mro__)
+
+
+_is_peft = functools.cache(_derives_from_peft)
 
 
 def state_of(model: nn.Module) -> ModelState:

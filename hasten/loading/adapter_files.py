@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from peft import PeftType
 from safetensors import safe_open
 
 from hasten.errors import CheckpointError
@@ -82,6 +83,11 @@ RULES: Mapping[str, Rule] = {
 }
 
 
+PEFT_TYPES = frozenset(kind.value for kind in PeftType)
+ATTACHED = ("LORA", "TRAINABLE_TOKENS")
+"""Types of adapters that hasten attaches, by PEFT's names."""
+
+
 def rule_of(name: str) -> Rule | None:
     """Returns the validator of a field; the settings of a method (`loftq_config`, ...) are objects."""
     return RULES.get(name) or (mapping if name.endswith("_config") else None)
@@ -91,6 +97,9 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
     """Returns the content of an adapter_config.json. Raises CheckpointError that names the fields which cannot be
     right."""
     found = read_object(path, CheckpointError)
+    kind = found.get("peft_type")
+    if kind in PEFT_TYPES and kind not in ATTACHED:  # before its fields, which mean other things there
+        raise CheckpointError(f"{path.parent} has an adapter of type {kind}; hasten attaches only LoRA adapters")
     problems = [
         f"{shown(name)}={shown(value)} ({kind_of(value)}): {problem}"
         for name, value in found.items()

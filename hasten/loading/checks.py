@@ -58,11 +58,12 @@ def read_config(source: Source, options: LoadOptions, stored: Mapping[str, Store
 
 
 def set_fields(config: Any, options: LoadOptions) -> list[str]:
-    """Sets the config fields among the caller's keyword arguments; returns the problems with the unknown ones."""
+    """Sets the config fields among the caller's keyword arguments; returns the problems with unknown names and with values that
+    cannot be right, which are not set: the model is built with the checkpoint's, so that all other problems are found too."""
     known = set(config.to_dict()) | set(config.get_text_config().to_dict()) | set(config.attribute_map)
     found = [*unknown_extra(options, known), *config_problems_of(config_fields(options), {})]
     for name, value in config_fields(options).items():
-        if name in known:
+        if name in known and not config_problems_of({name: value}, {}):
             holder = config if name in config.to_dict() or name in config.attribute_map else config.get_text_config()
             setattr(holder, name, value)
     return found

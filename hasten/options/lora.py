@@ -122,13 +122,15 @@ def check(options: AdapterFields) -> list[str]:
             f"target_modules={options.target_modules!r}, put the layers into the regular expression"
         )
     if options.extra:
-        found += mistyped(options.extra, fields_of("peft", "LoraConfig")).values()
+        wrong = mistyped(options.extra, fields_of("peft", "LoraConfig"))
+        found += wrong.values()
         # PEFT takes about a second to import, so only a call that needs its names pays for that.
         from peft import LoraConfig
 
         known = {f.name for f in dataclasses.fields(LoraConfig) if f.init}
         found += _unknown(options, known)
-        found += lora_fields.problems(options, LoraConfig())
+        typed_right = {name: value for name, value in options.extra.items() if name not in wrong}
+        found += lora_fields.problems(dataclasses.replace(options, extra=typed_right), LoraConfig())
     return found
 
 

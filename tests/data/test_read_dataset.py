@@ -55,7 +55,5 @@ def test_an_empty_list_is_named_with_its_example(tmp_path: Path, column: str, wh
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(
-        DatasetError, match=rf"'{column}' is an empty list in {len(where)} .*{', '.join(map(str, where))}"
-    ):
+    with pytest.raises(DatasetError, match="(?s)" + ".*".join(rf"row {n + 1} " for n in where)):
         read_dataset(DataOptions(str(path)))

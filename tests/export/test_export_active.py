@@ -14,6 +14,9 @@ from hasten.export import save_merged
 from hasten.methods import CausalLMMethods
 from hasten.patching import apply
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
+"""PEFT warns of what these tests ask for on purpose."""
+
 
 def lora(**config: Any) -> LoraConfig:
     return LoraConfig(**{"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **config})

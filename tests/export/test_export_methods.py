@@ -16,6 +16,9 @@ from hasten import FastLanguageModel
 from hasten.errors import CheckpointError, ExportError, InputError
 from hasten.testing import save_tiny
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
+"""PEFT warns of what these tests ask for on purpose."""
+
 IDS = torch.randint(6, 260, (2, 24), generator=torch.Generator().manual_seed(0))
 IDS[:, 10:12] = torch.tensor([7, 9])  # the tokens whose rows train
 LABELS = torch.where(torch.arange(24) < 3, -100, IDS)
@@ -76,7 +79,7 @@ def step(model: Any, method: str, **call: Any) -> tuple[float, dict[str, torch.T
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     with torch.no_grad():
         logits = model.eval()(input_ids=IDS, labels=LABELS, **CALLS.get(method, {})).logits
-    return float(loss), grads, logits
+    return float(loss.detach()), grads, logits
 
 
 def test_every_method_of_peft_is_listed() -> None:

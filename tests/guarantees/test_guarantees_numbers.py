@@ -1,6 +1,7 @@
 """Guarantees of numbers: positions, adapters, losses, families, kernels."""
 
 import ast
+import contextlib
 import dataclasses
 import shutil
 from pathlib import Path
@@ -20,7 +21,7 @@ from hasten import check_family
 from hasten.errors import AccuracyError, CheckpointError, ContractError
 from hasten.families import FAMILIES
 from hasten.ops import ScoreConfig, linear_cross_entropy, linear_cross_entropy_loss, norm
-from hasten.ops.backend import backend_for
+from hasten.ops.backend import backend_for, interpreted_kernels
 from hasten.ops.norm import NormConfig
 from hasten.testing import save_tiny, tiny_model
 
@@ -229,18 +230,12 @@ def test_r42_lengths_do_not_recompile(plain: Path) -> None:
     assert 1 <= counter.frame_count <= 3
 
 
-def test_r47_the_same_model_runs_on_torch_and_on_kernels(plain: Path, kernels: None) -> None:
+def test_r47_the_same_model_runs_on_torch_and_on_kernels(plain: Path) -> None:
     """On a CPU everything runs in plain torch; the kernels, in Triton's interpreter, give the same loss and gradients."""
-    assert backend_for(torch.zeros(1)) == "reference"
     seen = []
-    for forced in (True, False):
-        with pytest.MonkeyPatch.context() as patch:
-            if not forced:
-                import sys
-
-                for name, module in list(sys.modules.items()):
-                    if name.startswith("hasten.") and hasattr(module, "backend_for"):
-                        patch.setattr(module, "backend_for", backend_for)
+    for context, backend in ((contextlib.nullcontext, "reference"), (interpreted_kernels, "triton")):
+        with context():
+            assert backend_for(torch.zeros(1)) == backend
             model, _ = adapted(plain, {"init_lora_weights": False})
             loss = model.train()(IDS[:1, :12], labels=IDS[:1, :12]).loss
             loss.backward()
@@ -261,7 +256,8 @@ def test_r30_metrics_need_no_environment_variable(plain: Path, tmp_path: Path) -
     data = rows(4)
     done = trainer(model, tokenizer, data, tmp_path, eval_dataset=data)
     done.compute_metrics = metrics
-    assert done.evaluate()["eval_shape"] == 288.0
+    with pytest.warns(FutureWarning, match="return_outputs=True"):  # TRL will stop giving logits to metrics
+        assert done.evaluate()["eval_shape"] == 288.0
     plain_model = stock(plain)
     for row, found in zip(data, got[0], strict=True):
         wanted = logits(plain_model, torch.tensor([row["input_ids"]]))[0]

@@ -15,6 +15,9 @@ import hasten
 from hasten import FastLanguageModel
 from hasten.testing import tiny_model
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
+"""PEFT warns of what these tests ask for on purpose."""
+
 ROWS = 288
 SPECIAL: dict[str, Any] = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 

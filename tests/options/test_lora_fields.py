@@ -34,7 +34,7 @@ def test_every_field_of_the_installed_peft_is_accounted_for() -> None:
     [
         ({"use_dora": "false"}, "use_dora='false': must be True or False"),
         ({"use_rslora": 1}, "use_rslora=1: must be True or False"),
-        ({"lora_bias": "no"}, "lora_bias='no': must be True or False"),
+        ({"lora_bias": "no"}, "lora_bias='no': found str, must be true or false"),
         ({"lora_alpha": float("nan")}, "lora_alpha"),
         ({"lora_alpha": float("inf")}, "lora_alpha"),
         ({"init_lora_weights": None}, "init_lora_weights=None"),
@@ -43,7 +43,7 @@ def test_every_field_of_the_installed_peft_is_accounted_for() -> None:
         ({"rank_pattern": None}, "must map module names to ranks"),
         ({"alpha_pattern": {"q_proj": True}}, "must map module names to lora_alpha"),
         ({"exclude_modules": []}, "must be a list of names or a regular expression"),
-        ({"target_parameters": "experts.down_proj"}, "must be a list of names"),
+        ({"target_parameters": "experts.down_proj"}, "found str, must be a list"),
         ({"trainable_token_indices": {}}, "must be a list of token ids"),
         ({"trainable_token_indices": [-1]}, "must be a list of token ids"),
         ({"layers_pattern": "layers"}, "only with layers_to_transform"),

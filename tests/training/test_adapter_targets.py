@@ -15,6 +15,9 @@ from hasten import FastLanguageModel
 from hasten.errors import OptionError
 from hasten.testing import save_tiny, tiny_tokenizer
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
+"""PEFT warns of what these tests ask for on purpose."""
+
 IDS = torch.randint(6, 260, (2, 16), generator=torch.Generator().manual_seed(1))
 Q = ["q_proj"]
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from resume_kit import STEPS, job_in
 from safetensors.torch import load_file
@@ -45,6 +46,7 @@ def test_every_operation_of_a_save_can_be_the_last(tmp_path: Path) -> None:
     assert found[-1]["visible"] == ["checkpoint-4"]
 
 
+@pytest.mark.full
 def test_a_run_that_is_killed_in_its_saves_ends_as_one_that_is_not(tmp_path: Path) -> None:
     whole, killed = (job_in(tmp_path / name) for name in ("whole", "killed"))
     assert start("run", whole, 0)[0] == 0
