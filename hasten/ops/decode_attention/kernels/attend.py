@@ -51,7 +51,7 @@ def _attend(
     acc = tl.zeros((ROWS, CHANNELS), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
-    values = B.to(tl.int64) * K * BLOCK * D
+    values = tl.cast(B, tl.int64) * K * BLOCK * D
     for tile in range(lo, hi):
         key = tile * KEYS + column
         place = block_start(table_ptr, tile * KEYS, like_ptr, BLOCK) + (b * K + h) * BLOCK * D

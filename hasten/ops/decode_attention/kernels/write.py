@@ -33,7 +33,7 @@ def _write(
     value = tl.load(v_ptr + b * stride_vb + t * stride_vt + h * stride_vh + channel, mask=inside)
     place = block_start(table_ptr, slot, like_ptr, BLOCK) + ((b * K + h) * BLOCK + slot % BLOCK) * D + channel
     tl.store(place, key.to(like_ptr.dtype.element_ty), mask=inside)
-    tl.store(place + B.to(tl.int64) * K * BLOCK * D, value.to(like_ptr.dtype.element_ty), mask=inside)
+    tl.store(place + tl.cast(B, tl.int64) * K * BLOCK * D, value.to(like_ptr.dtype.element_ty), mask=inside)
 
 
 def write_cache(k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, cache: CacheView) -> None:
