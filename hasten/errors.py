@@ -30,6 +30,11 @@ class InputError(HastenError):
     """An input of a model (length, mask, labels) is outside of what the model was loaded for."""
 
 
+class LogitsNotComputedError(InputError, AttributeError):
+    """The logits of a fused training loss were read. An AttributeError too, so that `hasattr(outputs, "logits")` is
+    False and `getattr(outputs, "logits", default)` is the default."""
+
+
 class DatasetError(HastenError):
     """A dataset cannot be read, is empty, or has every label masked."""
 

@@ -12,7 +12,10 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from hasten.errors import CheckpointError, OptionError
+from hasten.loading.config_file import read_config
+from hasten.loading.foreign import parsing
 from hasten.options import CHECKPOINTING, PLANNED
+from hasten.options.values import is_integer
 from hasten.training.memory.actions import UNIFORM_ACTIONS
 from hasten.training.memory.advice import Saving, StepConfig, savings
 from hasten.training.memory.bandwidth import DeviceSpeed, measure
@@ -91,6 +94,12 @@ def estimate(  # noqa: PLR0913
     sizes = {"batch_size": batch_size, "seq_len": seq_len, "rank": rank}
     problems = [*_size_problems(sizes), *_storage_problems(quantization, full_finetuning)]
     problems += _mode_problems(checkpointing, tiled_mlp, optimizer)
+    flags = {"full_finetuning": full_finetuning, "offload_embedding": offload_embedding}
+    problems += [
+        f"{name}={value!r}: must be True or False" for name, value in flags.items() if not isinstance(value, bool)
+    ]
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        problems.append(f"dtype={dtype!r}: must be a floating torch.dtype such as torch.bfloat16")
     budget, budget_problems = _budget(memory_budget, checkpointing)
     if problems := [*problems, *budget_problems]:
         raise OptionError("estimate", problems)
@@ -115,9 +124,7 @@ def estimate(  # noqa: PLR0913
 
 def _size_problems(sizes: dict[str, int]) -> list[str]:
     return [
-        f"{name}={size}: must be an integer of at least 1"
-        for name, size in sizes.items()
-        if not isinstance(size, int) or size < 1
+        f"{name}={size}: must be an integer of at least 1" for name, size in sizes.items() if not is_integer(size, 1)
     ]
 
 
@@ -135,7 +142,7 @@ def _storage_problems(quantization: str | None, full_finetuning: bool) -> list[s
 
 def _mode_problems(mode: bool | str, tiled: bool | int | str, optimizer: str) -> list[str]:
     problems = []
-    if mode not in CHECKPOINTING:
+    if mode not in CHECKPOINTING or (isinstance(mode, int) and not isinstance(mode, bool)):
         problems.append(f"checkpointing={mode!r}: known are False, True, 'offload', 'auto' and 'unsloth'")
     if not (isinstance(tiled, bool) or tiled == "auto" or (isinstance(tiled, int) and tiled >= 1)):
         problems.append(f"tiled_mlp={tiled!r}: pass False, True, 'auto' or a number of tokens")
@@ -161,7 +168,13 @@ def _budget(asked: int | str | None, mode: bool | str) -> tuple[int | None, list
 def _config(source: PreTrainedConfig | str | Path) -> PreTrainedConfig:
     if isinstance(source, PreTrainedConfig):
         return source
-    try:
+    if Path(source).is_dir():
+        if not (Path(source) / "config.json").is_file():
+            raise CheckpointError(
+                f"{source} has no config.json; pass a folder or hub id with the config of a known model"
+            )
+        return read_config(Path(source))
+    with parsing(
+        f"The config of {source}", CheckpointError, "Pass a folder or hub id with the config of a known model"
+    ):
         return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"no config of a known model was found in {source}: {error}") from error

@@ -1,11 +1,14 @@
 """Defines user-facing methods of a hasten model, mixed into the class of the causal LM and of its PeftModel."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from hasten.inference import engine_of, for_inference
 from hasten.overlays import Overlay
-from hasten.state import GenerateCall, state_of
+from hasten.state import GenerateCall, find_state, state_of
 from hasten.training.modes import for_training
 
 if TYPE_CHECKING:
@@ -22,6 +25,15 @@ class SharedMethods:
     def for_training(self) -> Any:
         """Sets training mode, with the checkpointing that was on before `for_inference`. Returns the model."""
         return for_training(self)  # pyright: ignore[reportArgumentType]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """Applies `to`, `half`, `float`, ... as torch does. Weights then train in the dtype that the caller chose."""
+        moved = super()._apply(fn, recurse)  # pyright: ignore[reportAttributeAccessIssue]
+        state = find_state(self)  # pyright: ignore[reportArgumentType]
+        if state is not None:
+            dtypes = {old: fn(torch.empty(0, dtype=old)).dtype for old in set(state.trained_dtypes.values())}
+            state.trained_dtypes = {name: dtypes[old] for name, old in state.trained_dtypes.items()}
+        return moved
 
     def save_pretrained_merged(
         self, save_directory: str | Path, tokenizer: Any = None, save_method: str = "merged_16bit", **kwargs: Any

@@ -1,5 +1,6 @@
 """Defines FastLanguageModel: load a model, add a LoRA, switch between training and inference. Orchestration only."""
 
+import os
 from typing import Any, ClassVar
 
 import torch
@@ -30,7 +31,7 @@ class FastLanguageModel:
     @none_if_left_out("load_in_4bit")
     def from_pretrained(  # noqa: PLR0913
         cls,
-        model_name: str = "unsloth/Llama-3.2-1B-Instruct",
+        model_name: str | os.PathLike[str] = "unsloth/Llama-3.2-1B-Instruct",
         max_seq_length: int = 2048,
         dtype: torch.dtype | None = None,
         load_in_4bit: bool = True,

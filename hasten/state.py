@@ -4,6 +4,7 @@ It is copied with the model (deepcopy, pickle) and is the only attribute that ha
 model. Objects of higher layers (plan, memory policy, engine) are typed by protocols here, so that imports go one way.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from torch import nn
 from hasten.options import AdapterOptions, LoadOptions
 
 ATTRIBUTE = "_hasten_state"
+PEFT_CHILDREN = ("base_model", "lora_model", "model")
+"""Where PEFT's models keep the model inside: PeftModel and PeftMixedModel; X-LoRA; LoRA and the other methods."""
 
 
 class PlannedOverlay(Protocol):
@@ -114,8 +117,23 @@ class ModelState:
 
 
 def causal_lm_of(model: nn.Module) -> Any:
-    """Returns the transformers model inside a PeftModel, or `model` itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
+    """Returns the transformers model inside a PeftModel, through any number of them, or `model` itself."""
+    is_peft = _derives_from_peft if torch.compiler.is_compiling() else _is_peft  # Dynamo warns of a cached function
+    while is_peft(type(model)):
+        children = model._modules
+        inner = next((children[name] for name in PEFT_CHILDREN if children.get(name) is not None), None)
+        if inner is None:
+            break
+        model = inner
+    return model
+
+
+def _derives_from_peft(kind: type) -> bool:
+    """Returns whether the class is one of PEFT's, or derived from one."""
+    return any(one.__module__.split(".")[0] == "peft" for one in kind.__mro__)
+
+
+_is_peft = functools.cache(_derives_from_peft)
 
 
 def state_of(model: nn.Module) -> ModelState:

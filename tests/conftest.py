@@ -5,10 +5,12 @@ Every process of the tests, this one included, is kept offline and out of the wo
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from tiers import mark_full
 
 GUARD = str(Path(__file__).parent / "guard")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [GUARD, os.environ.get("PYTHONPATH")]))
@@ -23,6 +25,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 torch.set_num_threads(1)
+torch.set_warn_always(True)  # else once per process: which test fails by a warning would depend on those before it
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_full(items)
 
 
 @pytest.fixture(autouse=True)
@@ -31,8 +39,9 @@ def _seeded() -> None:
 
 
 @pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """hasten's own choice of backend, made "triton" for every tensor."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("hasten.") and hasattr(module, "backend_for"):
-            monkeypatch.setattr(module, "backend_for", lambda x, wanted=None: wanted or "triton")
+def kernels() -> Iterator[None]:
+    """hasten's choice of backend on a GPU, for CPU tensors too."""
+    from hasten.ops.backend import interpreted_kernels
+
+    with interpreted_kernels():
+        yield

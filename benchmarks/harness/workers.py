@@ -1,5 +1,6 @@
 """A process that is started, asked and always ended: the other side of serve.py and of card.py's second process."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -39,7 +40,9 @@ class Worker:
             self._kill()
             raise WorkerFailed(f"no answer within {timeout:.0f} s{self._tail()}") from None
         if not line:
-            raise WorkerFailed(f"died with exit code {self._process.wait()}{self._tail()}")
+            code = self._process.wait()
+            self._close()
+            raise WorkerFailed(f"died with exit code {code}{self._tail()}")
         answer = json.loads(line)
         if "error" in answer:
             self.end()
@@ -63,13 +66,24 @@ class Worker:
 
     def end(self) -> None:
         """Closes stdin, then kills the process if it does not end within 10 s. Safe to call twice."""
-        if self._process.poll() is None:
-            try:
-                self._commands.close()
-                self._process.wait(timeout=10)
-            except (subprocess.TimeoutExpired, BrokenPipeError):
-                self._kill()
+        self._close_commands()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._kill()
+        self._close()
+
+    def _close_commands(self) -> None:
+        with contextlib.suppress(BrokenPipeError):  # the process is gone, and did not read what was sent
+            self._commands.close()
+
+    def _close(self) -> None:
+        """Closes both pipes of a process that has ended: a waiting reader has seen the end of its output."""
+        self._close_commands()
+        self._reader.shutdown()
+        self._answers.close()
 
     def _kill(self) -> None:
         self._process.kill()
         self._process.wait()
+        self._close()

@@ -1,11 +1,14 @@
 """Defines arguments that several commands share. Choices come from the registries, which are imported only when
 needed."""
 
+import math
 from collections.abc import Callable
 from enum import StrEnum
 from typing import Annotated
 
 import typer
+
+from hasten.units import parse_bytes
 
 
 def one_of(values: Callable[[], list[str]]) -> Callable[[str], str]:
@@ -18,6 +21,23 @@ def one_of(values: Callable[[], list[str]]) -> Callable[[str], str]:
         return value
 
     return check
+
+
+def finite(value: float) -> float:
+    """An option's callback that refuses NaN and infinity, which pass every comparison with a least value."""
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
+
+
+def byte_count(value: str | None) -> str | None:
+    """An option's callback that refuses text that cannot be parsed as a size in bytes."""
+    if value is not None:
+        try:
+            parse_bytes(value)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+    return value
 
 
 def storage_choices() -> list[str]:

@@ -7,13 +7,14 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from typer.core import TyperGroup
 
 from hasten import __version__
-from hasten.cli.arguments import Checkpointing, Load, Method, ModelName, Optimizer
-from hasten.errors import HastenError
+from hasten.cli.arguments import Checkpointing, Load, Method, ModelName, Optimizer, byte_count, finite
+from hasten.cli.resume import RESUME_CHOICES, TrainCommand, resume_choice
+from hasten.errors import ExportError, HastenError
 from hasten.units import format_bytes
 
 FAILED = 2
@@ -31,7 +32,8 @@ class Commands(TyperGroup):
         except HastenError as error:
             if ctx.params.get("debug"):
                 raise
-            Console(stderr=True).print(f"[bold red]{type(error).__name__}:[/] [red]{escape(str(error))}[/]")
+            said = Text.assemble((f"{type(error).__name__}: ", "bold red"), (str(error), "red"))
+            Console(stderr=True).print(said, soft_wrap=True)
             raise typer.Exit(FAILED) from error
 
 
@@ -66,30 +68,46 @@ def demo(
     download."""
     quiet()
     from hasten.demo.pipeline import FULL, QUICK, run_demo
+    from hasten.export.target import check_writable
 
+    check_writable(out / "merged")  # fails before minutes of training
     run_demo(out, Console(), QUICK if quick else FULL)
 
 
-@app.command()
+@app.command(cls=TrainCommand)
 def train(
     config: Annotated[Path, typer.Argument(help="A YAML file with the sections model, adapter, data, train and save.")],
-    resume: Annotated[bool, typer.Option(help="Resume from the newest checkpoint of the run.")] = False,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[force]",
+            help="Resume from the newest complete checkpoint of the run; force: even if settings differ.",
+            callback=resume_choice,
+        ),
+    ] = None,
 ) -> None:
     """Fine-tune a model as configured in a YAML file."""
+    from hasten.schema.job_file import read_sections
+
+    read_sections(config)  # before the imports that take seconds
     quiet()
-    from hasten.export.folder import check_target
+    from hasten.export.target import check_writable
     from hasten.model import FastLanguageModel
     from hasten.training.config import read_job
     from hasten.training.job import run as run_job
 
     console = Console()
     job = read_job(config)
-    check_target(job.saved)  # fails before hours of training, not after
-    done = run_job(job, FastLanguageModel.from_pretrained, FastLanguageModel.get_peft_model, console, resume)
-    console.print(f"{done.steps} steps, mean loss {done.loss:.4f}; {done.counts}")
+    check_writable(job.saved)  # fails before hours of training, not after
+    how = RESUME_CHOICES.get(resume, False)
+    done = run_job(job, FastLanguageModel.from_pretrained, FastLanguageModel.get_peft_model, console, how)
+    if done.already:
+        say(f"the run had finished at step {done.steps}; nothing to do. model: {done.saved}")
+        return
+    say(f"{done.steps} steps, mean loss {done.loss:.4f}; {done.counts}")
     if done.dropped:
         console.print(f"[yellow]{done.dropped} examples were dropped for being too long[/]")
-    console.print(f"model: {done.saved}\nmetrics and curve: {done.folder}", soft_wrap=True)
+    say(f"model: {done.saved}\nmetrics and curve: {done.folder}")
 
 
 @app.command()
@@ -97,10 +115,12 @@ def generate(
     model: ModelName,
     load: Load,
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One or more prompts.")],
-    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 = greedy decoding.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, callback=finite, help="0 = greedy decoding.")] = 0.0,
     raw: Annotated[bool, typer.Option(help="Continue the text as it is, without the chat template.")] = False,
-    max_seq_length: Annotated[int, typer.Option(help="Longest sequence in tokens, prompt and answer together.")] = 2048,
+    max_seq_length: Annotated[
+        int, typer.Option(min=1, help="Longest sequence in tokens, prompt and answer together.")
+    ] = 2048,
 ) -> None:
     """Generate answers to prompts and print them token by token."""
     quiet()
@@ -141,12 +161,18 @@ def merge(
 ) -> None:
     """Merge an adapter into its base model and write a standard checkpoint."""
     quiet()
+    from hasten.export.target import check_writable
+    from hasten.loading.resolve import ADAPTER_CONFIG
     from hasten.model import FastLanguageModel
 
+    if Path(adapter).is_dir():
+        _require_adapter(adapter, (Path(adapter) / ADAPTER_CONFIG).is_file())  # before a base model is loaded
+    check_writable(out)  # before the model is loaded
     network, tokenizer = FastLanguageModel.from_pretrained(adapter, load_in_16bit=True, device_map="cpu")
+    _require_adapter(adapter, hasattr(network, "get_base_model"))
     done: Any = network.save_pretrained_merged(out, tokenizer, save_method=method)
     divergence = "" if done.kl is None else f", KL divergence from 16 bits {done.kl:.4g} nats per token"
-    Console().print(f"{done.folder}: {done.method}, {format_bytes(done.bytes)}{divergence}", soft_wrap=True)
+    say(f"{done.folder}: {done.method}, {format_bytes(done.bytes)}{divergence}")
 
 
 @app.command()
@@ -163,9 +189,9 @@ def report(model: ModelName, load: Load) -> None:
 def estimate(  # noqa: PLR0913
     model: Annotated[str, typer.Argument(help="A folder or hub id; only its config is read.")],
     load: Load,
-    seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 2048,
-    batch_size: Annotated[int, typer.Option(help="Sequences of a step.")] = 1,
-    rank: Annotated[int, typer.Option(help="Rank of the LoRA on all Linear layers.")] = 16,
+    seq_len: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 2048,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 1,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA on all Linear layers.")] = 16,
     checkpointing: Annotated[
         Checkpointing, typer.Option(help="Activation checkpointing: what layers recompute or offload.")
     ] = Checkpointing.on,
@@ -174,7 +200,7 @@ def estimate(  # noqa: PLR0913
     optimizer: Annotated[Optimizer, typer.Option(help="How the optimizer stores Adam's moments.")] = Optimizer.adamw,
     offload_embedding: Annotated[bool, typer.Option(help="Offload the input embedding to CPU memory.")] = False,
     memory_budget: Annotated[
-        str | None, typer.Option(help='For auto, e.g. "24GiB"; default: the memory of the GPU.')
+        str | None, typer.Option(callback=byte_count, help='For auto, e.g. "24GiB"; default: the memory of the GPU.')
     ] = None,
 ) -> None:
     """Estimate the peak memory of a training step, and plan recomputation and offloading, from the config alone."""
@@ -195,7 +221,7 @@ def estimate(  # noqa: PLR0913
         offload_embedding=offload_embedding,
         memory_budget=memory_budget,
     )
-    table = Table("part", "memory", title=f"{model}: one step of {batch_size} x {seq_len} tokens")
+    table = Table("part", "memory", title=Text(f"{model}: one step of {batch_size} x {seq_len} tokens"))
     for part, size in found.parts().items():
         table.add_row(part, format_bytes(size))
     table.add_section()
@@ -204,10 +230,10 @@ def estimate(  # noqa: PLR0913
         table.add_row("in CPU memory", format_bytes(found.peak.host))
     console = Console()
     console.print(table)
-    console.print(f"plan: {found.plan}", soft_wrap=True)
+    say(f"plan: {found.plan}")
     if not found.fits:
-        console.print(f"[yellow]more than {memory_budget or 'the GPU has'}: no plan needs less[/]")
-    console.print(advice(found.savings), soft_wrap=True)
+        say(f"more than {memory_budget or 'the GPU has'}: no plan needs less", "yellow")
+    say(advice(found.savings))
 
 
 @app.command()
@@ -218,8 +244,8 @@ def doctor() -> None:
     findings = examine(look())
     table = Table("", "", "found", "what to do")
     for finding in findings:
-        level = f"[{COLOURS[finding.level]}]{finding.level}[/]"
-        table.add_row(level, finding.subject, escape(finding.found), escape(finding.fix))
+        level = Text(finding.level, COLOURS[finding.level])
+        table.add_row(level, Text(finding.subject), Text(finding.found), Text(finding.fix))
     Console().print(table)
     if count := len(problems(findings)):
         Console(stderr=True).print(f"[bold red]{count} problem{'s' if count > 1 else ''}[/]")
@@ -232,6 +258,17 @@ def run(ctx: typer.Context, script: Annotated[Path, typer.Argument(help="A Pytho
     from hasten.unsloth_compat import run as run_script
 
     run_script(script, ctx.args)
+
+
+def _require_adapter(name: str, found: bool) -> None:
+    """Raises ExportError where there is nothing to merge, since the result would be the base model unchanged."""
+    if not found:
+        raise ExportError(f"{name} has no adapter (adapter_config.json), so there is nothing to merge; pass an adapter")
+
+
+def say(text: str, style: str = "") -> None:
+    """Prints text as it is: brackets in a path are no markup, and ":name:" is no emoji."""
+    Console().print(Text(text, style), soft_wrap=True)
 
 
 def quiet() -> None:

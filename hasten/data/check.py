@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hasten.data.columns import check_rows
 from hasten.data.labels import label_mask
 from hasten.data.tokens import tokenized
 from hasten.errors import DatasetError
@@ -57,6 +58,7 @@ def check_dataset(
         raise DatasetError(f"the {name} dataset is empty; pass one with at least one example")
     if not hasattr(dataset, "__len__"):
         return DatasetCounts(examples=None)
+    check_rows(dataset, name)
     if trainer is not None:
         max_length = _truncation_length(trainer.args)
         dataset = tokenized(dataset, trainer, name)

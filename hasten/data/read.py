@@ -3,26 +3,28 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hasten.errors import DatasetError, MissingExtraError
-from hasten.options.data import DataOptions
+from hasten.data.columns import select_columns
+from hasten.data.json_lines import check_json
+from hasten.errors import DatasetError, MissingExtraError, OptionError
+from hasten.json_file import shown
+from hasten.options.data import DataOptions, data_problems
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 """File suffix -> the builder of the package `datasets` for it."""
-COLUMNS = (("input_ids", "labels"), ("messages",), ("conversations",), ("prompt", "completion"), ("text",))
-"""Columns that can be trained on; the first entry that a dataset has is used."""
-CHAT_COLUMNS = ("tools", "chat_template_kwargs")
-"""Further columns that TRL reads with a chat, where a dataset has them."""
 
 
 def read_dataset(options: DataOptions) -> "tuple[Dataset, Dataset | None]":
     """Returns the training examples, and the evaluation examples if `options` asks for some.
 
-    Raises DatasetError for a dataset that cannot be read, is empty, has empty cells, or has none of `COLUMNS`, and
-    MissingExtraError without the package `datasets`.
+    Chats come as `messages` of role and content, ShareGPT's rows too. Raises OptionError for options of another type,
+    DatasetError for a dataset that cannot be read, is empty, has none of `columns.COLUMNS`, or has cells that cannot be
+    trained on (rows are named), and MissingExtraError without the package `datasets`.
     """
+    if problems := data_problems(options):
+        raise OptionError("data", problems)
     train = _read(options, options.path, options.split)
     if options.eval_path is None and options.eval_split is None:
         return train, None
@@ -38,14 +40,15 @@ def _read(options: DataOptions, path: str, split: str) -> "Dataset":
         dataset = _open(options, path, split)
     except DatasetError:
         raise
-    except (exceptions.DatasetsError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a file that others wrote: whichever line of the parsers stumbles over it
+        reason = error.__cause__ if isinstance(error, exceptions.DatasetsError) and error.__cause__ else error
         raise DatasetError(
-            f"{path} (split {split!r}) cannot be read: {error}. Pass a .jsonl, .json, .parquet or .csv file, a folder "
+            f"{path} (split {split!r}) cannot be read: {shown(reason)}. Pass a .jsonl, .json, .parquet or .csv file, a folder "
             "saved by datasets, or a hub id"
         ) from error
     if not len(dataset):
         raise DatasetError(f"{path} (split {split!r}) is empty; pass a dataset with at least one example")
-    return _select_columns(dataset, options, path)
+    return select_columns(dataset, options.text_field, path)
 
 
 def _open(options: DataOptions, path: str, split: str) -> Any:
@@ -57,24 +60,13 @@ def _open(options: DataOptions, path: str, split: str) -> Any:
             raise DatasetError(f"{path} ends in {place.suffix!r}; it must end in one of {', '.join(READERS)}")
         if not place.stat().st_size:
             raise DatasetError(f"{path} is empty; pass a dataset with at least one example")
-        return load_dataset(READERS[place.suffix], data_files={"train": path}, split=split)
+        settings: dict[str, Any] = {}
+        if READERS[place.suffix] == "json":
+            check_json(path)
+        elif place.suffix == ".csv":
+            settings = {"keep_default_na": False, "na_values": [""]}  # "None" and "NA" are text, an empty cell is empty
+        return load_dataset(READERS[place.suffix], data_files={"train": path}, split=split, **settings)
     if (place / "state.json").exists() or (place / "dataset_dict.json").exists():
         saved = load_from_disk(path)
         return saved[split] if isinstance(saved, DatasetDict) else saved
     return load_dataset(path, options.name, revision=options.revision, split=split)
-
-
-def _select_columns(dataset: "Dataset", options: DataOptions, path: str) -> "Dataset":
-    """Keeps only the columns that are trained on, since TRL chooses the dataset's format by the columns that exist."""
-    asked = ((options.text_field,),) if options.text_field else COLUMNS
-    found = next((columns for columns in asked if set(columns) <= set(dataset.column_names)), None)
-    if found is None:
-        wanted = " or ".join(" + ".join(columns) for columns in asked)
-        raise DatasetError(
-            f"{path} has the columns {', '.join(dataset.column_names)}; it needs {wanted}, or set data.text_field to the "
-            "column of text"
-        )
-    for column in found:
-        if missing := dataset.data.column(column).null_count:
-            raise DatasetError(f"{path}: {missing} examples have an empty {column!r}; fill or remove them")
-    return dataset.select_columns([*found, *(name for name in CHAT_COLUMNS if name in dataset.column_names)])

@@ -93,7 +93,9 @@ def run_demo(out: Path, console: Console, size: Size = FULL) -> dict[str, Any]:
         agreement = _merge(demo, corpus, finished)
     summary = _summary(demo, before, after, agreement)
     _check(before, after, agreement)
-    console.print(f"\n[bold green]Done in {sum(demo.seconds.values()):.0f} s.[/] Everything is in {out}")
+    console.print(
+        f"\n[bold green]Done in {sum(demo.seconds.values()):.0f} s.[/] Everything is in {escape(str(out))}", emoji=False
+    )
     return summary
 
 
@@ -161,7 +163,7 @@ def _finetune(demo: DemoRun) -> Finished:
     path = demo.out / "job.yaml"
     path.write_text(yaml.safe_dump(job, sort_keys=False), encoding="utf-8")
     shown = Syntax(path.read_text(encoding="utf-8"), "yaml", background_color="default")
-    demo.console.print(Panel(shown, title=f"hasten train {path.name}", title_align="left", expand=False))
+    demo.console.print(Panel(shown, title=f"hasten train {escape(path.name)}", title_align="left", expand=False))
     finished = run(read_job(path), FastLanguageModel.from_pretrained, FastLanguageModel.get_peft_model, demo.console)
     curve = [loss for _, loss in losses(MetricsFile(demo.out / "metrics.jsonl").rows())]
     demo.console.print(f"loss {curve[0]:.2f} {sparkline(curve)} {curve[-1]:.2f}   {finished.counts}")

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel, get_peft_model_state_dict
 
 from hasten.errors import ExportError
+from hasten.export.active import peft_model_of
 from hasten.export.base import find_base
 from hasten.export.folder import new_folder
 from hasten.export.shards import write_safetensors
@@ -19,9 +21,8 @@ def write_adapter(model: Any, target: Path, tokenizer: Any) -> int:
 
     Raises ExportError if the model has no adapter or several active ones (a folder holds one).
     """
-    from peft import get_peft_model_state_dict
-
-    active = list(model.active_adapters) if hasattr(model, "peft_config") else []
+    model = peft_model_of(model)
+    active = list(model.active_adapters) if isinstance(model, PeftModel) else []
     if len(active) != 1:
         found = f"{len(active)} active adapters ({', '.join(active)})" if active else "no adapter"
         raise ExportError(f'save_method="lora" writes one adapter, and this model has {found}; activate one of them')
@@ -38,7 +39,7 @@ def write_adapter(model: Any, target: Path, tokenizer: Any) -> int:
         write_safetensors(work / "adapter_model.safetensors", tensors)
         if tokenizer is not None:
             tokenizer.save_pretrained(work)
-        config.save_pretrained(work)
+        config.save_pretrained(str(work))
     return size
 
 

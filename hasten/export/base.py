@@ -1,6 +1,5 @@
 """Reads the base checkpoint of a model, tensor by tensor, and maps its tensor names to the model's."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from transformers.core_model_loading import PrefixChange, WeightConverter, Weigh
 from transformers.utils import cached_file
 
 from hasten.errors import ExportError
+from hasten.json_file import read_object
 from hasten.state import find_state
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -60,7 +60,7 @@ def find_base(model: Any) -> BaseCheckpoint | None:
     config_path = source.find("config.json")
     if config_path is None:
         return None
-    config = json.loads(config_path.read_text())
+    config = read_object(config_path, ExportError, unbounded=("time_step_limit",))
     files = _files(source)
     if config.get("quantization_config") is not None or not files:
         return None
@@ -99,7 +99,10 @@ def _files(source: _Source) -> dict[str, Path]:
     index = source.find(INDEX)
     if index is not None:
         shards: dict[str, list[str]] = {}
-        for name, file in json.loads(index.read_text())["weight_map"].items():
+        mapped = read_object(index, ExportError).get("weight_map")
+        if not isinstance(mapped, dict) or not all(isinstance(f, str) and Path(f).name == f for f in mapped.values()):
+            raise ExportError(f"{index} does not list tensors and their files in its folder; fetch it again")
+        for name, file in mapped.items():
             shards.setdefault(file, []).append(name)
         paths = {file: source.find(file) for file in sorted(shards)}
         missing = [file for file, path in paths.items() if path is None]
@@ -109,8 +112,11 @@ def _files(source: _Source) -> dict[str, Path]:
     single = source.find(WEIGHTS)
     if single is None:
         return {}
-    with safe_open(single, framework="pt") as handle:
-        return dict.fromkeys(handle.keys(), single)
+    try:
+        with safe_open(single, framework="pt") as handle:
+            return dict.fromkeys(handle.keys(), single)
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"{single}, the base model, cannot be read ({error}); fetch it again") from error
 
 
 def slots_of(model: Any, names: Iterable[str], slots: Iterable[str]) -> tuple[dict[str, str | None], list[str]]:

@@ -1,22 +1,24 @@
 """Writes a folder atomically: under a hidden name beside the target, then renamed."""
 
 import contextlib
-import fcntl
 import json
 import logging
-import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from hasten.errors import ExportError
+from hasten.export.durable import hidden_sibling, put_in_place, siblings_prefix, sync_tree
+from hasten.export.fill import must_stay, replace_inside
 from hasten.export.shards import write_json
 
 log = logging.getLogger(__name__)
 
 MARKER = "hasten.json"  # in every finished folder: what hasten wrote there, so that it may replace it, and only it
 WRITING, REPLACED = "writing", "replaced"
+LOCK = ".lock"
 SLACK = 32 * 2**20  # bytes beside the weights: tokenizer, configs, headers
 
 
@@ -38,21 +40,25 @@ def new_folder(target: Path, needed: int, method: str) -> Iterator[Path]:
                 f"{target} needs {_gib(needed + SLACK)} and {parent} has {_gib(free)} free; nothing was written. Free "
                 "some space or save elsewhere (an older copy is only removed once the new one is complete)"
             )
-        work = _hidden(target, WRITING)
-        work.mkdir()
+        work = hidden_sibling(target, WRITING)
+        lock = _lock_of(work)
+        lock.acquire()  # before the folder is there, so that no other writer takes it for an abandoned one
     except OSError as error:
         raise ExportError(f"{target} cannot be written ({error}); nothing was left there") from error
-    lock = os.open(work, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        work.mkdir()
         yield work
         _seal(work, method)
-        _put_in_place(work, target)
+        check_target(target)
+        if must_stay(target):
+            replace_inside(work, target, hidden_sibling(target, REPLACED))
+        else:
+            put_in_place(work, target, REPLACED)
     except OSError as error:
         raise ExportError(f"{target} could not be written ({error}); nothing was left there") from error
     finally:
-        os.close(lock)
         shutil.rmtree(work, ignore_errors=True)
+        _unlock(lock)
 
 
 def check_target(target: Path) -> None:
@@ -61,7 +67,7 @@ def check_target(target: Path) -> None:
         raise ExportError(f"{target} is a file or a link; give the name of a new folder")
     if not target.is_dir():
         return
-    found = {str(path.relative_to(target)) for path in target.rglob("*") if not path.is_dir()}
+    found = {path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()}
     if not found:
         return
     ours = _listed(target)
@@ -75,60 +81,44 @@ def check_target(target: Path) -> None:
 
 def _listed(target: Path) -> set[str]:
     try:
-        return {MARKER, *json.loads((target / MARKER).read_text())["files"]}
+        return {MARKER, *json.loads((target / MARKER).read_text(encoding="utf-8"))["files"]}
     except (OSError, ValueError, KeyError, TypeError):  # no marker of ours: nothing in here is ours
         return set()
 
 
-def _hidden(target: Path, state: str) -> Path:
-    return target.parent / f".{target.name}.{state}-{secrets.token_hex(4)}"
+def _lock_of(work: Path) -> FileLock:
+    """The lock that the writer of `work` holds: a file beside it, since Windows renames no folder with an open file."""
+    return FileLock(work.parent / f"{work.name}{LOCK}")
+
+
+def _unlock(lock: FileLock) -> None:
+    lock.release()
+    Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def _remove_abandoned(target: Path) -> None:
-    """Removes what killed writers of the same target left. A running writer holds a lock on its folder."""
-    for left in target.parent.glob(f".{target.name}.{WRITING}-*"):
-        lock = os.open(left, os.O_RDONLY)
+    """Removes what killed writers of the same target left. A running writer holds the lock of its folder."""
+    prefix = siblings_prefix(target, WRITING)
+    names = {path.name.removesuffix(LOCK) for path in target.parent.iterdir() if path.name.startswith(prefix)}
+    for left in (target.parent / name for name in sorted(names)):
+        lock = _lock_of(left)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock.acquire(timeout=0)
+        except Timeout:
             continue
+        try:
+            if left.exists():
+                log.warning("removing %s, left by a save that was killed", left)
+                shutil.rmtree(left)
         finally:
-            os.close(lock)
-        log.warning("removing %s, left by a save that was killed", left)
-        shutil.rmtree(left)
+            _unlock(lock)
 
 
 def _seal(work: Path, method: str) -> None:
     """Lists the files in the marker and syncs all of them to the disk."""
-    files = sorted(str(path.relative_to(work)) for path in work.rglob("*") if path.is_file())
+    files = sorted(path.relative_to(work).as_posix() for path in work.rglob("*") if path.is_file())
     write_json(work / MARKER, {"written_by": "hasten", "save_method": method, "files": files})
-    for path in [*work.rglob("*"), work]:
-        _sync(path)
-
-
-def _put_in_place(work: Path, target: Path) -> None:
-    """Two renames: a kill between them leaves the old folder, complete, under a hidden name that nothing removes."""
-    check_target(target)
-    old = _hidden(target, REPLACED)
-    if target.exists():
-        target.rename(old)
-    try:
-        work.rename(target)
-    except OSError:
-        if old.exists():
-            old.rename(target)
-        raise
-    _sync(target.parent)
-    if old.exists():
-        shutil.rmtree(old)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_tree(work)
 
 
 def _gib(size: int) -> str:

@@ -9,6 +9,7 @@ from torch import nn
 
 from hasten.export.folder import MARKER
 from hasten.export.save import save_merged
+from hasten.export.target import check_repo_id
 
 
 def push_to_hub_merged(  # noqa: PLR0913
@@ -28,6 +29,7 @@ def push_to_hub_merged(  # noqa: PLR0913
     kwargs: `save_merged`'s max_shard_size, dtype, rows. Raises ExportError before anything is sent; the hub's own
     errors pass through.
     """
+    check_repo_id(repo_id)
     api = HfApi(token=token) if api is None else api
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"

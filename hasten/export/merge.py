@@ -11,7 +11,7 @@ import torch
 
 from hasten.errors import ExportError
 from hasten.export.slots import Slot
-from hasten.weights import active_adapters, dequantize, holds
+from hasten.weights import active_adapters, adapter_type, dequantize, holds
 from hasten.weights.formats import is_quantized
 
 TIED_TO_LIVE_WEIGHT = ("loftq", "pissa", "olora", "corda", "lora_ga")
@@ -20,13 +20,17 @@ fits only the model's own weight. A dense weight that they changed is found by c
 
 
 class Merger:
-    """Merges tensors. from_live: names of tensors that differ from the base and were therefore taken from the model."""
+    """Merges tensors. from_live: names of tensors that differ from the base and were therefore taken from the model.
+
+    changed: whether an adapter changed any tensor that was merged so far.
+    """
 
     def __init__(self, initialisations: list[str], dtype: torch.dtype | None, live_dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.live_dtype = live_dtype
         self._needs_live = any(name.startswith(TIED_TO_LIVE_WEIGHT) for name in initialisations)
         self.from_live: set[str] = set()
+        self.changed = False
 
     def merged(self, name: str, slot: Slot, base: torch.Tensor | None) -> torch.Tensor:
         """Returns the tensor to write for `slot`, on the CPU. `base`: the same tensor in the base checkpoint, None
@@ -52,6 +56,7 @@ class Merger:
                 f"{name} is not finite after merging in {dtype}: the adapter has NaN or inf, or the sum overflows "
                 "(then pass dtype=torch.bfloat16 or torch.float32)"
             )
+        self.changed = self.changed or not torch.equal(cast, source.to("cpu", dtype))
         return cast
 
     def _source(self, name: str, slot: Slot, base: torch.Tensor | None) -> torch.Tensor:
@@ -104,16 +109,20 @@ def _adapt(layer: Any, slot: Slot, result: torch.Tensor, source: torch.Tensor) -
 
 def _add_lora(layer: Any, name: str, result: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     """Computes W + scale * B @ A (Hu et al. 2021, arXiv:2106.09685); DoRA (Liu et al. 2024, arXiv:2402.09353) scales it
-    to m."""
+    to m, AdaLoRA (Zhang et al. 2023, arXiv:2303.10512) has singular values E and divides by the rank that is left."""
     embedding = name in layer.lora_embedding_A
-    if embedding:  # stored as (V, D); PEFT keeps A as (R, V) and B as (D, R)
-        left, right = _plain(layer.lora_embedding_A[name]).T, _plain(layer.lora_embedding_B[name]).T
-    elif name in layer.lora_A:
-        left, right = _plain(layer.lora_B[name].weight), _plain(layer.lora_A[name].weight)
-    else:
+    if not embedding and name not in layer.lora_A:
         return result
     scale = float(layer.scaling[name])
-    turn: Callable[[torch.Tensor], torch.Tensor] = torch.t if layer.fan_in_fan_out and not embedding else lambda w: w
+    if adapter_type(layer) == "ADALORA":
+        left, right = _plain(layer.lora_B[name]), _plain(layer.lora_A[name]) * _plain(layer.lora_E[name])
+        scale /= float(layer.ranknum[name]) + 1e-5  # as PEFT's forward, against ranks that were pruned to 0
+    elif embedding:  # stored as (V, D); PEFT keeps A as (R, V) and B as (D, R)
+        left, right = _plain(layer.lora_embedding_A[name]).T, _plain(layer.lora_embedding_B[name]).T
+    else:
+        left, right = _plain(layer.lora_B[name].weight), _plain(layer.lora_A[name].weight)
+    turned_base = getattr(layer, "fan_in_fan_out", False)  # AdaLoRA's quantised layers have no such field
+    turn: Callable[[torch.Tensor], torch.Tensor] = torch.t if turned_base and not embedding else lambda w: w
     turned = turn(result)
     turned.addmm_(left, right, alpha=scale)
     if name in layer.lora_variant:

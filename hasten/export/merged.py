@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hasten.errors import ExportError
+from hasten.export.active import listed, peft_models_around, unmergeable, unread
 from hasten.export.base import BaseCheckpoint, disk_names_of, find_base, slots_of
 from hasten.export.folder import new_folder
 from hasten.export.merge import Merger
@@ -73,7 +74,8 @@ def plan_merge(model: nn.Module, dtype: torch.dtype | None) -> MergePlan:
     `dtype`: None = each tensor keeps the dtype that it has in the base checkpoint.
     """
     causal_lm = causal_lm_of(model)
-    slots = collect(causal_lm)
+    models = [model, *peft_models_around(model)]
+    slots = collect(causal_lm, unmergeable(models))
     configs = getattr(model, "peft_config", {})
     if configs and not any(slot.layers for slot in slots.values()) and not _trained_copies(causal_lm):
         raise ExportError("no adapter is active, so there is none to merge; activate one with set_adapter")
@@ -88,6 +90,7 @@ def plan_merge(model: nn.Module, dtype: torch.dtype | None) -> MergePlan:
     else:
         _enter_base(plan, base)
     _tie(plan)
+    _check_complete(plan, models)
     return plan
 
 
@@ -128,7 +131,13 @@ def config_of(plan: MergePlan) -> dict[str, Any]:
 
 
 def report_sources(plan: MergePlan) -> None:
-    """Logs which tensors differ from the base checkpoint and were therefore taken from the model."""
+    """Logs which tensors differ from the base checkpoint and were therefore taken from the model, and warns where the
+    adapter changed nothing."""
+    if any(slot.changes for slot in plan.slots.values()) and not plan.merger.changed:
+        log.warning(
+            "the adapter changes no weight: its deltas are zero, as before training, or below the rounding of the dtype; "
+            "the merged weights are the base's"
+        )
     taken = sorted(plan.merger.from_live)
     if taken:
         log.info(
@@ -165,7 +174,7 @@ def _enter_base(plan: MergePlan, base: BaseCheckpoint) -> None:
 def _tie(plan: MergePlan) -> None:
     """Decides whether head and embedding are still equal, and so are written once, or twice if not."""
     head, embedding = _head_and_embedding(plan)
-    plan.tied = bool(plan.model.config.tie_word_embeddings)
+    plan.tied = bool(getattr(plan.model.config, "tie_word_embeddings", False))
     if head is None or embedding is None or not plan.tied:
         return
     if head not in plan.base_names and embedding in plan.base_names:
@@ -176,6 +185,21 @@ def _tie(plan: MergePlan) -> None:
         plan.entries = [(name, slot) for name, slot in plan.entries if slot != head]
     else:
         log.warning("embedding and head differ after training, so the merged model has both and is no longer tied")
+
+
+def _check_complete(plan: MergePlan, models: list[nn.Module]) -> None:
+    """Compares what will be written with what is active and what trains; raises ExportError for anything left out."""
+    written = {slot for _, slot in plan.entries}
+    head = _head_and_embedding(plan)[0] if plan.tied else None
+    missing = [name for name, slot in plan.slots.items() if slot.changes and name not in written and name != head]
+    read = [slot.value for slot in plan.slots.values()]
+    read += [parameter for slot in plan.slots.values() for layer in slot.layers for parameter in layer.parameters()]
+    missing += unread(models, read)
+    if missing:
+        raise ExportError(
+            f"{listed(missing)} would not be in the merged model, although trained or part of the active adapter; merge "
+            "with PEFT's merge_and_unload() and save with transformers' save_pretrained()"
+        )
 
 
 def _head_and_embedding(plan: MergePlan) -> tuple[str | None, str | None]:

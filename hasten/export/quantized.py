@@ -14,7 +14,7 @@ from hasten.errors import ExportError, MissingExtraError
 from hasten.export.folder import new_folder
 from hasten.export.merged import MergePlan, config_of, report_sources, write_beside
 from hasten.export.request import ExportRequest
-from hasten.export.shards import ShardWriter, write_json
+from hasten.export.shards import ShardWriter, require_finite, write_json
 from hasten.patching.contract import stock_class
 from hasten.weights import base_layer_of
 from hasten.weights.formats import WeightFormat
@@ -54,6 +54,7 @@ def write_quantized(plan: MergePlan, into: WeightFormat, request: ExportRequest)
             if slot is None or slot not in linears:
                 writer.add(name, tensor)
                 continue
+            require_finite({name: tensor})
             stored = into.quantize(tensor)
             for suffix, part in stored.tensors.items():
                 writer.add(f"{name}{suffix}", part)

@@ -14,6 +14,7 @@ from hasten.export.base import find_base
 from hasten.export.folder import check_target
 from hasten.export.request import ExportRequest
 from hasten.export.shards import parse_size
+from hasten.export.target import absolute
 from hasten.state import causal_lm_of
 from hasten.suggest import did_you_mean
 
@@ -61,7 +62,7 @@ def save_merged(
     if save_method not in known:
         hint = did_you_mean(save_method, known, count=1, cutoff=0.3)
         raise ExportError(f"save_method={save_method!r}{hint} is not known; must be one of {', '.join(known)}")
-    exporter, target = exporters.named(save_method), Path(folder)
+    exporter, target = exporters.named(save_method), absolute(folder)
     request = ExportRequest(model, target, save_method, tokenizer, dtype=dtype, rows=rows)
     if problems := exporter.check(request):
         raise ExportError("; ".join(problems))

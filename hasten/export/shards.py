@@ -6,6 +6,7 @@ Format: https://huggingface.co/docs/safetensors (an 8-byte little-endian header 
 import json
 import os
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from hasten.errors import ExportError
 from hasten.units import parse_bytes
+from hasten.weights.finite import described, nonfinite_names
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -83,7 +85,8 @@ class ShardWriter:
 
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Writes one file straight from the tensors' memory, and waits for the disk. Widest dtypes first, as loaders
-    expect."""
+    expect. Raises ExportError for NaN and infinity."""
+    require_finite(tensors)
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -106,6 +109,16 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
             file.write(flat.view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def require_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises ExportError, with counts and names, where a weight is NaN or infinite: quantised, it would become a
+    number."""
+    if found := nonfinite_names(tensors.items()):
+        raise ExportError(
+            f"{described(found)}, so the model is not written. The training run diverged or the base is damaged; use an "
+            "earlier checkpoint, or pass dtype=torch.bfloat16 or torch.float32 where the values only overflow"
+        )
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,6 +1,6 @@
 """Lists every tensor of the stock model under PEFT's wrappers, with the adapter layers that change it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hasten.errors import ExportError
-from hasten.weights import active_adapters, unwrap
+from hasten.export.active import MERGEABLE
+from hasten.weights import active_adapters, adapter_type, unwrap
 from hasten.weights.formats import find_format
 
 MERGEABLE_VARIANTS = ("DoraLinearVariant", "DoraEmbeddingVariant")
@@ -44,12 +45,13 @@ class Slot:
         return tuple(layer for layer in with_bias if any(layer.lora_bias.get(n) for n in active_adapters(layer)))
 
 
-def collect(model: nn.Module) -> dict[str, Slot]:
+def collect(model: nn.Module, found: Iterable[str] = ()) -> dict[str, Slot]:
     """Returns {the stock model's state-dict name: Slot} for the causal LM `model`, under PEFT or not.
 
-    Raises ExportError, naming all of them, for adapters that cannot be written into a weight.
+    found: problems known already. Raises ExportError, naming all of them, for adapters that cannot be written into a
+    weight.
     """
-    problems: list[str] = []
+    problems = list(found)
     slots = dict(_walk(model, "", problems))
     if problems:
         raise ExportError("the adapter cannot be merged:\n  " + "\n  ".join(problems))
@@ -91,9 +93,8 @@ def _problem(stock: nn.Module, layer: Any) -> str | None:
         return (
             "PEFT has already merged an adapter into the weight and rounded the sum; call model.unmerge_adapter() first"
         )
-    if not _is_active(layer):
-        known = hasattr(layer, "lora_A") or hasattr(layer, "trainable_tokens_delta")
-        return None if known or not active_adapters(layer) else f"{type(layer).__name__} is not a LoRA layer"
+    if adapter_type(layer) not in MERGEABLE or not _is_active(layer):
+        return None  # `active.unmergeable` has found other methods by walking every module
     if not isinstance(stock, (nn.Linear, nn.Embedding, Conv1D)) or hasattr(layer, "parameter_name"):
         return f"LoRA on {type(stock).__name__} through {type(layer).__name__} cannot be merged"
     for name in active_adapters(layer):

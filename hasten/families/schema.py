@@ -33,6 +33,7 @@ class Attention:
     rope_layers: the layers that have RoPE.
     qk_norm: norm on queries and keys before RoPE, over each head's channels.
     qk_norm_if: config field that switches `qk_norm` on.
+    qk_norm_heads_first: transformers calls these norms on (B, H, T, D); False = on (B, T, H, D). Seen by hooks only.
     window: "never", "always" (config.sliding_window where set) or "by_layer" (where config.layer_types says so).
     scale: config field s; scores are multiplied by s (scale_power 1) or by s ** scale_power. None = 1 / sqrt(head_dim).
     softcap: config field c; scores become c * tanh(score / c).
@@ -43,6 +44,7 @@ class Attention:
     rope_layers: Literal["all", "sliding"] = "all"
     qk_norm: Norm | None = None
     qk_norm_if: str | None = None
+    qk_norm_heads_first: bool = False
     window: Literal["never", "always", "by_layer"] = "never"
     scale: str | None = None
     scale_power: float = 1.0

@@ -8,10 +8,11 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from hasten.errors import InputError
+from hasten.errors import InputError, OptionError
 from hasten.inference.modes import evaluating
 from hasten.inference.prompt import Prompt, read_prompt
-from hasten.overlays import HeadOverlay
+from hasten.options.generation import generation_problems
+from hasten.overlays import HeadOverlay, StockHeadOverlay
 from hasten.state import GenerateCall
 
 DEFAULT_NEW_TOKENS = 20  # transformers' default
@@ -24,6 +25,7 @@ def generate(model: Any, stock_generate: Callable[..., Any], *args: Any, **kwarg
     first token are left-padded first, so the prompt part of the result is left-padded; its width is that of the prompt
     given, and `result[:, prompt.shape[1]:]` are the new tokens.
 
+    Raises OptionError for lengths and sampling parameters of another type or out of range.
     Raises InputError before anything runs where a prompt, or a prompt plus the new tokens that this call asks for, is
     longer than `max_seq_length`, where a sequence is padding only, and where shapes disagree. A length that comes only
     from the checkpoint's generation config or transformers' default is lowered to what fits. Does not change the model,
@@ -33,6 +35,8 @@ def generate(model: Any, stock_generate: Callable[..., Any], *args: Any, **kwarg
     catch_all = next((p.name for p in call.signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
     named = {name: value for name, value in call.arguments.items() if name != catch_all}
     named |= call.arguments.get(catch_all, {}) if catch_all else {}
+    if problems := generation_problems(named):
+        raise OptionError("generate", problems)
     changed: dict[str, Any] = {}
     prompt = read_prompt(named, *(_setting(model, named, name) for name in ("pad_token_id", "eos_token_id")))
     if prompt is not None:
@@ -70,7 +74,7 @@ def asked(model: Any, call: GenerateCall, name: str) -> Any:
 def _checked_length(model: Any, named: dict[str, Any], prompt: Prompt) -> dict[str, Any]:
     """Returns the arguments to change so that no sequence exceeds `max_seq_length`. Raises InputError where the caller
     asks for more."""
-    limit = model.overlay_config.max_seq_length if isinstance(model, HeadOverlay) else None
+    limit = model.overlay_config.max_seq_length if isinstance(model, (HeadOverlay, StockHeadOverlay)) else None
     if limit is None:
         return {}
     if prompt.longest > limit:

@@ -8,6 +8,7 @@ changed.
 import copy
 import json
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from hasten.errors import CheckpointError
+from hasten.loading.adapter_files import check_adapter_files
+from hasten.loading.foreign import parsing
 from hasten.loading.vocabulary import seeded
 from hasten.patching.contract import stock_class
 from hasten.state import causal_lm_of
@@ -53,6 +56,7 @@ def attach(
             f"{folder_or_id} cannot be attached: the model already has an adapter; load the base again"
         )
     folder = _fetch(str(folder_or_id), token, revision)
+    check_adapter_files(folder)
     config = _read_config(folder)
     found = _read_header(folder / WEIGHTS)
     required, optional = _expected(causal_lm, config)
@@ -61,12 +65,11 @@ def attach(
         listed = "\n  ".join(problems)
         raise CheckpointError(f"the adapter in {folder} does not fit this model, nothing was attached:\n  {listed}")
     _warn_of_other_base(causal_lm, config)
-    with seeded(
-        0
-    ):  # PEFT initialises an adapter at random before it reads the weights; the caller's generators must not change
+    # PEFT initialises an adapter at random before it reads the weights; the caller's generators must not change.
+    with seeded(0), parsing(f"The adapter in {folder}", CheckpointError, "Load the base model again, without it"):
         peft_model = PeftModel.from_pretrained(causal_lm, str(folder), is_trainable=trainable, config=config)
     # PEFT drops this field on reading; an export needs it, since such an adapter only fits the quantised base.
-    repaired = json.loads((folder / CONFIG).read_text()).get("loftq_config")
+    repaired = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("loftq_config")
     if repaired:
         peft_model.peft_config["default"].loftq_config = repaired  # pyright: ignore[reportAttributeAccessIssue]
     return peft_model
@@ -98,13 +101,10 @@ def _fetch(source: str, token: str | bool | None, revision: str | None) -> Path:
 
 
 def _read_config(folder: Path) -> PeftConfig:
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{folder / CONFIG} cannot be read: {error}") from error
-    if config.is_prompt_learning or config.peft_type not in ("LORA", "TRAINABLE_TOKENS"):
-        raise CheckpointError(f"{folder} has an adapter of type {config.peft_type}; hasten attaches only LoRA adapters")
-    return config
+    with parsing(str(folder / CONFIG), CheckpointError, "Save the adapter again"), warnings.catch_warnings():
+        # `attach` restores the field.
+        warnings.filterwarnings("ignore", "`loftq_config` specified but will be ignored", UserWarning)
+        return PeftConfig.from_pretrained(str(folder))
 
 
 def _read_header(path: Path) -> Shapes:
@@ -129,10 +129,9 @@ def _expected(model: Any, config: PeftConfig) -> tuple[Shapes, Shapes]:
     with torch.device("meta"):
         bare: Any = stock_class(model)(copy.deepcopy(model.config))
         bare.tie_weights()
-        try:
+        # PEFT raises for a target that matches no module, a field out of range, a regular expression that is none, ...
+        with parsing(f"the adapter's config for {type(model).__name__}", CheckpointError, "Save the adapter again"):
             wrapped = get_peft_model(bare, config)
-        except ValueError as error:  # raised by PEFT: a target that matches no module, a field out of range
-            raise CheckpointError(f"the adapter's config does not fit {type(model).__name__}: {error}") from error
     required = _shapes(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
     both = _shapes(get_peft_model_state_dict(wrapped, save_embedding_layers=True))
     return required, {name: shape for name, shape in both.items() if name not in required}

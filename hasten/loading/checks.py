@@ -2,15 +2,20 @@
 
 import copy
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from hasten.errors import CheckpointError, HastenError, OptionError, TokenizerError
+from hasten.errors import HastenError, OptionError, TokenizerError
 from hasten.families.schema import Family
+from hasten.json_file import shown
+from hasten.loading import config_file
+from hasten.loading.config_rules import config_problems as config_problems_of
 from hasten.loading.resolve import Source
+from hasten.loading.shards import StoredTensor
 from hasten.options import HUB_ARGUMENTS, MODEL_ARGUMENTS, LoadOptions, unknown_extra
 from hasten.weights import formats
 
@@ -41,28 +46,24 @@ def config_fields(options: LoadOptions) -> dict[str, Any]:
     return {name: value for name, value in options.extra.items() if name not in known}
 
 
-def read_config(source: Source, options: LoadOptions) -> Any:
-    """Returns the checkpoint's config, or the caller's own. Raises CheckpointError where it cannot be read."""
+def read_config(source: Source, options: LoadOptions, stored: Mapping[str, StoredTensor]) -> Any:
+    """Returns the checkpoint's config, or the caller's own. Raises CheckpointError where it cannot be read.
+
+    stored: the checkpoint's tensors, empty where they are not here yet.
+    """
     own = options.extra.get("config")
     if own is not None:
         return copy.deepcopy(own)
-    folder = source.folder
-    try:
-        return AutoConfig.from_pretrained(
-            folder, trust_remote_code=bool(options.trust_remote_code), local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"The config.json in {folder} cannot be read ({type(error).__name__}: {error})"
-        ) from error
+    return config_file.read_config(source.folder, stored, bool(options.trust_remote_code))
 
 
 def set_fields(config: Any, options: LoadOptions) -> list[str]:
-    """Sets the config fields among the caller's keyword arguments; returns the problems with the unknown ones."""
+    """Sets the config fields among the caller's keyword arguments; returns the problems with unknown names and with values that
+    cannot be right, which are not set: the model is built with the checkpoint's, so that all other problems are found too."""
     known = set(config.to_dict()) | set(config.get_text_config().to_dict()) | set(config.attribute_map)
-    found = unknown_extra(options, known)
+    found = [*unknown_extra(options, known), *config_problems_of(config_fields(options), {})]
     for name, value in config_fields(options).items():
-        if name in known:
+        if name in known and not config_problems_of({name: value}, {}):
             holder = config if name in config.to_dict() or name in config.attribute_map else config.get_text_config()
             setattr(holder, name, value)
     return found
@@ -78,9 +79,12 @@ def build_empty(config: Any, options: LoadOptions, dtype: torch.dtype) -> PreTra
             return AutoModelForCausalLM.from_config(
                 copy.deepcopy(config), dtype=dtype, trust_remote_code=options.trust_remote_code, **attention
             )
-    except (ImportError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # whichever line of the model's class stumbles over a value of the config
         asked = f"attn_implementation={options.attn_implementation!r}, " if attention else ""
-        why = f"{asked}model type {config.model_type!r}: transformers cannot build the model ({error})"
+        why = (
+            f"{asked}model type {shown(config.model_type)!r}: transformers cannot build the model that its "
+            f"config.json describes ({type(error).__name__}: {shown(error)})"
+        )
         raise OptionError("from_pretrained", [why]) from error
 
 
@@ -99,7 +103,7 @@ def config_problems(config: Any, family: Family | None, options: LoadOptions) ->
         )
     if options.dtype == torch.float16 and family is not None and not family.fp16_safe:
         found.append(f"dtype=torch.float16: activations of {config.model_type} overflow fp16; use bfloat16 or float32")
-    if options.offload_embedding and config.get_text_config().tie_word_embeddings:
+    if options.offload_embedding and getattr(config.get_text_config(), "tie_word_embeddings", False):
         found.append("offload_embedding: the embedding is tied to the head, whose weight the GPU needs; leave it out")
     if softcapped(config, family) and options.attn_implementation == "sdpa":
         found.append("attn_implementation='sdpa' ignores this model's softcap on scores; use 'eager', or leave it out")
@@ -113,10 +117,12 @@ def softcapped(config: Any, family: Family | None) -> bool:
     return field is not None and getattr(config, field) is not None
 
 
-def vocabulary_error(needed: int, base: int, rows: int, options: LoadOptions) -> HastenError | None:
+def vocabulary_error(
+    needed: int, tokenizer: PreTrainedTokenizerBase, rows: int, options: LoadOptions
+) -> HastenError | None:
     """Returns an error if the tokenizer needs more embedding rows than the model has. needed: rows for every id of the
-    tokenizer; base: for its vocabulary without added tokens; rows: the model's."""
-    asked = options.resize_model_vocab
+    tokenizer, after its fixes; rows: the model's."""
+    asked, base = options.resize_model_vocab, tokenizer.vocab_size
     if asked is not None and asked < needed:
         return OptionError(
             "from_pretrained",
@@ -126,6 +132,11 @@ def vocabulary_error(needed: int, base: int, rows: int, options: LoadOptions) ->
         )
     if asked is not None or needed <= rows:
         return None
+    if needed > len(tokenizer) + 1:  # one for a new pad token
+        return TokenizerError(
+            f"The tokenizer has {len(tokenizer)} tokens, and ids up to {needed - 1}: an id in its files is wrong. Use the "
+            f"model's own tokenizer, or pass resize_model_vocab={needed} to give the model rows for ids without a token"
+        )
     if options.fix_tokenizer and base <= rows:
         return None
     return TokenizerError(

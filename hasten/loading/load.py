@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hasten.errors import CheckpointError, HastenError, OptionError
 from hasten.loading import checks, quantization, shards
 from hasten.loading import tokenizer as tokens
+from hasten.loading.config_file import read_generation_config
 from hasten.loading.device import default_dtype, is_all_cpu, resolve_device_map
 from hasten.loading.embedding import keep_embedding_on_host
 from hasten.loading.read import Reading, placement_notes, read_model
@@ -69,17 +70,19 @@ def load(options: LoadOptions) -> Loaded:
         findings.add(error)
         findings.refuse()
         raise
-    ready = _prepare(source, options, findings)
+    stored, damage = _local_tensors(source, options)
+    ready = _prepare(source, options, stored, findings)
     findings.refuse()
     assert ready is not None  # without problems every step has returned a result
     if options.attn_implementation is None and checks.softcapped(ready.config, family_of(ready.empty)):
         options = replace(options, attn_implementation="eager")
         ready.notes.append("attention: eager, which applies this model's softcap on scores")
+    if damage is not None:
+        raise damage
     fetch_weights(source, options)
-    stored: dict[str, shards.StoredTensor] = {}
     if options.use_safetensors is not False:
-        stored = shards.read_checkpoint(source.folder, options.extra.get("variant"))
-        shards.check_tensors(stored, ready.empty, source.folder)
+        stored = stored or shards.read_checkpoint(source.folder, options.extra.get("variant"))
+        ready.notes += shards.check_tensors(stored, ready.empty, source.folder)
     place, how = ready.device_map, ready.storage
     model = read_model(Reading(source.folder, ready.config, ready.dtype, place, how, options, ready.empty, stored))
     notes = [*source.notes(), *ready.notes, *placement_notes(how, place), *_finish(model, ready, options)]
@@ -90,13 +93,29 @@ def load(options: LoadOptions) -> Loaded:
     return Loaded(model, ready.tokenizer, notes, source.adapter, source)
 
 
-def _prepare(source: Source, options: LoadOptions, findings: checks.Findings) -> Preparation | None:
+def _local_tensors(
+    source: Source, options: LoadOptions
+) -> tuple[dict[str, shards.StoredTensor], CheckpointError | None]:
+    """Returns the headers of a local checkpoint, and the error where they cannot be read; ({}, None) for a hub id, whose
+    weights are not here yet, and for pickle."""
+    if source.revision is not None or options.use_safetensors is False:
+        return {}, None
+    try:
+        return shards.read_checkpoint(source.folder, options.extra.get("variant")), None
+    except CheckpointError as error:
+        return {}, error
+
+
+def _prepare(
+    source: Source, options: LoadOptions, stored: dict[str, shards.StoredTensor], findings: checks.Findings
+) -> Preparation | None:
     """Reads config and tokenizer and plans rope, dtype and tokenizer fixes; None where one of the two cannot be
     read."""
-    config: Any = _try_step(findings, checks.read_config, source, options)
+    config: Any = _try_step(findings, checks.read_config, source, options, stored)
     if config is None:
         return None
     tokenizer: Any = _try_step(findings, tokens.read_tokenizer, source.tokenizer, options.trust_remote_code)
+    _try_step(findings, read_generation_config, source.folder)
     findings.problems += checks.set_fields(config, options)
     empty: Any = _try_step(findings, checks.build_empty, config, options, options.dtype or torch.float32)
     if empty is None and options.attn_implementation is not None:
@@ -123,7 +142,7 @@ def _prepare(source: Source, options: LoadOptions, findings: checks.Findings) ->
     storage = quantization.plan_storage(config, empty, dtype, on_cpu, options)
     notes += [*storage.notes, *rope.notes, *place_notes, *_unused(options)]
     ready = Preparation(config, empty, dtype, place, storage, tokenizer, fixes, notes)
-    error = checks.vocabulary_error(ready.rows_needed, tokenizer.vocab_size, rows_of(empty), options)
+    error = checks.vocabulary_error(ready.rows_needed, tokenizer, rows_of(empty), options)
     if isinstance(error, OptionError):
         findings.problems += error.problems
     elif error is not None:
@@ -161,7 +180,8 @@ def _plan_tokenizer(
     config = empty.config.get_text_config()
     eos_ids = [*tokens.as_ids(config.eos_token_id), *tokens.generation_eos_ids(source.folder)]
     rows = max(rows_of(empty), options.resize_model_vocab or 0)
-    return tokens.plan_fixes(tokenizer, rows, eos_ids, getattr(config, "pad_token_id", None))
+    pad_id = getattr(config, "pad_token_id", None)
+    return tokens.plan_fixes(tokenizer, rows, eos_ids, pad_id, pad_may_grow=source.adapter is not None)
 
 
 def _unused(options: LoadOptions) -> list[str]:
@@ -179,7 +199,7 @@ def _finish(model: PreTrainedModel, ready: Preparation, options: LoadOptions) ->
         tokens.apply_fixes(ready.tokenizer, ready.fixes)
         notes += [*ready.fixes.notes, *tokens.agree(ready.tokenizer, model)]
     old = rows_of(model)
-    rows = options.resize_model_vocab or max(old, tokens.rows_needed(ready.tokenizer))
+    rows = options.resize_model_vocab or max(old, ready.rows_needed)
     if rows != old:
         resize(model, rows, options.random_state)
         new = ", new ones are the mean of the old" if rows > old else ""

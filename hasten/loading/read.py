@@ -12,12 +12,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hasten.errors import CheckpointError
 from hasten.loading.device import is_all_cpu
+from hasten.loading.foreign import parsing
 from hasten.loading.quantization import Storage
-from hasten.loading.read_rows import FLOATS, convert_linears, read_rows
+from hasten.loading.read_rows import FLOATS, convert_linears, read_rows, refuse_nonfinite
+from hasten.loading.scan import counting_nonfinite
 from hasten.loading.shards import StoredTensor, is_converted
 from hasten.loading.vocabulary import seeded
 from hasten.options import MODEL_ARGUMENTS, LoadOptions
+from hasten.weights.finite import nonfinite_names
 from hasten.weights.formats import find_format
+
+AGAIN = "Download or save them again, with the config.json that belongs to them"
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,9 @@ class Reading:
 
 
 def read_model(reading: Reading) -> PreTrainedModel:
-    """Returns the model in evaluation mode. Raises CheckpointError where the checkpoint has no values for a weight."""
-    with seeded(reading.options.random_state):
+    """Returns the model in evaluation mode. Raises CheckpointError where the checkpoint has no values for a weight, and
+    for NaN and infinity."""
+    with seeded(reading.options.random_state), parsing(f"The weights in {reading.folder}", CheckpointError, AGAIN):
         if reading.reads_tensors_itself:
             attention = reading.options.attn_implementation
             model: Any = read_rows(
@@ -103,7 +109,8 @@ def _read_whole(reading: Reading) -> PreTrainedModel:
         arguments["quantization_config"] = reading.storage.settings
     if options.attn_implementation is not None:
         arguments["attn_implementation"] = options.attn_implementation
-    try:
+    quantises = reading.storage.settings is not None
+    with counting_nonfinite(reading.folder, reading.stored if quantises else {}, reading.dtype) as counted:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             reading.folder,
             config=reading.config,
@@ -115,10 +122,6 @@ def _read_whole(reading: Reading) -> PreTrainedModel:
             output_loading_info=True,
             **arguments,
         )
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise CheckpointError(f"The weights in {reading.folder} could not be read ({error})") from error
     model, info = loaded
     missing = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"])
     if missing:
@@ -126,4 +129,5 @@ def _read_whole(reading: Reading) -> PreTrainedModel:
             f"The checkpoint in {reading.folder} has no values for {len(missing)} tensors of the model, among them "
             f"{', '.join(missing[:5])}. Use the config.json that belongs to these weights"
         )
+    refuse_nonfinite(reading.folder, counted() or nonfinite_names(model.named_parameters()), reading.dtype)
     return model

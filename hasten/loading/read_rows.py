@@ -14,14 +14,17 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from hasten.errors import CheckpointError
+from hasten.loading.config_file import read_generation_config
 from hasten.loading.quantization import Storage
 from hasten.loading.shards import StoredTensor, find
 from hasten.weights import formats
+from hasten.weights.finite import CheckedMatrix, described, nonfinite
 from hasten.weights.formats import WeightFormat
+from hasten.weights.formats.base import WidenedMatrix
 
 FLOATS = ("BF16", "F16", "F32")
 
@@ -51,13 +54,13 @@ def read_rows(
         quantizer.validate_environment(device_map={"": "cpu"})
         quantizer.preprocess_model(model=model, dtype=dtype, device_map={"": "cpu"})
     with _Shards(folder) as shards, torch.no_grad():
-        _read_tensors(model, shards, stored, storage.stored)
+        refuse_nonfinite(folder, _read_tensors(model, shards, stored, None if storage.stored else dtype), dtype)
     model.tie_weights()
     left = [name for name, value in (*model.named_parameters(), *model.named_buffers()) if value.is_meta]
     if left:
         raise CheckpointError(f"{folder} has no values for {', '.join(left[:5])}. Use the config.json of these weights")
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    if (generation := read_generation_config(folder)) is not None:
+        model.generation_config = generation
     if quantizer is not None:
         model.hf_quantizer = quantizer
         quantizer.postprocess_model(model)
@@ -75,10 +78,13 @@ def convert_linears(model: nn.Module, storage: Storage, make: Callable[[WeightFo
             model.set_submodule(name, make(storage.own, module))
 
 
-def _read_tensors(model: Any, shards: "_Shards", stored: Mapping[str, StoredTensor], as_stored: bool) -> None:
-    """Reads every tensor into the model. as_stored: the checkpoint holds the model's tensors under its own names; else
-    dense weights are quantised."""
+def _read_tensors(
+    model: Any, shards: "_Shards", stored: Mapping[str, StoredTensor], quantise_for: torch.dtype | None
+) -> dict[str, int]:
+    """Reads every tensor into the model; returns {name: NaN and infinite values} where there are some. quantise_for: dense
+    weights are quantised for a model of this dtype; None = the checkpoint holds the model's tensors under its own names."""
     tied: dict[str, str] = model.all_tied_weights_keys
+    bad: dict[str, int] = {}
     for name, empty in model.state_dict(keep_vars=True).items():
         path, _, leaf = name.rpartition(".")
         module: Any = model.get_submodule(path)
@@ -87,14 +93,28 @@ def _read_tensors(model: Any, shards: "_Shards", stored: Mapping[str, StoredTens
             continue
         matrix = shards.slice(stored[key].file, key)
         found = formats.find_format(module) if leaf == "weight" and isinstance(module, nn.Linear) else None
-        if found is not None and not found.exact and not as_stored:
-            found.fill(module, matrix)
+        if found is not None and not found.exact and quantise_for is not None:
+            checked = CheckedMatrix(WidenedMatrix(matrix, quantise_for))
+            found.fill(module, checked)
+            bad[name] = checked.count
             continue
         value = matrix[...].to(empty.dtype, copy=True)
+        bad[name] = nonfinite(value)
         if isinstance(empty, nn.Parameter):
             setattr(module, leaf, nn.Parameter(value, requires_grad=False))
         else:
             module.register_buffer(leaf, value)
+    return {name: count for name, count in bad.items() if count}
+
+
+def refuse_nonfinite(folder: Path, found: Mapping[str, int], dtype: torch.dtype) -> None:
+    """Raises CheckpointError that counts and names weights which are NaN or infinite, in the file or in `dtype`."""
+    if found:
+        raise CheckpointError(
+            f"The weights in {folder}, loaded as {str(dtype).removeprefix('torch.')}: {described(found)}. Download them "
+            "again, use an earlier checkpoint of the run that wrote them, or pass dtype=torch.bfloat16 if they only "
+            "overflow"
+        )
 
 
 class _Shards:

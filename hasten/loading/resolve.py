@@ -4,7 +4,6 @@ Two steps, so that a call can be refused before weights are downloaded: `resolve
 `fetch_weights` the weights. For a local folder no file is fetched.
 """
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from huggingface_hub.errors import (
 )
 
 from hasten.errors import CheckpointError
+from hasten.loading.adapter_files import read_adapter_config
 from hasten.options import LoadOptions
 
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
@@ -150,11 +150,8 @@ def _require_config(source: Source) -> None:
 
 def _adapter_record(found: Source) -> dict[str, Any]:
     path = found.folder / ADAPTER_CONFIG
-    try:
-        recorded = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not readable as JSON ({error}). Save the adapter again") from error
-    if not isinstance(recorded, dict) or not recorded.get("base_model_name_or_path"):
+    recorded = read_adapter_config(path)
+    if not recorded.get("base_model_name_or_path"):
         raise CheckpointError(
             f"{path} does not say which model the adapter belongs to (base_model_name_or_path). Load that model first, "
             "then the adapter with PEFT"

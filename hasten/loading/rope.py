@@ -143,11 +143,14 @@ def _plan_extension(
 ) -> None:
     limit = config.max_position_embeddings
     if parameters is None:
-        if length > limit:
+        if 0 <= limit < length:  # -1 is how transformers says that relative positions have no limit
             plan.problems.append(
                 f"max_seq_length={length} is beyond the {limit} positions that this {config.model_type} has learned, and "
                 f"without rotary positions they cannot be extended; use max_seq_length={limit} or less"
             )
+        return
+    if limit < 1:
+        plan.problems.append(f"the config's max_position_embeddings={limit}: must be a positive integer")
         return
     rope, nested = _global(parameters)
     reach = _reach(limit, rope, nested)

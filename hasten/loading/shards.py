@@ -5,20 +5,47 @@ Format: 8 bytes little-endian length N, N bytes of JSON {tensor: {dtype, shape, 
 (https://huggingface.co/docs/safetensors).
 """
 
-import json
+import math
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from hasten.errors import CheckpointError
+from hasten.json_file import JsonError, parse_object, read_object, shown
 from hasten.weights import formats
 
 LARGEST_HEADER = 100_000_000  # bytes, the format's own limit
+METADATA = "__metadata__"
+BITS: Mapping[str, int] = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+}
+"""The format's dtypes -> bits of a value."""
+FLOATS = (
+    "BF16",
+    "F16",
+    "F32",
+    "F64",
+    "F8_E4M3",
+    "F8_E5M2",
+    "F8_E8M0",
+    "F8_E4M3FNUZ",
+    "F8_E5M2FNUZ",
+    "F4",
+    "F6_E2M3",
+    "F6_E3M2",
+)
 
 
 @dataclass(frozen=True)
@@ -32,23 +59,57 @@ class StoredTensor:
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """Returns the tensors of one safetensors file. Raises CheckpointError if it is corrupt or cut short."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= min(LARGEST_HEADER, size - 8):
-            raise CheckpointError(f"{path.name} is not a safetensors file, or is truncated ({size} bytes)")
-        raw = file.read(length)
     try:
-        header = json.loads(raw)
-        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-        stored = {n: StoredTensor(tuple(e["shape"]), e["dtype"], path.name) for n, e in tensors.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{path.name} has an unreadable header ({error})") from error
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 2 <= length <= min(LARGEST_HEADER, size - 8):
+                raise CheckpointError(f"{path.name} is not a safetensors file, or is truncated ({size} bytes)")
+            raw = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path.name} cannot be read ({error.strerror or error})") from error
+    try:
+        header = parse_object(raw.decode("utf-8"))
+        end = _check_layout(header)
+    except (UnicodeDecodeError, JsonError) as error:
+        raise CheckpointError(f"{path.name} has an unreadable header ({shown(error)})") from error
     if 8 + length + end != size:
         raise CheckpointError(f"{path.name} has {size} bytes, its header describes {8 + length + end}")
-    return stored
+    return {
+        name: StoredTensor(tuple(entry["shape"]), entry["dtype"], path.name)
+        for name, entry in header.items()
+        if name != METADATA
+    }
+
+
+def _check_layout(header: Mapping[str, Any]) -> int:
+    """Returns the bytes that a header describes. Raises JsonError for a tensor without dtype, shape and offsets that
+    agree, and for tensors that overlap or leave a gap."""
+    spans = []
+    for name, entry in header.items():
+        if name == METADATA:
+            continue
+        if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+            raise JsonError(f"{shown(name)} has no dtype, shape and data_offsets")
+        bits, shape, offsets = BITS.get(str(entry["dtype"])), entry["shape"], entry["data_offsets"]
+        if bits is None:
+            raise JsonError(f"{shown(name)} has the dtype {shown(entry['dtype'])}, which the format does not have")
+        if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+            raise JsonError(f"{shown(name)} has shape {shown(shape)} and data_offsets {shown(offsets)}")
+        if (offsets[1] - offsets[0]) * 8 != math.prod(shape) * bits:
+            raise JsonError(f"{shown(name)} has shape {shown(shape)} and {offsets[1] - offsets[0]} bytes")
+        spans.append((offsets[0], offsets[1], name))
+    end = 0
+    for begin, after, name in sorted(spans):
+        if begin != end:
+            raise JsonError(f"{shown(name)} begins at {begin}, and the tensor before it ends at {end}")
+        end = after
+    return end
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values)
 
 
 def read_checkpoint(folder: Path, variant: str | None = None) -> dict[str, StoredTensor]:
@@ -82,27 +143,77 @@ def read_checkpoint(folder: Path, variant: str | None = None) -> dict[str, Store
     return found
 
 
-def check_tensors(stored: Mapping[str, StoredTensor], model: PreTrainedModel, folder: Path) -> None:
-    """Raises one CheckpointError naming every tensor that `model` (on the meta device) needs and that is missing or has
-    another shape.
+def check_tensors(stored: Mapping[str, StoredTensor], model: PreTrainedModel, folder: Path) -> list[str]:
+    """Raises one CheckpointError naming every tensor that does not fit `model` (on the meta device): missing, of another
+    shape, integers for floats, or of a layer that the model does not have.
 
-    Tensors that the model does not need are ignored, as by transformers. Where transformers renames or fuses tensors
-    while loading, its own report is checked after loading instead.
+    Returns notes: other tensors that the model does not need, which are ignored as by transformers. Where transformers
+    renames or fuses tensors while loading, its own report is checked after loading instead.
     """
     if is_converted(model):
-        return
+        return []
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     bad: list[str] = []
+    used: set[str] = set()
+    quantised = getattr(model.config, "quantization_config", None) is not None
     for name, expected in model.state_dict().items():
         key = find(name, stored, tied, model.base_model_prefix)
         entry = stored[key] if key is not None else None
-        if entry is None:
+        if key is None or entry is None:
             bad.append(f"{name} {tuple(expected.shape)} is missing")
-        elif entry.shape != tuple(expected.shape) and not _packed(name, stored, entry, expected.numel()):
+            continue
+        used.add(key)
+        if entry.shape != tuple(expected.shape):
+            if _packed(key, stored, entry, expected.numel()):
+                continue
             bad.append(f"{name} is {entry.shape} in {entry.file}, the model's is {tuple(expected.shape)}")
+        elif expected.is_floating_point() and entry.dtype not in FLOATS and not quantised:
+            bad.append(f"{name} is {entry.dtype} in {entry.file}, the model's is a float")
+    left = [name for name in stored if not _is_used(name, used)]
+    surplus = [name for name in left if _beyond_the_model(name, model)]
+    bad += [f"{name} is in {stored[name].file}, and the model has no such layer" for name in surplus]
     if bad:
         asked = f"The checkpoint in {folder} does not hold the {type(model).__name__} that its config.json describes"
         raise CheckpointError(_listed(asked, bad, "Use the config.json that belongs to these weights"))
+    if not left or quantised:
+        return []
+    return [f"weights: {len(left)} tensors of the checkpoint are not used by the model: {', '.join(left[:5])}"]
+
+
+def _is_used(name: str, used: set[str]) -> bool:
+    """Returns whether a tensor is one that was read, or belongs to one, as ".absmax" to the codes before it."""
+    parts = name.split(".")
+    return any(".".join(parts[:count]) in used for count in range(len(parts), 0, -1))
+
+
+def _beyond_the_model(name: str, model: PreTrainedModel) -> bool:
+    """Returns whether the tensor belongs to an item of one of the model's lists of modules, beyond the list's end.
+
+    Layers for multi-token prediction, which a causal LM does not have, are listed by the config or by the model class.
+    """
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    if any(re.search(pattern, name) for pattern in patterns):
+        return False
+    config = model.config.get_text_config()
+    extra = getattr(config, "num_nextn_predict_layers", None) or getattr(config, "num_mtp_layers", None) or 0
+    parts = name.split(".")
+    prefix = model.base_model_prefix
+    for place, part in enumerate(parts):
+        if not part.isdecimal():
+            continue
+        path = ".".join(parts[:place])
+        for candidate in (path, f"{prefix}.{path}", path.removeprefix(f"{prefix}.")):
+            found = _module(model, candidate)
+            if isinstance(found, nn.ModuleList) and int(part) >= len(found) + extra:
+                return True
+    return False
+
+
+def _module(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def is_converted(model: PreTrainedModel) -> bool:
@@ -130,15 +241,13 @@ def _packed(name: str, stored: Mapping[str, StoredTensor], entry: StoredTensor, 
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    try:
-        index: Any = json.loads(path.read_text(encoding="utf-8"))
-        mapped = dict(index["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not readable ({type(error).__name__}: {error}). Download it again") from error
+    mapped = read_object(path, CheckpointError).get("weight_map")
+    if not isinstance(mapped, dict):
+        raise CheckpointError(f"{path} is not readable: it has no weight_map of tensors and files. Download it again")
     outside = [name for name in mapped.values() if not isinstance(name, str) or Path(name).name != name]
     if outside or not mapped:
         raise CheckpointError(
-            f"{path} lists no shard, or files outside of its folder: {outside[:3]}. Download it again"
+            f"{path} lists no shard, or files outside of its folder: {shown(outside[:3])}. Download it again"
         )
     return mapped
 

@@ -1,19 +1,43 @@
 """Selects the implementation of an op: by the tensor's device, or by name. There is no fallback at run time."""
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import torch
 
 Backend = Literal["reference", "triton"]
+ATTENTION = "attention"
+EVERY_OP = "every op"
+
+_INTERPRETED: ContextVar[frozenset[str | None]] = ContextVar("interpreted", default=frozenset())
 
 
-def backend_for(x: torch.Tensor, wanted: Backend | None = None) -> Backend:
-    """Returns `wanted` if given, else "triton" for a CUDA tensor and "reference" for any other."""
+def backend_for(x: torch.Tensor, wanted: Backend | None = None, op: str | None = None) -> Backend:
+    """Returns `wanted` if given, else "triton" for a CUDA tensor and "reference" for any other (see `interpreted_kernels`)."""
     if wanted is not None:
         return wanted
-    return "triton" if x.is_cuda else "reference"
+    if x.is_cuda:
+        return "triton"
+    if torch.compiler.is_compiling():  # Dynamo cannot trace ContextVar.get
+        return "reference"
+    interpreted = _INTERPRETED.get()
+    return "triton" if op in interpreted or EVERY_OP in interpreted else "reference"
+
+
+@contextmanager
+def interpreted_kernels(op: str = EVERY_OP) -> Iterator[None]:
+    """Run CPU tensors through the Triton kernels of `op` (default: of every op), for tests of whole models without a GPU.
+
+    Needs TRITON_INTERPRET=1 before triton is imported. Changes nothing for CUDA tensors, under torch.compile, or in other threads.
+    """
+    token = _INTERPRETED.set(_INTERPRETED.get() | {op})
+    try:
+        yield
+    finally:
+        _INTERPRETED.reset(token)
 
 
 def on_device(x: torch.Tensor) -> AbstractContextManager[Any]:

@@ -3,23 +3,11 @@
 from collections.abc import Iterable, Mapping
 
 from hasten.options.fields import LoadFields
-from hasten.suggest import did_you_mean
+from hasten.schema import HUB, PASSED, mistyped, parse, suggestion
 from hasten.weights.formats import load_arguments
 
-HUB_ARGUMENTS = frozenset({"cache_dir", "force_download", "local_files_only", "subfolder"})
-MODEL_ARGUMENTS = frozenset(
-    {
-        "config",
-        "disable_mmap",
-        "generation_config",
-        "key_mapping",
-        "max_memory",
-        "offload_buffers",
-        "offload_folder",
-        "quantization_config",
-        "variant",
-    }
-)
+HUB_ARGUMENTS = frozenset(HUB)
+MODEL_ARGUMENTS = frozenset(PASSED.keys() - HUB_ARGUMENTS)
 REFUSED_ARGUMENTS: Mapping[str, str] = {
     "torch_dtype": "call it dtype",
     "ignore_mismatched_sizes": "it leaves weights uninitialised; use resize_model_vocab for another vocabulary",
@@ -35,13 +23,13 @@ REFUSED_ARGUMENTS: Mapping[str, str] = {
 
 
 def check(options: LoadFields) -> list[str]:
-    """Refuses arguments of transformers that contradict how hasten reads weights."""
+    """Refuses arguments of transformers that contradict how hasten reads weights, and values of another type."""
     found = [
         f"{name} is not supported: {REFUSED_ARGUMENTS[name]}" for name in options.extra if name in REFUSED_ARGUMENTS
     ]
     if options.extra.get("low_cpu_mem_usage", True) is not True:
         found.append("low_cpu_mem_usage=False is not supported: weights are always read shard by shard; leave it out")
-    return found
+    return [*found, *mistyped(options.extra, {name: parse(kind) for name, kind in PASSED.items()}).values()]
 
 
 def unknown_extra(options: LoadFields, config_fields: Iterable[str]) -> list[str]:
@@ -60,7 +48,7 @@ def unknown_names(given: Iterable[str], known: Iterable[str], arguments: Iterabl
     known = set(known)
     suggested = known | set(arguments)
     return [
-        f"{name!r} is neither an argument nor {kind}{did_you_mean(name, suggested) or '; leave it out'}"
+        f"{name!r} is neither an argument nor {kind}{suggestion(name, suggested) or '; leave it out'}"
         for name in given
         if name not in known
     ]

@@ -1,7 +1,10 @@
 """The `data` and `save` sections of a training job."""
 
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from hasten.suggest import did_you_mean
 
 TooLong = Literal["truncate", "drop", "error"]
 
@@ -11,8 +14,8 @@ class DataOptions:
     """path: a .jsonl, .json, .parquet or .csv file, a folder saved by `datasets`, or a hub id (`name`: its config).
 
     split, eval_split: as `datasets` spells them ("train", "train[:90%]"). eval_path: a second file for evaluation.
-    text_field: the column of plain text to train on. Without it the columns decide: `messages` (chat), `prompt` and
-    `completion`, or `text`. too_long: what to do with examples longer than max_seq_length: "truncate" (counted and
+    text_field: the column of plain text to train on. Without it the columns decide: `messages` or `conversations` (chat),
+    `prompt` and `completion`, or `text`. too_long: what to do with examples longer than max_seq_length: "truncate" (counted and
     reported), "drop" (likewise), or "error".
     """
 
@@ -35,3 +38,25 @@ class SaveOptions:
 
     method: str | None = None
     folder: str | None = None
+
+
+OPTIONAL = ("name", "revision", "eval_path", "eval_split", "text_field")
+
+
+def data_problems(options: DataOptions) -> list[str]:
+    """Returns a problem for each option of another type, or that is none of its choices."""
+    found = [
+        f"{name}={value!r}: must be text{'' if needed else ' or None'}"
+        for name, needed in (("path", True), ("split", True), *((n, False) for n in OPTIONAL))
+        if not _is_text(value := getattr(options, name), needed)
+    ]
+    choices = get_args(TooLong)
+    if options.too_long not in choices:
+        found.append(
+            f"too_long={options.too_long!r}: must be one of {', '.join(choices)}{did_you_mean(options.too_long, choices)}"
+        )
+    return found
+
+
+def _is_text(value: Any, needed: bool) -> bool:
+    return (value is None and not needed) or (isinstance(value, str | Path) and bool(str(value).strip()))

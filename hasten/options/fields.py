@@ -3,7 +3,7 @@ they import this file."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -31,7 +31,7 @@ class LoadFields:
     rope_scaling: Mapping[str, Any] | None = None
     fix_tokenizer: bool = True
     trust_remote_code: bool = False
-    use_gradient_checkpointing: bool | str = "unsloth"
+    use_gradient_checkpointing: bool | Literal["offload", "unsloth", "auto"] = "unsloth"
     resize_model_vocab: int | None = None
     revision: str | None = None
     use_exact_model_name: bool = False
@@ -61,8 +61,8 @@ class AdapterFields:
     target_modules: tuple[str, ...] | str = ALL_LINEAR
     lora_alpha: int = 16
     lora_dropout: float = 0
-    bias: str = "none"
-    use_gradient_checkpointing: bool | str = "unsloth"
+    bias: Literal["none", "all", "lora_only"] = "none"
+    use_gradient_checkpointing: bool | Literal["offload", "unsloth", "auto"] = "unsloth"
     random_state: int = 3407
     use_rslora: bool = False
     loftq_config: Mapping[str, Any] | None = None

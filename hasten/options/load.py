@@ -1,6 +1,7 @@
 """`LoadOptions`: the arguments of `from_pretrained` with every check over them."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -25,6 +26,7 @@ from hasten.options.call import fields_from_call
 from hasten.options.engine import EngineOptions
 from hasten.options.fields import LoadFields
 from hasten.options.values import Rule, broken_rules
+from hasten.schema import fields_of, mistyped
 
 LOAD_RULES: Mapping[str, Rule] = {
     **source.RULES,
@@ -50,9 +52,17 @@ LOAD_CHECKS: tuple[Callable[[LoadFields], list[str]], ...] = (
 """One check per feature; each returns the problems that it finds, with what to do instead."""
 
 
+OWN_CHECKS = ("use_gradient_checkpointing", "memory_budget", "extra")
+"""Arguments whose type is looked at by the check of their feature."""
+
+
 def bad_values(options: LoadFields) -> dict[str, str]:
     """Returns {argument: problem} for each argument whose value is invalid, independently of the other arguments."""
-    return broken_rules(options, LOAD_RULES)
+    typed = {
+        name: kind for name, kind in fields_of(LoadFields.__module__, "LoadFields").items() if name not in OWN_CHECKS
+    }
+    values = {name: getattr(options, name) for name in typed if name not in LOAD_RULES}
+    return {**mistyped(values, typed), **broken_rules(options, LOAD_RULES)}
 
 
 @dataclass(frozen=True)
@@ -61,8 +71,12 @@ class LoadOptions(LoadFields):
 
     @classmethod
     def from_call(cls, *args: Any, extra: Mapping[str, Any] | None = None, **named: Any) -> Self:
-        """Builds the options; names among `extra` or `named` that are fields become fields, the rest `extra`."""
-        return cls(**fields_from_call(cls, args, {**named, **(extra or {})}))
+        """Builds the options; names among `extra` or `named` that are fields become fields, the rest `extra`. A path
+        as `model_name` becomes a string."""
+        fields = fields_from_call(cls, args, {**named, **(extra or {})})
+        if isinstance(fields.get("model_name"), os.PathLike):
+            fields["model_name"] = os.fspath(fields["model_name"])
+        return cls(**fields)
 
     @property
     def asked_storage(self) -> list[str]:

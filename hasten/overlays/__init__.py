@@ -14,6 +14,7 @@ from hasten.overlays.head import HeadConfig, HeadOverlay
 from hasten.overlays.layer import LayerConfig, LayerOverlay
 from hasten.overlays.mlp import MLPConfig, MLPOverlay
 from hasten.overlays.norm import NormOverlay
+from hasten.overlays.stock_head import StockHeadOverlay
 
 __all__ = [
     "AttentionConfig",
@@ -31,6 +32,7 @@ __all__ = [
     "Overlay",
     "SpanAttention",
     "StockAttention",
+    "StockHeadOverlay",
     "Fp32WeightConfig",
     "Fp32Embedding",
     "Fp32Head",

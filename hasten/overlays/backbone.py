@@ -13,12 +13,19 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from hasten.errors import InputError
 from hasten.ops.attention import document_starts, row_spans
-from hasten.ops.backend import backend_for
-from hasten.overlays.base import Overlay
+from hasten.ops.backend import ATTENTION, backend_for
+from hasten.overlays.attention import AttentionOverlay
+from hasten.overlays.base import Overlay, runs_overlay
 from hasten.overlays.context import AttentionContext, SpanAttention, placeholder_mask
+from hasten.weights import hooks_on_every_module, is_watched
 
 MASKED = ("eager", "sdpa", "flex_attention")
 """transformers' backends that separate documents only by the dense mask that transformers builds."""
+
+MIXED_IN_A_GRAPH = (
+    "position_ids restart, so the sequences hold several documents, which a compiled or exported model would mix: "
+    "compile it without attention_mask and with use_cache=False"
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,7 @@ class BackboneOverlay(Overlay):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        *,
         attention_context: AttentionContext | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -60,6 +68,8 @@ class BackboneOverlay(Overlay):
                 attention_context = SpanAttention(row_spans(shape, attention_mask, position_ids, documents))
             elif position_ids is not None:
                 cache = past_key_values is not None or use_cache is True
+                if torch.compiler.is_compiling() and use_cache is None:
+                    cache = bool(self.config.use_cache)
                 if self._must_isolate(attention_mask, position_ids, cache):
                     # transformers ignores packing if there is a mask (here one without padding) or a cache.
                     attention_mask, use_cache = None, False
@@ -71,6 +81,8 @@ class BackboneOverlay(Overlay):
         if attention_context is not None and given is not None:
             attention_mask = placeholder_mask(given)
             kwargs["attention_context"] = attention_context
+        if given is not None and backend_for(given) == "triton" and self._rope_is_watched():
+            kwargs["rope_is_watched"] = True
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -85,12 +97,30 @@ class BackboneOverlay(Overlay):
         """Returns whether hasten's own attention runs for these inputs, rather than transformers' attention
         interface."""
         overlay_config = self.overlay_config
-        if backend_for(inputs) != "triton" or overlay_config.replaces != self.config._attn_implementation:
+        if backend_for(inputs, op=ATTENTION) != "triton" or overlay_config.replaces != self.config._attn_implementation:
             return False
         if self.training and overlay_config.dropout:
             return False
+        if not self._layers_take_contexts():
+            return False
         asked = kwargs.get("output_attentions")
         return not (self.config.output_attentions if asked is None else asked)
+
+    def _rope_is_watched(self) -> bool:
+        rotary = self._modules.get("rotary_emb")
+        return hooks_on_every_module() or (rotary is not None and is_watched(rotary))
+
+    def _layers_take_contexts(self) -> bool:
+        """Returns whether every layer's attention reads the attention context. One with a forward of its own (replaced
+        on the instance, or of another class) needs transformers' mask."""
+        for layer in self.layers:
+            attention = layer._modules.get("self_attn")
+            if attention is None or not runs_overlay(attention, AttentionOverlay):
+                return False
+            own = attention.__dict__
+            if "_call_impl" in own or ("forward" in own and "_hf_hook" not in own):
+                return False
+        return True
 
     def _must_isolate(self, attention_mask: torch.Tensor | None, position_ids: torch.Tensor, cache: bool) -> bool:
         """Returns whether the sequences are packed, so that transformers' backend needs mask and cache left out.
@@ -102,7 +132,12 @@ class BackboneOverlay(Overlay):
             return False
         real = torch.ones_like(position_ids) if attention_mask is None else attention_mask
         real = real.to(position_ids.device).bool()
-        if not bool(document_starts(position_ids.expand(real.shape), real).any()):
+        several = document_starts(position_ids.expand(real.shape), real).any()
+        if torch.compiler.is_compiling():
+            if attention_mask is not None or cache:
+                torch._assert_async(~several, MIXED_IN_A_GRAPH)
+            return False  # transformers isolates the documents itself
+        if not bool(several):
             return False
         problems = []
         if not bool(real.all()):

@@ -1,5 +1,6 @@
 """Embedding and head whose weight trains in fp32 in a 16-bit model; inputs and outputs keep the model's dtype."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +12,8 @@ from hasten.overlays.base import Overlay
 
 @dataclass(frozen=True)
 class Fp32WeightConfig:
-    """dtype: of the residual stream, which the embedding writes and the head reads."""
+    """dtype: of the residual stream, which the embedding writes and the head reads. It changes with the model's dtype
+    (`half`, `float`, `to`)."""
 
     dtype: torch.dtype
 
@@ -22,8 +24,12 @@ class Fp32Embedding(Overlay):
     overlay_config: ClassVar[Fp32WeightConfig]
     runs = "fp32 embedding"
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        embedded = F.embedding(input_ids, self.weight, self.padding_idx).to(self.overlay_config.dtype)
+    def moved_config(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> Fp32WeightConfig:
+        return Fp32WeightConfig(fn(self.weight.detach().new_empty(0, dtype=self.overlay_config.dtype)).dtype)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        settings = (self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse)
+        embedded = F.embedding(input, self.weight, *settings).to(self.overlay_config.dtype)
         scale = getattr(self, "embed_scale", None)
         return embedded if scale is None else embedded * scale.to(embedded.dtype)
 
@@ -34,5 +40,5 @@ class Fp32Head(Overlay):
     overlay_config: ClassVar[Fp32WeightConfig]
     runs = "fp32 head"
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return F.linear(hidden_states, self.weight.to(hidden_states.dtype), self.bias)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.linear(input, self.weight.to(input.dtype), None if self.bias is None else self.bias.to(input.dtype))

@@ -4,6 +4,7 @@ The ops run on a GPU if each projection is a plain weight, frozen or not, with a
 `weights.read_linear` gives the reason, which the report shows.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,3 +57,15 @@ def qkv(
         return lora_qkv(*fused, heads, norm_input)
     q, k, v = (module(x).unflatten(-1, (-1, heads.dim)) for module in modules)
     return *qk_rope(q, k, heads.position, heads.rotation, heads.fp32, heads.qk_norm), v
+
+
+def qkv_through_norms(
+    x: torch.Tensor,
+    modules: tuple[Any, Any, Any],
+    heads: HeadsConfig,
+    normed: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Does what `qkv` does, with every module's own forward, and with cos and sin that may be any numbers. normed: calls
+    the norms on q and k, each (B, T, H, D)."""
+    q, k, v = (module(x).unflatten(-1, (-1, heads.dim)) for module in modules)
+    return *qk_rope(*normed(q, k), heads.position, heads.rotation, heads.fp32, backend="reference"), v

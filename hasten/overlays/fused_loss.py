@@ -4,30 +4,11 @@
 from typing import Any
 
 import torch
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from hasten.errors import InputError
 from hasten.ops import ScoreConfig, linear_cross_entropy_loss
 from hasten.overlays.head_inputs import IGNORE_INDEX, head_operands, score_through_module, shifted, targets_of
 from hasten.overlays.label_checks import expect_labels
 from hasten.overlays.precision import compute_dtype
-
-
-class FusedLossOutput(CausalLMOutputWithPast):
-    """A training output whose logits were never computed. Reading them raises InputError instead of giving None.
-
-    `logits` is no dataclass field here: FSDP2 and DDP read every field of an output to find its tensors.
-    """
-
-    __dataclass_fields__ = {k: v for k, v in CausalLMOutputWithPast.__dataclass_fields__.items() if k != "logits"}
-
-    def __getattribute__(self, name: str) -> Any:
-        if name == "logits":
-            raise InputError(
-                "outputs.logits was read after a fused loss, which never computes them. Call model.eval() first, or "
-                "call the model without labels, or with logits_to_keep, to get real logits."
-            )
-        return super().__getattribute__(name)
 
 
 def fused_loss(

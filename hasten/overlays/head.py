@@ -1,9 +1,10 @@
 """The causal-LM forward: backbone, then logits, or a fused loss that never materialises the full logits.
 
 Which of the two runs:
-- training mode with `labels`: the fused loss; reading `outputs.logits` raises with the reason and the way to get them;
+- training mode with `labels`: the fused loss; reading the logits raises with the reason and the way to get them;
 - `fused_lm_head=True` (TRL's protocol): per-token scores from the same op;
-- everything else (no labels, evaluation mode, a custom loss function): real logits, as in transformers.
+- everything else (no labels, evaluation mode, a custom loss function, a head that somebody watches): real logits, as
+  in transformers.
 """
 
 from dataclasses import dataclass
@@ -14,12 +15,15 @@ from transformers.cache_utils import Cache
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from hasten.ops.backend import backend_for
 from hasten.overlays.base import Overlay, with_oom_advice
-from hasten.overlays.fused_loss import FusedLossOutput, fused_loss
+from hasten.overlays.fused_loss import fused_loss
+from hasten.overlays.fused_output import FusedLossOutput
 from hasten.overlays.head_inputs import check_length, keep_positions
 from hasten.overlays.label_checks import refuse_data_parallel
 from hasten.overlays.trl_fused_head import fused_scores, read_trl_request
 from hasten.state import state_of
+from hasten.weights import head_is_watched
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,8 @@ class HeadOverlay(Overlay):
         return_dict = kwargs.pop("return_dict", None)
         loss_kwargs = {k: kwargs.pop(k) for k in ("num_items_in_batch", "ignore_index", "shift_labels") if k in kwargs}
         refuse_data_parallel(self, loss_kwargs.get("num_items_in_batch"))
-        fuses_loss = not fused_lm_head and self._wants_fused_loss(labels, loss_kwargs, logits_to_keep)
-        if fused_lm_head or (fuses_loss and use_cache is None):
+        trains = not fused_lm_head and self._wants_training_loss(labels, loss_kwargs, logits_to_keep)
+        if fused_lm_head or (trains and use_cache is None):
             use_cache = False  # no decoding follows
         outputs = self.model(
             input_ids=input_ids,
@@ -84,14 +88,19 @@ class HeadOverlay(Overlay):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            return_dict=True,
+            **({} if self.config.return_dict else {"return_dict": True}),
             **kwargs,
         )
         hidden_BTE = outputs.last_hidden_state
         if fused_lm_head:
             return fused_scores(self, hidden_BTE, labels, **loss_kwargs)
-        if fuses_loss:
-            loss, logits, kind = fused_loss(self, hidden_BTE, labels, **loss_kwargs), None, FusedLossOutput
+        found: dict[str, Any] = {
+            "past_key_values": outputs.past_key_values,
+            "hidden_states": outputs.hidden_states,
+            "attentions": outputs.attentions,
+        }
+        if trains and not self._traces_reference() and not head_is_watched(self.lm_head):
+            result = FusedLossOutput(loss=fused_loss(self, hidden_BTE, labels, **loss_kwargs), **found)
         else:
             logits = self._logits(keep_positions(hidden_BTE, logits_to_keep))
             loss = None
@@ -99,15 +108,8 @@ class HeadOverlay(Overlay):
                 loss = self.loss_function(
                     logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_kwargs, **kwargs
                 )
-            kind = CausalLMOutputWithPast
-        result = kind(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-        wants_dict = return_dict if return_dict is not None else getattr(self.config, "return_dict", True)
+            result = CausalLMOutputWithPast(loss=loss, logits=logits, **found)
+        wants_dict = self.config.return_dict if return_dict is None else return_dict
         return result if wants_dict else result.to_tuple()
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -118,7 +120,12 @@ class HeadOverlay(Overlay):
             logits = torch.tanh(logits / self.overlay_config.softcap) * self.overlay_config.softcap
         return logits
 
-    def _wants_fused_loss(self, labels: torch.Tensor | None, loss_kwargs: dict[str, Any], keep: Any) -> bool:
+    def _wants_training_loss(self, labels: torch.Tensor | None, loss_kwargs: dict[str, Any], keep: Any) -> bool:
         has_target = labels is not None or loss_kwargs.get("shift_labels") is not None
         every_position = isinstance(keep, int) and keep == 0
         return self.training and has_target and every_position and self.loss_function is ForCausalLMLoss
+
+    def _traces_reference(self) -> bool:
+        """Returns whether a graph of plain torch operations is being traced (`torch.compile`, `torch.export`). The loop
+        of the fused loss over chunks depends on the labels' values; the compiler fuses real logits and their loss."""
+        return torch.compiler.is_compiling() and backend_for(self.lm_head.weight) == "reference"

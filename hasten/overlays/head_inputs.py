@@ -25,8 +25,11 @@ def check_length(
     """Raises InputError for a sequence (or packed document) longer than `limit` tokens, cached ones included."""
     if limit is None or inputs is None:
         return
-    seen = int(past.get_seq_length()) if past is not None else 0
-    length = inputs.shape[1] + seen
+    seen: Any = past.get_seq_length() if past is not None else 0
+    if torch.compiler.is_compiling():
+        _check_length_in_graph(limit, inputs.shape[1] + seen, position_ids, longest_document)
+        return
+    length = inputs.shape[1] + int(seen)
     if length <= limit:
         return
     if longest_document is not None:
@@ -38,6 +41,21 @@ def check_length(
             f"a sequence of {length} tokens was given to a model loaded with max_seq_length={limit}. Load it with "
             f"max_seq_length={length} or more, or shorten the input; it is never truncated silently."
         )
+
+
+def _check_length_in_graph(limit: int, length: Any, position_ids: torch.Tensor | None, longest: Any) -> None:
+    """Does what `check_length` does while a graph is traced: what depends on values is asserted when the graph runs."""
+    if not isinstance(length, torch.Tensor) and length <= limit:
+        return
+    if longest is not None:
+        length = longest
+    elif position_ids is not None:
+        length = position_ids.max() + 1
+    message = f"a sequence is longer than max_seq_length={limit} tokens; load the model with a larger max_seq_length"
+    if isinstance(length, torch.Tensor):
+        torch._assert_async(length <= limit, message)
+    elif length > limit:
+        raise InputError(message)
 
 
 def keep_positions(hidden_BTE: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:

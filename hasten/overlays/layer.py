@@ -10,11 +10,11 @@ import torch
 
 from hasten.ops.backend import backend_for
 from hasten.overlays.attention import AttentionOverlay
-from hasten.overlays.base import Overlay, runs_overlay
+from hasten.overlays.base import Overlay, by_name, runs_overlay
 from hasten.overlays.mlp import AS_CONFIGURED, MLPOverlay, TileRows
 from hasten.overlays.norm import NormOverlay
 from hasten.overlays.precision import compute_dtype
-from hasten.weights import needs_own_forward
+from hasten.weights import hooks_on_every_module, is_watched, needs_own_forward
 
 CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
 BRANCH_NORMS = {
@@ -74,16 +74,19 @@ class LayerOverlay(Overlay):
         self.__dict__.pop(CHECKPOINT_FUNCTION, None)
 
     def forward(
-        self, hidden_states: torch.Tensor, *, mlp_tile: TileRows = AS_CONFIGURED, **kwargs: Any
+        self, hidden_states: torch.Tensor, *args: Any, mlp_tile: TileRows = AS_CONFIGURED, **kwargs: Any
     ) -> torch.Tensor:
         """Returns (B, T, E) for hidden_states (B, T, E).
 
-        mlp_tile: tokens per tile of the MLP in this call, None = all at once. Other keyword arguments (the forward's
-        attention context among them) go to the attention, as in transformers' layers.
+        args: the stock forward's other positional arguments, whose order differs between families. mlp_tile: tokens per
+        tile of the MLP in this call, None = all at once. Keyword arguments (the forward's attention context among them)
+        go to the attention, as in transformers' layers.
         """
+        if args:
+            kwargs = by_name(self, args, kwargs, given=1)
         if self._can_fuse(hidden_states):
             return self._fused(hidden_states, mlp_tile, kwargs)
-        mlp = partial(self.mlp, tile_rows=mlp_tile) if runs_overlay(self.mlp, MLPOverlay) else self.mlp
+        mlp = self._mlp_in_tiles(mlp_tile)
         normed = self.input_layernorm(hidden_states)
         attended, _ = self.self_attn(hidden_states=normed, **kwargs)
         if self.overlay_config.residual == "parallel":
@@ -95,6 +98,12 @@ class LayerOverlay(Overlay):
         hidden_states = hidden_states + self._scaled(attended)
         return hidden_states + self._scaled(mlp(self.post_attention_layernorm(hidden_states)))
 
+    def _mlp_in_tiles(self, tile: TileRows) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Returns the MLP, bound to this call's tile unless somebody watches it: hooks and a replaced forward get the
+        arguments that transformers passes."""
+        bound = tile != AS_CONFIGURED and runs_overlay(self.mlp, MLPOverlay) and not is_watched(self.mlp)
+        return partial(self.mlp, tile_rows=tile) if bound else self.mlp
+
     def _can_fuse(self, hidden_states: torch.Tensor) -> bool:
         """Returns whether residual adds can be fused: every module runs its overlay's forward and has no hooks."""
         if backend_for(hidden_states) != "triton":
@@ -102,6 +111,8 @@ class LayerOverlay(Overlay):
         if compute_dtype(hidden_states) != hidden_states.dtype:
             return False  # under autocast the fused add would round a wider residual stream to the matmul's dtype
         if self.overlay_config.multiplier != 1.0 and self.overlay_config.residual != "serial":
+            return False
+        if hooks_on_every_module():
             return False
         norms = [getattr(self, name) for name in BRANCH_NORMS[self.overlay_config.residual]]
         parts = ((self.self_attn, AttentionOverlay), (self.mlp, MLPOverlay), *((norm, NormOverlay) for norm in norms))

@@ -10,12 +10,26 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from transformers.activations import ACT2FN
 
 from hasten.ops import NormInput, glu
+from hasten.ops.glu import ACTIVATIONS
 from hasten.ops.lora import lora_mlp
 from hasten.ops.rows import in_tiles
 from hasten.overlays.base import Overlay
 from hasten.overlays.fused_linears import fused_input
+from hasten.weights import hooks_on_every_module, is_watched, needs_own_forward
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+def _classes_of(name: str) -> frozenset[type]:
+    """Returns transformers' classes that compute this activation; an alias (silu, swish) may have its own."""
+    same = [alias for alias, function in ACTIVATIONS.items() if repr(function) == repr(ACTIVATIONS[name])]
+    return frozenset(type(ACT2FN[alias]) for alias in same)
+
+
+ACTIVATION_CLASSES = {name: _classes_of(name) for name in ACTIVATIONS}
 
 
 @dataclass(frozen=True)
@@ -38,6 +52,7 @@ class MLPOverlay(Overlay):
     def forward(
         self,
         x: torch.Tensor,
+        *,
         residual: torch.Tensor | None = None,
         norm_input: NormInput | None = None,
         tile_rows: TileRows = AS_CONFIGURED,
@@ -48,6 +63,9 @@ class MLPOverlay(Overlay):
         produced x; the fused op saves it instead of x and recomputes the norm in the backward. tile_rows: tokens per
         tile in this call, None = all at once.
         """
+        if self._is_watched_inside():
+            out = self.stock_forward(x)
+            return out if residual is None else residual + out
         tile = self.overlay_config.tile_rows if tile_rows == AS_CONFIGURED else tile_rows
         fused = fused_input(x, (self.gate_proj, self.up_proj, self.down_proj), self.training)
         if fused is not None:
@@ -56,8 +74,8 @@ class MLPOverlay(Overlay):
         if tile is not None and self._projections_are_hooked():
             if torch.is_grad_enabled():
                 warnings.warn(
-                    "a projection of this MLP has a forward hook, which expects all tokens at once, so the MLP does not run in tiles; "
-                    "remove the hook to run it in tiles",
+                    "a module of this MLP has a hook or a forward of its own, which expects all tokens at once, so the MLP does not run in tiles; "
+                    "remove it to run the MLP in tiles",
                     stacklevel=2,
                 )
             tile = None
@@ -68,7 +86,19 @@ class MLPOverlay(Overlay):
         return self.down_proj(glu(self.gate_proj(x), self.up_proj(x), self.overlay_config.activation))
 
     def _projections_are_hooked(self) -> bool:
-        """Returns whether a projection has forward hooks: they need all tokens at once (PEFT passes each sequence's
-        adapter name by such hooks)."""
-        below = (module for module in self.modules() if module is not self)
-        return any(module._forward_hooks or module._forward_pre_hooks for module in below)
+        """Returns whether a module below has hooks or a forward of its own: it expects all tokens at once (PEFT passes
+        each sequence's adapter name by such hooks)."""
+        if hooks_on_every_module():
+            return True
+        return any(is_watched(module, moves_input=True) for module in self.modules() if module is not self)
+
+    def _is_watched_inside(self) -> bool:
+        """Returns whether a module beside the projections, which the op does not call (the activation), is watched or
+        was replaced."""
+        if hooks_on_every_module():
+            return True
+        known = ACTIVATION_CLASSES[self.overlay_config.activation]
+        for name, child in self._modules.items():
+            if name not in PROJECTIONS and (type(child) not in known or needs_own_forward(child)):
+                return True
+        return False

@@ -11,11 +11,14 @@ from torch import nn
 from hasten.errors import ContractError, PatchError
 from hasten.families.schema import Family
 from hasten.ops.backend import backend_for
-from hasten.overlays import HeadOverlay, Overlay
-from hasten.patching.classes import installed_overlay, methods_of, overlay_class, stock_class, with_base
+from hasten.overlays import HeadOverlay, Overlay, StockHeadOverlay
+from hasten.patching.classes import configured, methods_of, overlay_class, set_class, stock_class, with_base
 from hasten.patching.plan import Plan, plan
 from hasten.state import causal_lm_of, find_state, state_of
 from hasten.weights import pack_weights
+
+CAUSAL_LM = (HeadOverlay, StockHeadOverlay)
+"""Overlays of the causal LM itself, which carry the user-facing methods."""
 
 
 def apply(model: nn.Module, planned: Plan | None = None, methods: type | None = None) -> Plan:
@@ -33,7 +36,7 @@ def apply(model: nn.Module, planned: Plan | None = None, methods: type | None = 
     modules = [base.get_submodule(action.name) for action in planned.actions]
     targets = []
     for module, action in zip(modules, planned.actions, strict=True):
-        extra = (methods or methods_of(module)) if action.overlay is HeadOverlay else None
+        extra = (methods or methods_of(module)) if action.overlay in CAUSAL_LM else None
         ours = overlay_class(stock_class(module), action.overlay, action.overlay_config, extra)
         targets.append((module, with_base(module, ours)))
     _set_classes(targets)
@@ -96,11 +99,7 @@ def is_patched(model: nn.Module) -> bool:
 
 def reconfigure(module: Overlay, **changes: Any) -> None:
     """Changes fields of an overlay's config on this instance."""
-    ours = installed_overlay(type(module))
-    assert ours is not None
-    overlay = ours.__bases__[-2]
-    config = replace(ours.overlay_config, **changes)
-    _set_classes([(module, with_base(module, overlay_class(ours.stock_class, overlay, config, methods_of(module))))])
+    _set_classes([(module, configured(module, replace(module.overlay_config, **changes)))])
 
 
 def _set_classes(targets: list[tuple[nn.Module, type]]) -> None:
@@ -109,19 +108,12 @@ def _set_classes(targets: list[tuple[nn.Module, type]]) -> None:
     for module, target in targets:
         before = type(module)
         try:
-            _set_class(module, target)
+            set_class(module, target)
         except TypeError as error:
             for changed, former in done:
-                _set_class(changed, former)
+                set_class(changed, former)
             raise PatchError(f"the class of a {before.__name__} cannot be changed: {error}") from error
         done.append((module, before))
-
-
-def _set_class(module: nn.Module, target: type) -> None:
-    hooked = hasattr(module, "_hf_hook") and "_old_forward" in module.__dict__
-    module.__class__ = target
-    if hooked:  # accelerate calls the forward that it stored; that must be the new class's
-        module.__dict__["_old_forward"] = target.forward.__get__(module)
 
 
 def _is_drift(planned: Plan) -> bool:

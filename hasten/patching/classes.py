@@ -9,31 +9,92 @@ working.
 
 import functools
 import sys
+from collections.abc import Callable
 from types import CellType, FunctionType
 from typing import Any
 
+import torch
 from torch import nn
 
 from hasten.errors import PatchError
 from hasten.overlays import Overlay
+from hasten.patching import stock_signature
+
+
+def overlay_class(stock: type, overlay: type[Overlay], overlay_config: Any, methods: type | None = None) -> type:
+    """Returns the subclass that carries `overlay_config`, with the stock class's name and module, which config.json
+    stores.
+
+    methods: a mixin with user-facing methods. Instances pickle by (stock, overlay, overlay_config, methods), and their
+    forward has the stock signature. Equal arguments give the same class.
+    """
+    return _made_class(stock, overlay, overlay_config, methods)
 
 
 @functools.cache
-def overlay_class(stock: type, overlay: type[Overlay], overlay_config: Any, methods: type | None = None) -> type:
-    """Makes the subclass that carries `overlay_config`, with the stock class's name and module, which config.json
-    stores.
-
-    methods: a mixin with user-facing methods.
-    """
+def _made_class(stock: type, overlay: type[Overlay], overlay_config: Any, methods: type | None) -> type:
     bases = (methods, overlay, stock) if methods is not None else (overlay, stock)
     names = {
         "__module__": stock.__module__,
         "__qualname__": stock.__qualname__,
         "__doc__": stock.__doc__,
+        "__reduce_ex__": _reduce,
         "overlay_config": overlay_config,
         "stock_class": stock,
+        **overlay.members_over(stock),
     }
+    if overlay.moved_config is not Overlay.moved_config:
+        names["_apply"] = _apply
+    if overlay.forward is not Overlay.forward:
+        forward = stock_signature.adapt(overlay.forward, stock)
+        arguments = stock_signature.positional(stock.forward)[1:]
+        names |= {"forward": forward, "overlay_forward": forward, "stock_arguments": arguments}
     return type(stock.__name__, bases, names)
+
+
+def _reduce(self: Any, protocol: Any) -> Any:
+    """Implements `__reduce_ex__`: unpickling looks the class up by (stock, overlay, config, methods). An object under
+    another library's class pickles as that library's objects do."""
+    ours = installed_overlay(type(self))
+    assert ours is not None
+    reduced = super(ours, self).__reduce_ex__(protocol)
+    if type(self) is not ours:
+        return reduced
+    return _new, (ours.stock_class, overlay_of(ours), ours.overlay_config, methods_of(self)), *reduced[2:]
+
+
+def _new(stock: type, overlay: type[Overlay], overlay_config: Any, methods: type | None) -> Any:
+    return object.__new__(overlay_class(stock, overlay, overlay_config, methods))
+
+
+def _apply(self: Any, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+    """Implements `_apply` (`to`, `half`, ...) for an overlay whose config follows the model's dtype."""
+    super(installed_overlay(type(self)), self)._apply(fn, recurse)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+    config = self.moved_config(fn)
+    if config != self.overlay_config:
+        set_class(self, configured(self, config))
+    return self
+
+
+def set_class(module: nn.Module, target: type) -> None:
+    """Sets `module.__class__`, and the forward that accelerate's hooks stored with it."""
+    hooked = hasattr(module, "_hf_hook") and "_old_forward" in module.__dict__
+    module.__class__ = target
+    if hooked:  # accelerate calls the forward that it stored; that must be the new class's
+        module.__dict__["_old_forward"] = target.forward.__get__(module)
+
+
+def configured(module: Overlay, overlay_config: Any) -> type:
+    """Returns the class for `module` with another `overlay_config`."""
+    ours = installed_overlay(type(module))
+    assert ours is not None
+    made = overlay_class(ours.stock_class, overlay_of(ours), overlay_config, methods_of(module))
+    return with_base(module, made)
+
+
+def overlay_of(ours: type[Overlay]) -> type[Overlay]:
+    """Returns the overlay that an `overlay_class` was made from."""
+    return ours.__bases__[-2]
 
 
 def installed_overlay(kind: type) -> type[Overlay] | None:

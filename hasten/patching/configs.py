@@ -36,6 +36,7 @@ def attention_config(family: Family, config: Any, layer: int) -> AttentionConfig
         window=window,
         softcap=_field(config, spec.softcap) if spec.softcap else None,
         qk_norm=norm_config(spec.qk_norm, config) if spec.qk_norm is not None and normed else None,
+        qk_norm_heads_first=spec.qk_norm_heads_first,
     )
 
 

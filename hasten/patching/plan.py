@@ -1,7 +1,7 @@
 """Plans what `apply` will do, as data: one action per module that gets an overlay, one skip per module that does not.
 
 Planning changes nothing. A model type with a data file is checked against the contract; one without gets only overlays
-that reproduce its own modules' outputs (see `probe`).
+that provably do what its own modules do (see `probe`).
 """
 
 from collections.abc import Callable
@@ -16,11 +16,13 @@ from hasten.ops.glu import ACTIVATIONS
 from hasten.overlays import (
     AttentionOverlay,
     BackboneOverlay,
+    HeadConfig,
     HeadOverlay,
     LayerOverlay,
     MLPOverlay,
     NormOverlay,
     Overlay,
+    StockHeadOverlay,
 )
 from hasten.patching import configs, contract, probe
 from hasten.state import causal_lm_of
@@ -145,6 +147,7 @@ def _stock_attentions(base: Any, found: Plan) -> int:
 
 
 def _plan_unknown(base: Any, found: Plan, max_seq_length: int | None) -> None:
+    """Plans what `probe` proves. A causal LM whose forward stays stock gets the methods and the length check around it."""
     proofs: dict[Any, tuple[type[Overlay], Any] | str] = {}
     for name, module in base.named_modules():
         kind = probe.kind_of(module, base)
@@ -152,9 +155,14 @@ def _plan_unknown(base: Any, found: Plan, max_seq_length: int | None) -> None:
             continue
         key = probe.signature(module)
         if key not in proofs:
-            proofs[key] = probe.prove(kind, module, max_seq_length)
+            proofs[key] = probe.prove(kind, module)
         proof = proofs[key]
         if isinstance(proof, str):
             found.skips.append(Skip(name, type(module).__name__, proof))
-        else:
-            found.actions.append(Action(name, *proof, f"proved on this {type(module).__name__}"))
+            if module is base and contract.replaced_forward(base) is None:
+                found.actions.append(Action(name, StockHeadOverlay, HeadConfig(max_seq_length=max_seq_length), proof))
+            continue
+        overlay, values = proof
+        if module is base:
+            values = replace(values, max_seq_length=max_seq_length)
+        found.actions.append(Action(name, overlay, values, f"proved on this {type(module).__name__}"))

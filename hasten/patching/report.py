@@ -8,7 +8,7 @@ from torch import nn
 
 from hasten.ops.attention import CUDNN_LENGTH_MULTIPLE
 from hasten.ops.backend import backend_for
-from hasten.overlays import AttentionOverlay, BackboneOverlay, HeadOverlay, MLPOverlay, Overlay
+from hasten.overlays import AttentionOverlay, BackboneOverlay, HeadOverlay, MLPOverlay, Overlay, StockHeadOverlay
 from hasten.state import ModelState, causal_lm_of, find_state
 from hasten.weights import is_packed, label_of, read_head, read_linear, read_lora
 
@@ -63,7 +63,8 @@ def report(model: nn.Module) -> Report:
             if not isinstance(module, Overlay) and name not in skipped:
                 wrapped.add(name)
     rows = tuple(Row(module, count, runs, reason) for (module, runs, reason), count in counted.items())
-    kind = "hasten" if any(isinstance(m, Overlay) for m in base.modules()) else "stock transformers"
+    overlaid = any(isinstance(m, Overlay) and not isinstance(m, StockHeadOverlay) for m in base.modules())
+    kind = "hasten" if overlaid else "stock transformers"
     backend = backend_for(base.get_output_embeddings().weight)
     attention, _ = _attention(base)
     title = f"{type(base).__name__} ({base.config.model_type}): {kind}, {attention} attention, backend {backend}"
@@ -143,6 +144,8 @@ def _describe(
     if isinstance(module, BackboneOverlay):
         attention, reason = _attention(base)
         return kind, f"attention by {attention}", reason
+    if isinstance(module, StockHeadOverlay):
+        return kind, "stock", f"{skipped.get(name) or why.get(name, '')}; the loss materialises all logits"
     if isinstance(module, Overlay):
         return kind, f"{type(module).runs} overlay", why.get(name, "a copy of a patched module")
     if name in skipped:

@@ -2,6 +2,7 @@
 
 from hasten.training.modes import for_training
 from hasten.training.optimizers import StochasticAdamW, stochastic_adamw
+from hasten.training.resume import resumable
 from hasten.training.trainer import sft_config
 
-__all__ = ["StochasticAdamW", "for_training", "sft_config", "stochastic_adamw"]
+__all__ = ["StochasticAdamW", "for_training", "resumable", "sft_config", "stochastic_adamw"]

@@ -19,12 +19,13 @@ def enable(model: Any, mode: bool | str, budget: int | None = None) -> list[str]
 
     mode: False saves all activations; True saves each layer's input and recomputes the layer in the backward; "offload"
     also offloads these inputs to pinned CPU memory; "auto" and "unsloth" plan per layer, when the first batch of a
-    shape comes. budget: bytes on the device that "auto" may use in all, None = what is free at that time. Uses
+    shape comes; "unsloth", the default, saves all activations where transformers cannot recompute the model's layers. budget: bytes on the device that "auto" may use in all, None = what is free at that time. Uses
     transformers' own switch, so that a trainer that sets it as well works as usual. Raises OptionError for any other
     mode, and for a model class that transformers cannot checkpoint; the model is then unchanged.
     """
     _check(model, mode)
     base = causal_lm_of(model)
+    asked, mode = mode, mode if mode != "unsloth" or base.supports_gradient_checkpointing else False
     earlier = policy_of(base)
     switch_off(base)
     state = state_of(base)
@@ -33,7 +34,8 @@ def enable(model: Any, mode: bool | str, budget: int | None = None) -> list[str]
     policy.continue_from(earlier)
     if not mode:
         state.memory = policy  # for its advice
-        return ["off: all activations are saved"]
+        why = f": transformers cannot recompute the layers of {type(base).__name__}" if asked else ""
+        return [f"off: all activations are saved{why}"]
     _switch_on(base)
     if not policy.install():
         return [f"{RECOMPUTED} (no layer runs as a hasten overlay, so nothing else can be planned)"]
@@ -92,7 +94,7 @@ def _check(model: Any, mode: Any) -> None:
     problems = []
     if not any(mode is known or (isinstance(mode, str) and mode == known) for known in CHECKPOINTING):
         problems.append(f'use_gradient_checkpointing={mode!r} must be False, True, "offload", "unsloth" or "auto"')
-    elif mode and not causal_lm_of(model).supports_gradient_checkpointing:
+    elif mode and mode != "unsloth" and not causal_lm_of(model).supports_gradient_checkpointing:
         kind = type(causal_lm_of(model)).__name__
         problems.append(f"transformers cannot recompute the layers of {kind}; use use_gradient_checkpointing=False")
     if problems:

@@ -1,21 +1,27 @@
 """From a checked job file to a trained, saved model. TRL's SFTTrainer trains; this only puts the parts together."""
 
-import json
+import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from rich.console import Console
-from transformers.trainer_utils import get_last_checkpoint
+from rich.markup import escape
 
-from hasten.data import DatasetCounts, check_dataset, drop_long, read_dataset, tokenized
-from hasten.errors import DatasetError, MissingExtraError, OptionError, TrainingError
+from hasten.data import DatasetCounts, check_dataset, drop_long, read_dataset, refuse_rows, tokenized
+from hasten.errors import DatasetError, MissingExtraError, OptionError
+from hasten.training.checkpoints import Checkpoint, last_whole
 from hasten.training.config import Job
 from hasten.training.metrics import counting
 from hasten.training.optimizers import STOCHASTIC, stochastic_adamw
 from hasten.training.progress import TrainingMonitor
+from hasten.training.resume import FORCE, load_weights, refuse_used, resumable, resume_point, sole_writer, total_steps
+from hasten.training.summary import SUMMARY, Finished, find_finished, write_summary
 from hasten.training.trainer import max_seq_length_of, sft_config
+
+logger = logging.getLogger(__name__)
 
 DEFAULTS = {
     "logging_steps": 1,
@@ -25,52 +31,73 @@ DEFAULTS = {
 }
 
 
-@dataclass(frozen=True)
-class Finished:
-    """loss: mean over the run, in nats per token. counts: of the training data. folder: metrics.jsonl, loss.png, summary.json.
-
-    saved: the model's folder. dropped: examples dropped for being too long.
-    """
-
-    model: Any
-    tokenizer: Any
-    steps: int
-    loss: float
-    counts: DatasetCounts
-    dropped: int
-    folder: Path
-    saved: Path
-
-
 def run(
     job: Job,
     load: Callable[..., tuple[Any, Any]],
     adapt: Callable[..., Any],
     console: Console | None = None,
-    resume: bool = False,
+    resume: bool | str = False,
 ) -> Finished:
     """Trains and saves. load, adapt: `FastLanguageModel.from_pretrained` and `.get_peft_model`.
 
-    resume: continue from the newest checkpoint of `job.output`. Data are read before the model is; what is wrong with
+    resume: True = continue from the newest whole checkpoint of `job.output`, which must be of the same run; "force" = also
+    with other settings. Without it a folder with checkpoints is refused. Data are read before the model is; what is wrong with
     either raises before step 1. Raises DatasetError, OptionError, CheckpointError, TrainingError, ExportError.
     """
-    checkpoint = _last_checkpoint(job.output) if resume else None
+    checkpoint = None
+    if resume:
+        if (finished := find_finished(job)) is not None:
+            return finished
+        checkpoint = replace(last_whole(job.output), forced=resume == FORCE)
+    else:
+        refuse_used(job.output)
     train_data, eval_data = read_dataset(job.data)
     model, tokenizer = load(**job.model)
     if not job.model.get("full_finetuning") and (job.adapter is not None or not hasattr(model, "peft_config")):
         model = adapt(model, **(job.adapter or {}))
     trainer = make_trainer(model, tokenizer, job, train_data, eval_data)
     counts, dropped = _apply_too_long(trainer, train_data, job.data.too_long)
-    title = f"{Path(str(job.model['model_name'])).name}: training loss"
-    with counting(model) as counter, TrainingMonitor(job.output, counter, console, title) as monitor:
-        result = monitor.watch(trainer).train(resume_from_checkpoint=checkpoint)
-    method = job.save.method or ("lora" if hasattr(model, "peft_config") else "merged_16bit")
-    steps, loss = result.global_step, result.training_loss
-    finished = Finished(model, tokenizer, steps, loss, counts, dropped, job.output, job.saved)
-    if trainer.is_world_process_zero():
-        model.save_pretrained_merged(job.saved, tokenizer, save_method=method)
-        _write_summary(finished, method)
+    with sole_writer(job.output):
+        if checkpoint is not None:
+            checkpoint = resume_point(trainer, checkpoint)
+        steps, loss = _train(trainer, job, checkpoint, console)
+        method = job.save.method or ("lora" if hasattr(model, "peft_config") else "merged_16bit")
+        finished = Finished(model, tokenizer, steps, loss, counts, dropped, job.output, job.saved)
+        if trainer.is_world_process_zero():
+            model.save_pretrained_merged(job.saved, tokenizer, save_method=method)
+            write_summary(finished, job, method)
     return finished
+
+
+def _train(trainer: Any, job: Job, checkpoint: Checkpoint | None, console: Console | None) -> tuple[int, float]:
+    """(steps, mean loss) of the run. Loads the weights alone where `checkpoint` is the last step's."""
+    if checkpoint is not None:
+        total = total_steps(trainer)
+        text = f"{checkpoint.folder}, step {checkpoint.step} of {total}"
+        _say(console, f"training is finished: {text}" if checkpoint.step >= total else f"resuming from {text}")
+        if checkpoint.step >= total:
+            load_weights(trainer, checkpoint)
+            return checkpoint.step, _mean_loss(checkpoint)
+    if trainer.is_world_process_zero():
+        (job.output / SUMMARY).unlink(missing_ok=True)
+        if checkpoint is None and (job.output / "metrics.jsonl").exists():
+            logger.warning("%s holds the metrics of an earlier run without checkpoints; they are replaced", job.output)
+    title = f"{Path(str(job.model['model_name'])).name}: training loss"
+    with counting(trainer.model) as counter, TrainingMonitor(job.output, counter, console, title) as monitor:
+        result = monitor.watch(trainer).train(resume_from_checkpoint=checkpoint)
+    return result.global_step, result.training_loss
+
+
+def _mean_loss(checkpoint: Checkpoint) -> float:
+    logged = [entry["loss"] for entry in checkpoint.state.get("log_history", []) if "loss" in entry]
+    return sum(logged) / len(logged) if logged else float("nan")
+
+
+def _say(console: Console | None, text: str) -> None:
+    if console is None:
+        logger.info(text)
+    else:
+        console.print(escape(text), soft_wrap=True)
 
 
 def make_trainer(model: Any, tokenizer: Any, job: Job, train_data: Any, eval_data: Any) -> Any:
@@ -91,7 +118,7 @@ def make_trainer(model: Any, tokenizer: Any, job: Job, train_data: Any, eval_dat
         if stochastic:
             del settings["optim"]
         config = sft_config(model, output_dir=str(job.output), **settings)
-        return SFTTrainer(
+        return resumable(SFTTrainer)(
             model=model,
             args=config,
             train_dataset=train_data,
@@ -101,7 +128,8 @@ def make_trainer(model: Any, tokenizer: Any, job: Job, train_data: Any, eval_dat
         )
     except OptionError:
         raise
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, TemplateError) as error:
+        refuse_rows(tokenizer, {"train": train_data, "eval": eval_data})
         raise OptionError("train", [f"the trainer refuses these settings or data: {error}"]) from error
 
 
@@ -133,28 +161,3 @@ def _apply_too_long(trainer: Any, dataset: Any, policy: str) -> tuple[DatasetCou
             f"{too_long}, and padding_free without packing cannot truncate them; use packing, or too_long: drop"
         )
     return counts, 0
-
-
-def _last_checkpoint(folder: Path) -> str:
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if found is None:
-        raise TrainingError(
-            f"{folder} holds no checkpoint to resume from; train without --resume, and set train.save_steps so that "
-            "checkpoints are written"
-        )
-    return found
-
-
-def _write_summary(finished: Finished, method: str) -> None:
-    summary = {
-        "steps": finished.steps,
-        "mean_loss": finished.loss,
-        "dataset": asdict(finished.counts),
-        "dropped_too_long": finished.dropped,
-        "saved": str(finished.saved),
-        "save_method": method,
-    }
-    path = finished.folder / "summary.json"
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)

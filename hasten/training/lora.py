@@ -1,18 +1,20 @@
 """Builds the adapter that `get_peft_model` asked for, as a plain PEFT adapter."""
 
-import re
-from collections.abc import Callable, Iterable
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from peft import LoraConfig
+from peft.utils.constants import DUMMY_TARGET_MODULES, EMBEDDING_LAYER_NAMES
 
 from hasten.errors import OptionError
 from hasten.options import AdapterOptions
 from hasten.overlays import Fp32Embedding, Fp32Head, Fp32WeightConfig, Overlay
 from hasten.patching.apply import put_overlay
-from hasten.suggest import did_you_mean
 from hasten.training import loftq
+from hasten.training.injection import inject, unchanged_on_error
+from hasten.training.targets import Matching, broken_patterns, exact_names, problems
 
 EMBEDDINGS = ("embed_tokens", "lm_head")
 
@@ -23,41 +25,77 @@ def build(model: Any, options: AdapterOptions, read_dense: Callable[[str], torch
 
     read_dense: reads a dense tensor of the base checkpoint by name, for LoftQ (None = there is no such checkpoint).
     If `target_modules` names embedding or head, they are trained fully instead (moved to `modules_to_save`); tied
-    weights stay tied. Raises OptionError for names that match nothing, before the model is changed.
+    weights stay tied. Raises OptionError, with the model unchanged, for names that match nothing and for whatever PEFT
+    refuses or would ignore.
     """
-    from peft import LoraConfig, get_peft_model
+    targets, saved = _split(options)
+    try:
+        config = _config(model, options, targets, saved)
+        if found := broken_patterns(config):
+            raise OptionError("get_peft_model", found)
+        matching = Matching.of(model, config)
+    except OptionError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:
+        raise OptionError("get_peft_model", [f"PEFT refuses these options: {error}"]) from error
+    if "fan_in_fan_out" not in options.extra:
+        config.fan_in_fan_out = matching.config.fan_in_fan_out = matching.orientations() == {True}
+    _check(matching, targets, saved, options, read_dense)
+    config.modules_to_save = exact_names(matching, config.modules_to_save or []) or None
+    with unchanged_on_error(model), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(options.random_state)
+        peft_model = inject(model, config)
+        if options.loftq_config and read_dense is not None:
+            loftq.initialise(peft_model, read_dense)
+            peft_model.peft_config["default"].loftq_config = dict(options.loftq_config)  # pyright: ignore[reportAttributeAccessIssue]
+    return peft_model
 
-    targets, saved = _split(model, options)
-    _check(model, targets, saved, options, read_dense)
-    tied = bool(model.config.tie_word_embeddings)
-    trains_tied = tied and bool(set(saved) & set(EMBEDDINGS))
-    if trains_tied:
-        saved = ["embed_tokens", *(name for name in saved if name not in EMBEDDINGS)]
-    defaults = {
+
+def _config(model: Any, options: AdapterOptions, targets: list[str] | str, saved: list[str]) -> LoraConfig:
+    """Returns PEFT's config. With nothing to put a LoRA on, PEFT's placeholder stands for the targets."""
+    layers = options.layers_to_transform
+    tied = _tied_names(model, options, saved)
+    fields = {
         "task_type": "CAUSAL_LM",
-        "ensure_weight_tying": trains_tied,
+        "ensure_weight_tying": tied is not None,
         "revision": getattr(model.config, "_commit_hash", None),
+        **copy.deepcopy(dict(options.extra)),
     }
-    config = LoraConfig(
+    only_parameters = bool(options.extra.get("target_parameters"))
+    return LoraConfig(
         r=options.r,
-        target_modules=targets,
+        target_modules=targets or ([] if only_parameters else DUMMY_TARGET_MODULES),
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
         bias=options.bias,  # pyright: ignore[reportArgumentType]
         use_rslora=options.use_rslora,
         use_dora=options.use_dora,
         init_lora_weights=options.init_lora_weights,  # pyright: ignore[reportArgumentType]
-        modules_to_save=saved or None,
-        layers_to_transform=options.layers_to_transform,
-        **{**defaults, **dict(options.extra)},
+        modules_to_save=tied or saved or None,
+        layers_to_transform=layers if layers is None or isinstance(layers, int) else list(layers),
+        **fields,
     )
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(options.random_state)
-        peft_model = get_peft_model(model, config)
-    if options.loftq_config and read_dense is not None:
-        loftq.initialise(peft_model, read_dense)
-        peft_model.peft_config["default"].loftq_config = dict(options.loftq_config)  # pyright: ignore[reportAttributeAccessIssue]
-    return peft_model
+
+
+def _tied_names(model: Any, options: AdapterOptions, saved: list[str]) -> list[str] | None:
+    """Returns `modules_to_save` for training the weight that embedding and head share, as one; None where it does not
+    train, is asked to be untied, or PEFT cannot tie (it recognises the two by name).
+
+    PEFT adds the other module to the one that is named.
+    """
+    tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))  # not every config has the field
+    shared = [model.get_input_embeddings(), model.get_output_embeddings()]
+    paths = [next((path for path, one in model.named_modules() if one is module), "") for module in shared]
+    others = [name for name in saved if not any(_means(name, path) for path in paths)]
+    if not tied or not options.extra.get("ensure_weight_tying", True) or len(others) == len(saved):
+        return None
+    embedding, head = (path.rsplit(".", 1)[-1] for path in paths)
+    names = [embedding] if embedding in EMBEDDING_LAYER_NAMES else [embedding, head]
+    return [*names, *others] if set(names) & set(EMBEDDING_LAYER_NAMES) else None
+
+
+def _means(name: str, path: str) -> bool:
+    return path == name or path.endswith(f".{name}")
 
 
 def trains_embedding(options: AdapterOptions) -> bool:
@@ -77,7 +115,7 @@ def set_dtypes(peft_model: Any, fp32: bool) -> dict[str, torch.dtype]:
     dtype. Other trained copies (of a norm, say) keep the dtype of the module that they replace.
     """
     base = peft_model.get_base_model()
-    compute = base.config.dtype if isinstance(base.config.dtype, torch.dtype) else base.dtype
+    compute = _residual_dtype(base)
     wide = torch.float32 if fp32 else compute
     for name, parameter in peft_model.named_parameters():
         if parameter.requires_grad and "lora_" in name:
@@ -88,13 +126,22 @@ def set_dtypes(peft_model: Any, fp32: bool) -> dict[str, torch.dtype]:
     return {name: p.dtype for name, p in peft_model.named_parameters() if p.requires_grad}
 
 
+def _residual_dtype(base: Any) -> torch.dtype:
+    """Returns the dtype of the residual stream: that of the embedding under PEFT's wrappers. The config's dtype is that
+    of loading, which `model.float()` does not change."""
+    embedding = base.get_input_embeddings()
+    frozen = getattr(embedding, "original_module", embedding)
+    return next(p.dtype for p in frozen.parameters() if p.is_floating_point())
+
+
 def _widen(module: Any, overlay: type[Overlay], compute: torch.dtype) -> None:
-    for copy in getattr(module, "modules_to_save", {}).values():
-        put_overlay(copy, overlay, Fp32WeightConfig(compute))
-        copy.weight.data = copy.weight.data.float()
+    for trained in getattr(module, "modules_to_save", {}).values():
+        put_overlay(trained, overlay, Fp32WeightConfig(compute))
+        trained.weight.data = trained.weight.data.float()
 
 
-def _split(model: Any, options: AdapterOptions) -> tuple[list[str] | str, list[str]]:
+def _split(options: AdapterOptions) -> tuple[list[str] | str, list[str]]:
+    """Returns (target_modules without embedding and head, modules_to_save with them)."""
     saved = list(options.modules_to_save or [])
     if isinstance(options.target_modules, str):
         return options.target_modules, saved
@@ -104,40 +151,19 @@ def _split(model: Any, options: AdapterOptions) -> tuple[list[str] | str, list[s
 
 
 def _check(
-    model: nn.Module,
+    matching: Matching,
     targets: list[str] | str,
     saved: list[str],
     options: AdapterOptions,
     read_dense: Callable[[str], torch.Tensor] | None,
 ) -> None:
-    paths = [name for name, _ in model.named_modules() if name]
-    problems = []
-    if isinstance(targets, str):
-        if targets != "all-linear" and not any(re.fullmatch(targets, path) for path in paths):
-            problems.append(f"target_modules={targets!r} matches no module as a regular expression")
-    else:
-        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        problems += _unmatched("target_modules", targets, linear, paths)
-    problems += _unmatched("modules_to_save", saved, paths, paths)
+    found = problems(matching, targets if isinstance(targets, str) else tuple(targets), saved)
     if options.loftq_config:
-        problems += loftq.problems(model, dict(options.loftq_config))
+        found += loftq.problems(matching.model, dict(options.loftq_config))
         if read_dense is None:
-            problems.append(
+            found.append(
                 "loftq_config needs the dense checkpoint that the base was quantised from, and none was found; load the base from a "
                 "dense checkpoint, or leave loftq_config out"
             )
-    if problems:
-        raise OptionError("get_peft_model", problems)
-
-
-def _unmatched(argument: str, names: Iterable[str], among: list[str], paths: list[str]) -> list[str]:
-    problems = []
-    ends = sorted({path.rsplit(".", 1)[-1] for path in among})
-    for name in names:
-        if any(path == name or path.endswith(f".{name}") for path in among):
-            continue
-        present = any(path == name or path.endswith(f".{name}") for path in paths)
-        found = "is not a Linear layer of this model" if present else "matches no module of this model"
-        hint = did_you_mean(name, ends) or f"; it has {', '.join(ends[:8])}"
-        problems.append(f"{argument} {name!r} {found}{hint}")
-    return problems
+    if found:
+        raise OptionError("get_peft_model", found)

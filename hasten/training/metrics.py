@@ -3,7 +3,6 @@ batches."""
 
 import json
 import math
-import resource
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from hasten.data import IGNORE_INDEX
+from hasten.errors import TrainingError
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,19 @@ class MetricsFile:
         """Returns the lines written so far. Training has `loss`, evaluation `eval_loss`; both have `step`."""
         if not self.path.exists():
             return []
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        if lines and not lines[-1].endswith("\n"):
+            lines.pop()  # a kill in the middle of writing it
+        return [self._row(number, line) for number, line in enumerate(lines, 1)]
+
+    def _row(self, number: int, line: str) -> dict[str, Any]:
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise TrainingError(f"{self.path}: line {number} is not JSON ({error}); remove it") from error
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise TrainingError(f"{self.path}: line {number} is of no step; remove it")
+        return row
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
         """Drops the lines after `step`, which a resumed run writes again, and returns those that are left."""
@@ -113,6 +125,13 @@ def peak_memory_bytes(device: torch.device) -> int:
     process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss)
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB, on macOS in bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

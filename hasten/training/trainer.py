@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hasten.errors import OptionError
-from hasten.overlays import HeadOverlay
+from hasten.overlays import HeadOverlay, StockHeadOverlay
+from hasten.schema import fields_of, text_for_other
 from hasten.state import causal_lm_of
 from hasten.training.optimizers import optimizer_problems
 
@@ -19,7 +20,7 @@ logger = logging.getLogger(__name__)
 def max_seq_length_of(model: Any) -> int | None:
     """The `max_seq_length` that the model was loaded with, in tokens, or None where it has no such limit."""
     base = causal_lm_of(model)
-    return base.overlay_config.max_seq_length if isinstance(base, HeadOverlay) else None
+    return base.overlay_config.max_seq_length if isinstance(base, (HeadOverlay, StockHeadOverlay)) else None
 
 
 def sft_config(model: Any, **kwargs: Any) -> "SFTConfig":
@@ -55,6 +56,7 @@ def sft_config(model: Any, **kwargs: Any) -> "SFTConfig":
         )
     if packing and asked is None:
         problems.append("packing=True fills sequences of max_length tokens, but there is no max_length; pass one")
+    problems += text_for_other(kwargs, fields_of("trl", "SFTConfig"))
     problems += optimizer_problems(settings.get("optim"))
     if problems:
         raise OptionError("sft_config", problems)

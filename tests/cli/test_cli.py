@@ -125,7 +125,8 @@ def test_run_hands_a_script_its_arguments(tmp_path: Path, monkeypatch: pytest.Mo
     script, out = tmp_path / "s.py", tmp_path / "o.txt"
     script.write_text(
         "import sys\nfrom unsloth import FastLanguageModel as f\n"
-        "open(sys.argv[1], 'w').write(f.__module__ + ' ' + ' '.join(sys.argv[2:]))\n"
+        "with open(sys.argv[1], 'w') as out:\n"
+        "    out.write(f.__module__ + ' ' + ' '.join(sys.argv[2:]))\n"
     )
     done = call("run", script, out, "--flag", "value")
     monkeypatch.delitem(sys.modules, "unsloth", raising=False)

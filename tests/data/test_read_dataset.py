@@ -42,3 +42,18 @@ def test_files_that_cannot_be_trained_on(tmp_path: Path) -> None:
         read_dataset(DataOptions(jsonl(tmp_path, [{"question": "a"}])))
     with pytest.raises(DatasetError, match="1 examples have an empty 'text'"):
         read_dataset(DataOptions(jsonl(tmp_path, [{"text": "a"}, {"text": None}])))
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations", "input_ids"])
+@pytest.mark.parametrize("where", [[0], [1, 3], [0, 1, 2, 3]])
+def test_an_empty_list_is_named_with_its_example(tmp_path: Path, column: str, where: list[int]) -> None:
+    full = (
+        [1, 2] if column == "input_ids" else [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    )
+    rows = [
+        {column: [] if n in where else full, **({"labels": [1, 2]} if column == "input_ids" else {})} for n in range(4)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DatasetError, match="(?s)" + ".*".join(rf"row {n + 1} " for n in where)):
+        read_dataset(DataOptions(str(path)))

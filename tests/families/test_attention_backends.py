@@ -5,16 +5,19 @@ everything else of the models runs as ever there. On a GPU nothing is forced.
 """
 
 import copy
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from transformers import StaticCache
+from transformers_kit import recompute
 
 from hasten.errors import InputError
 from hasten.ops.attention.kernels import forward as kernel
 from hasten.ops.attention.kernels.tiles import Tile, Tiles
+from hasten.ops.backend import ATTENTION, interpreted_kernels
 from hasten.overlays import AttentionOverlay, BackboneOverlay, SpanAttention
 from hasten.patching import apply, plan, report, restore
 from hasten.patching.apply import put_overlay
@@ -36,12 +39,12 @@ SLIDING_AND_FULL = {
 
 
 @pytest.fixture
-def chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+def chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """hasten's choice of attention for every tensor, as on a GPU."""
     if DEVICE == "cpu":
-        for module in ("hasten.overlays.backbone", "hasten.ops.attention"):
-            monkeypatch.setattr(f"{module}.backend_for", lambda x, wanted=None: wanted or "triton")
         monkeypatch.setattr(kernel, "tiles_for", lambda *_: SMALL)
+    with interpreted_kernels(ATTENTION):
+        yield
 
 
 def twins(name: str, **changes: Any) -> tuple[Any, Any]:
@@ -125,22 +128,24 @@ def test_windows_agree_with_eager_to_the_token(name: str, chosen: None) -> None:
             assert relative_error(ours(IDS).logits, expected) > 1e-3
 
 
+@pytest.mark.grid(1)
+@pytest.mark.parametrize("positioned", [False, True])
+@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_padded_batches_are_what_their_rows_are_alone(name: str, chosen: None) -> None:
+def test_padded_batches_are_what_their_rows_are_alone(name: str, side: str, positioned: bool, chosen: None) -> None:
     ours, stock = twins(name)
     lengths = (TOKENS, 10, 3)
     ids = IDS.expand(3, -1)
+    place = torch.arange(TOKENS, device=DEVICE)
+    real = [place >= TOKENS - n if side == "left" else place < n for n in lengths]
+    mask = torch.stack(real).long()
+    positions = (mask.cumsum(-1) - 1).clamp(min=0) if positioned else None
     with torch.no_grad():
-        for side in ("left", "right"):
-            place = torch.arange(TOKENS, device=DEVICE)
-            real = [place >= TOKENS - n if side == "left" else place < n for n in lengths]
-            mask = torch.stack(real).long()
-            for positions in (None, (mask.cumsum(-1) - 1).clamp(min=0)):
-                batch = ours(ids, attention_mask=mask, position_ids=positions).logits
-                assert bool(batch.isfinite().all())
-                for row, where in enumerate(real):
-                    expected = stock(ids[row : row + 1, where]).logits[0]
-                    assert relative_error(batch[row, where], expected) < 2e-5, (side, row)
+        batch = ours(ids, attention_mask=mask, position_ids=positions).logits
+        assert bool(batch.isfinite().all())
+        for row, where in enumerate(real):
+            expected = stock(ids[row : row + 1, where]).logits[0]
+            assert relative_error(batch[row, where], expected) < 2e-5, row
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -185,7 +190,7 @@ def test_a_static_cache_and_a_mask_of_the_callers_own_go_transformers_way(chosen
 def test_training_with_recompute_and_labels(chosen: None) -> None:
     ours, stock = twins("mistral", use_cache=False)
     labels = IDS.masked_fill(RESTARTS == 0, -100)
-    ours.train().gradient_checkpointing_enable()
+    recompute(ours.train())
     ours(IDS, position_ids=RESTARTS, labels=labels).loss.backward()
     logits = alone(stock.train())
     torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:]).backward()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers_kit import recompute
 
 from hasten.families import FAMILIES
 from hasten.overlays import AttentionContext, AttentionOverlay, SpanAttention, StockAttention
@@ -46,7 +47,7 @@ def test_the_callers_context_reaches_every_attention(name: str) -> None:
 def test_recompute_sees_the_same_context(reentrant: bool) -> None:
     model = tiny_model("llama").train()
     apply(model)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    recompute(model, use_reentrant=reentrant)
     mine = Counting([])
     model(inputs_embeds=model.get_input_embeddings()(IDS), labels=IDS, attention_context=mine).loss.backward()
     assert mine.layers == [0, 1, 2, 3, 3, 2, 1, 0]

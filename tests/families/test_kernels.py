@@ -10,6 +10,7 @@ import pytest
 import torch
 from kernels_kit import DEVICE, lora
 from peft import LoraConfig, get_peft_model
+from transformers_kit import recompute
 
 from hasten.families import FAMILIES
 from hasten.ops.lora.kernels import mlp as mlp_kernel
@@ -38,33 +39,22 @@ def compare(ours: Any, stock: Any, title: str) -> None:
     seen.check()
 
 
+@pytest.mark.grid(1)
+@pytest.mark.parametrize("way", ["full", "LoRA", "QLoRA"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_full_training(name: str, kernels: None) -> None:
-    stock = tiny_model(name, num_hidden_layers=2, **_two_layers(name))
-    ours = copy.deepcopy(stock)
-    apply(ours)
-    compare(ours, stock, f"{name}, full")
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_lora_training_takes_the_fused_path(name: str, kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training(name: str, way: str, kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And that every adapted projection of the attention takes the fused path."""
     calls = []
     for op in ("lora_linears", "lora_qkv"):
         inner = getattr(fused_linears, op)
         monkeypatch.setattr(fused_linears, op, lambda *args, inner=inner: calls.append(args) or inner(*args))
-    stock = tiny_model(name, num_hidden_layers=2, **_two_layers(name))
+    stock = tiny_model(name, num_hidden_layers=2, **_two_layers(name)).to(DEVICE)
+    stock = quantize_linears(stock) if way == "QLoRA" else stock
     ours = copy.deepcopy(stock)
     apply(ours)
-    compare(lora(ours), lora(stock), f"{name}, LoRA")
+    adapt = (lambda model: model) if way == "full" else lora
+    compare(adapt(ours), adapt(stock), f"{name}, {way}")
     assert len(calls) == 2 * 2  # q, k, v together, and o, in each of two layers
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere"])
-def test_qlora_training(name: str, kernels: None) -> None:
-    stock = quantize_linears(tiny_model(name, num_hidden_layers=2, **_two_layers(name)).to(DEVICE))
-    ours = copy.deepcopy(stock)
-    apply(ours)
-    compare(lora(ours), lora(stock), f"{name}, QLoRA")
 
 
 @pytest.mark.parametrize(
@@ -156,15 +146,15 @@ def test_recompute_ends_before_the_last_product(name: str, kernels: None, monkey
     apply(model)
     model = lora(model).train()
     found = []
-    for recompute in (False, True):
-        if recompute:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+    for again in (False, True):
+        if again:
+            recompute(model, use_reentrant=False)
             model.enable_input_require_grads()
         model.zero_grad()
         calls.clear()
         model(input_ids=IDS.to(DEVICE), labels=LABELS.to(DEVICE)).loss.backward()
         found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
-        assert sorted(calls) == [1, 1, *([2] * (4 if recompute else 2))]  # 1: down alone; 2: gate and up together
+        assert sorted(calls) == [1, 1, *([2] * (4 if again else 2))]  # 1: down alone; 2: gate and up together
     for parameter, gradient in found[0].items():
         assert relative_error(found[1][parameter], gradient) <= (0 if DEVICE == "cpu" else 1e-5)
 

@@ -89,4 +89,7 @@ def test_every_fact_has_a_flip() -> None:
     holders = {"norm": Norm, "attention": Attention}
     for part in ("norm", "attention", "mlp", "block", "head"):
         overlay_config = {field.name for field in fields(holders.get(part, type(getattr(FAMILIES["llama"], part))))}
-        assert overlay_config - {"qk_norm_if"} == {fact for flipped, fact in FLIPS if flipped == part}
+        # qk_norm_if has a test of its own above; qk_norm_heads_first shows to hooks alone (tests/overlays).
+        assert overlay_config - {"qk_norm_if", "qk_norm_heads_first"} == {
+            fact for flipped, fact in FLIPS if flipped == part
+        }

@@ -26,10 +26,9 @@ def step(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-CASES = [("llama", "lora"), ("llama", "nf4"), ("gemma2", "full"), ("cohere", "lora"), ("granite", "lora")]
-
-
-@pytest.mark.parametrize(("name", "way"), CASES)
+@pytest.mark.grid(1)
+@pytest.mark.parametrize("way", ["lora", "nf4", "full"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "granite"])
 def test_loss_and_gradients(name: str, way: str, kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """And how often a tile's products are made: a layer that is recomputed makes them no more often, unless a norm behind the
     MLP needs its output."""

@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = str(Path(__file__).resolve().parents[2]) + os.sep
-CACHES = ("/__pycache__", "/.pytest_cache", "/.ruff_cache", "/.venv", "/runs/", "/.git/", ".egg-info")
+CACHES = (
+    "/__pycache__",
+    "/.pytest_cache",
+    "/pytest-cache-files-",
+    "/.ruff_cache",
+    "/.venv",
+    "/runs/",
+    "/.git/",
+    ".egg-info",
+)
 LOOPBACK = ("127.", "::1", "localhost")
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
 

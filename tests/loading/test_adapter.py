@@ -75,6 +75,7 @@ def _logits(model: Any) -> torch.Tensor:
     return model.eval()(IDS).logits
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning:peft.utils.save_and_load")
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_comes_back_as_it_was(tmp_path: Path, kind: str) -> None:
     model, folder = _adapter(tmp_path, kind)
@@ -217,6 +218,9 @@ def test_missing_or_damaged_files(tmp_path: Path) -> None:
     _untouched(model, before)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:The PEFT config's `base_model_name_or_path` was renamed:UserWarning:peft.mapping_func"
+)
 def test_another_base_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     _, folder = _adapter(tmp_path)
     with caplog.at_level(logging.WARNING, "hasten"):

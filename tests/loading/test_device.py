@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from hasten.loading import device
 from hasten.loading.device import default_dtype, is_all_cpu, resolve_device_map
 from hasten.loading.quantization import Storage
 from hasten.loading.read import placement_notes
@@ -36,7 +35,7 @@ def test_default_dtype(
 
 def test_sixteen_bits_on_a_cpu_are_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, cuda=False)
-    monkeypatch.setattr(device, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
     assert default_dtype(fp16_safe=True, half=True) == torch.bfloat16
 
 

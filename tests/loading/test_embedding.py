@@ -10,6 +10,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers_kit import recompute
 
 from hasten import FastLanguageModel
 from hasten.errors import InputError, OptionError
@@ -92,7 +93,7 @@ def test_lora_trains_with_recompute_as_beside_a_plain_embedding() -> None:
         torch.manual_seed(0)
         model = get_peft_model(model, LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"]))
         model.enable_input_require_grads()  # transformers' hook on the embedding's output
-        model.gradient_checkpointing_enable({"use_reentrant": True})
+        recompute(model, use_reentrant=True)
         model.train()(input_ids=IDS, labels=IDS).loss.backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) >= 4

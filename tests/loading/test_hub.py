@@ -30,7 +30,7 @@ for call in json.loads(sys.argv[1]):
         continue
     answers.append({
         "name": found.model.name_or_path, "config": found.model.config._name_or_path, "notes": found.notes,
-        "revision": found.source.revision, "norm": float(found.model.model.norm.weight.sum()),
+        "revision": found.source.revision, "norm": float(found.model.model.norm.weight.detach().sum()),
         "files": sorted(p.name for p in found.source.folder.iterdir()), "adapter": str(found.adapter or ""),
     })
 print(json.dumps(answers))
@@ -61,7 +61,7 @@ def ask(hub: Hub, home: Path, *calls: dict[str, Any], **environment: str) -> lis
 
 
 def norm_of(folder: Path) -> float:
-    return float(AutoModelForCausalLM.from_pretrained(folder).model.norm.weight.sum())
+    return float(AutoModelForCausalLM.from_pretrained(folder).model.norm.weight.detach().sum())
 
 
 def test_revision_token_shards_and_cache(hub: Hub, tmp_path: Path) -> None:

@@ -92,6 +92,22 @@ def test_an_fp32_checkpoint_is_quantised_from_fp32(llama: Path) -> None:
     assert model.get_submodule("model.norm").weight.dtype == torch.bfloat16
 
 
+def test_a_bf16_checkpoint_of_an_fp32_model_is_dequantised_to_fp32(tmp_path: Path) -> None:
+    """bitsandbytes rounds to the dtype that it quantised from, which is the model's in transformers."""
+    save_tiny(tmp_path, "llama", dtype=torch.bfloat16)
+    settings = BitsAndBytesConfig(**{**SETTINGS["nf4"], "bnb_4bit_compute_dtype": torch.float32})
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, quantization_config=settings)
+    ours = load(LoadOptions(model_name=str(tmp_path), max_seq_length=64, dtype=torch.float32)).model
+    seen = []
+    for model in (ours, stock):
+        layer: Any = model.get_submodule("model.layers.0.mlp.up_proj")
+        assert layer.weight.quant_state.dtype == torch.float32
+        x = torch.linspace(-1, 1, 64).requires_grad_()
+        layer(x[None, None]).sum().backward()
+        seen.append(x.grad)
+    assert torch.equal(*seen)
+
+
 def test_what_it_leaves_to_transformers(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formats.NF4, "fill", None)
     monkeypatch.setattr(formats.FP4, "fill", None)

@@ -72,7 +72,7 @@ def test_a_pad_token_of_its_own_from_the_vocabulary(llama: Path, copy_of: Copy, 
     assert ids == {result.tokenizer.get_vocab()["<|pad|>"]}
 
 
-def test_a_new_pad_token_gets_a_row(llama: Path, copy_of: Copy) -> None:
+def test_eos_pads_where_no_token_can_be_spared(llama: Path, copy_of: Copy) -> None:
     folder = copy_of(llama)
     for path in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
         path.write_text(path.read_text().replace("<|pad|>", "plainword"))
@@ -82,10 +82,11 @@ def test_a_new_pad_token_gets_a_row(llama: Path, copy_of: Copy) -> None:
     changed(folder, lambda t: (no_pad(t), t.add_tokens([f"<t{i}>" for i in range(288 - len(t))])))
     assert len(AutoTokenizer.from_pretrained(folder)) == 288
     result = loaded(folder)
-    assert (result.tokenizer.pad_token, result.tokenizer.pad_token_id) == ("<|pad|>", 288)
-    assert result.model.config.vocab_size == result.model.lm_head.weight.shape[0] == 289
-    table = result.model.model.embed_tokens.weight
-    assert torch.allclose(table[288], table[:288].mean(dim=0), atol=1e-7)
+    assert (result.tokenizer.pad_token, len(result.tokenizer)) == (result.tokenizer.eos_token, 288)
+    assert result.model.config.vocab_size == result.model.lm_head.weight.shape[0] == 288
+    assert "pad token: <|eos|> (EOS, as no other token can be spared; labels must be masked by position" in notes(
+        result
+    )
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,11 @@ def test_a_new_pad_token_gets_a_row(llama: Path, copy_of: Copy) -> None:
         (["<|vision_pad|>", "[PAD]"], "[PAD]"),
         (["<|reserved_special_token_0|>", "<|finetune_right_pad_id|>"], "<|finetune_right_pad_id|>"),
         (["<|extra_0|>"], "<|extra_0|>"),
-        (["<|padded|>", "lpad", "pad"], "<|hasten_pad|>"),
+        (["<SPECIAL_20>", "[control_8]"], "<SPECIAL_20>"),
+        (["[UNUSED_TOKEN_145]"], "[UNUSED_TOKEN_145]"),
+        (["<|placeholder1|>", "<|endoftext|>"], "<|placeholder1|>"),
+        (["<|endoftext|>"], "<|endoftext|>"),
+        (["<|padded|>", "lpad", "pad"], "<|pad|>"),  # EOS in this test
     ],
 )
 def test_which_token_becomes_the_pad_token(names: list[str], chosen: str) -> None:
@@ -106,7 +111,8 @@ def test_which_token_becomes_the_pad_token(names: list[str], chosen: str) -> Non
     tokenizer.add_tokens(names)
     plan = plan_fixes(tokenizer, rows=400, eos_ids=[], pad_id=None)
     assert plan.pad == chosen
-    assert plan.is_new == (chosen == "<|hasten_pad|>")
+    assert plan.rows_needed == len(tokenizer)
+    assert ("EOS" in plan.notes[0].split("; it was")[0]) == (chosen == tokenizer.eos_token)
 
 
 def test_tokens_that_end_rows_or_stand_in_the_template_are_not_taken() -> None:
@@ -117,7 +123,7 @@ def test_tokens_that_end_rows_or_stand_in_the_template_are_not_taken() -> None:
     stops = [ids["<|pad|>"], ids["<unused1>"]]
     assert plan_fixes(tokenizer, 400, stops, None).pad == "<unused2>"
     assert plan_fixes(tokenizer, 400, stops, ids["<unused3>"]).pad == "<unused3>"
-    assert plan_fixes(tokenizer, ids["<unused0>"], stops, None).is_new
+    assert plan_fixes(tokenizer, ids["<unused0>"], stops, None).pad == tokenizer.eos_token  # the others have no row
 
 
 def test_ids_agree_and_lists_of_stops_are_kept(llama: Path, copy_of: Copy) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import parametrize
+from transformers_kit import recompute
 
 from hasten.errors import PatchError
 from hasten.overlays import LayerOverlay, MLPOverlay, NormOverlay, Overlay
@@ -104,7 +105,7 @@ def test_a_layer_under_another_class_checkpoints_once() -> None:
     log_calls(model.model.layers[0], calls)
     restore(model)
     apply(model)
-    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    recompute(model.train(), use_reentrant=False)
     model(IDS, labels=IDS).loss.backward()
     assert len(calls) == 2  # the forward and its recompute
 

@@ -251,7 +251,7 @@ def test_a_loss_function_of_the_users_own_is_called_with_real_logits() -> None:
     apply(model)
     model.train()
     model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.sum() * 0 + vocab_size
-    assert float(model(input_ids=IDS, labels=IDS).loss) == 288
+    assert model(input_ids=IDS, labels=IDS).loss.item() == 288
 
 
 def test_overlays_hold_no_state() -> None:

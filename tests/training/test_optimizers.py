@@ -69,6 +69,8 @@ def assert_same_end(one: SFTTrainer, other: SFTTrainer) -> None:
             assert same, key
 
 
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning:bitsandbytes.optim.optimizer")
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("adapter", [True, False], ids=["LoRA", "full"])
 @pytest.mark.parametrize("name", NAMES)
 def test_names_of_transformers_reach_bitsandbytes_and_resume(name: str, adapter: bool, tmp_path: Path) -> None:
@@ -168,7 +170,7 @@ def test_groups_closures_and_weights_without_gradients() -> None:
     def closure() -> torch.Tensor:
         loss = (one * two).sum()
         loss.backward()
-        return loss
+        return loss.detach()
 
     assert float(optimizer.step(closure)) == 8
     assert float(one.detach().float().mean()) < 0.95 and torch.equal(two.detach(), torch.ones_like(two))

@@ -3,6 +3,7 @@
 "triton" is hasten's own choice, forced on a CPU (Triton's interpreter), in tiles so small that every row has several.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from trl import SFTTrainer
 from hasten.data import check_dataset
 from hasten.ops.attention.kernels import forward as kernel
 from hasten.ops.attention.kernels.tiles import Tile, Tiles
+from hasten.ops.backend import ATTENTION, interpreted_kernels
 from hasten.overlays import AttentionOverlay
 from hasten.testing import tiny_tokenizer
 from hasten.training import sft_config
@@ -45,13 +47,14 @@ CASES = [(*case, how) for case in STOCKS for how in HOW] + [(*case, "packing") f
 
 
 @pytest.fixture
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The name of an attention backend, which `model_on` then runs."""
-    if request.param == "triton":
-        for module in ("hasten.overlays.backbone", "hasten.ops.attention"):
-            monkeypatch.setattr(f"{module}.backend_for", lambda x, wanted=None: wanted or "triton")
-        monkeypatch.setattr(kernel, "tiles_for", lambda *_: SMALL)
-    return request.param
+    if request.param != "triton":
+        yield request.param
+        return
+    monkeypatch.setattr(kernel, "tiles_for", lambda *_: SMALL)
+    with interpreted_kernels(ATTENTION):
+        yield request.param
 
 
 def model_on(family: str, backend: str, hasten: bool = True) -> Any:
@@ -94,6 +97,7 @@ def scores(model: Any, **batch: Any) -> torch.Tensor:
     return logits.float().log_softmax(-1).gather(-1, batch["input_ids"][0, 1:, None])[:, 0]
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize(("family", "backend", "how"), CASES, indirect=["backend"])
 def test_losses_and_gradients_are_those_of_stock_on_each_document_alone(
     family: str, backend: str, how: str, tmp_path: Path
@@ -119,6 +123,7 @@ def test_losses_and_gradients_are_those_of_stock_on_each_document_alone(
     assert gradients_apart(gradients_of(ours), gradients_of(stock)) < 1e-4
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize(("family", "backend", "how"), CASES, indirect=["backend"])
 def test_a_document_that_changes_leaves_the_others_logits_bit_for_bit(
     family: str, backend: str, how: str, tmp_path: Path
@@ -135,6 +140,7 @@ def test_a_document_that_changes_leaves_the_others_logits_bit_for_bit(
         assert before[kept].numel() and torch.equal(before[kept], after[kept])
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize(
     ("family", "backend", "how"),
     [
@@ -173,6 +179,7 @@ def test_a_packed_step_is_the_padded_step_of_the_same_rows(family: str, backend:
     assert tokens == [-(-real // 64) * 64 if how == "aligned" else real, real]
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize(("family", "backend"), [*STOCKS, (CAPPED, "triton")], indirect=["backend"])
 def test_wrapped_rows_are_trained_as_stock_trains_them(family: str, backend: str, tmp_path: Path) -> None:
     """TRL's "wrapped" cuts one long stream into rows, whose documents see each other in every library."""
@@ -202,6 +209,7 @@ class Shapes(TorchDispatchMode):
         return out
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("how", ["packing", "padding_free"])
 @pytest.mark.parametrize(("family", "backend"), [*OURS, ("llama", "sdpa")], indirect=["backend"])
 def test_no_dense_mask_is_made(family: str, backend: str, how: str, tmp_path: Path) -> None:

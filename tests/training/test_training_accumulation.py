@@ -43,6 +43,7 @@ def one_step(make: Any, model: Any, data: Any, folder: Path, split: tuple[int, i
     return logged(trainer, "loss"), recorder.gradients[0]
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("make", [sft, hf, dpo], ids=["SFT", "Trainer", "DPO"])
 def test_splits_agree_with_each_other_and_with_stock(make: Any, family: str, tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ def stocks(folder: Path, way: str) -> Any:
     return model.train() if way == "full" else get_peft_model(model, lora())
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("way", ["LoRA", "QLoRA", "full"])
 @pytest.mark.parametrize("family", SIZES)
 def test_loss_curve_of_the_public_api_is_stocks(

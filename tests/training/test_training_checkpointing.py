@@ -35,6 +35,7 @@ def step(model: Any, autocast: bool) -> tuple[torch.Tensor, dict[str, torch.Tens
     return loss.detach()[None], gradients_of(model), len(calls)
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("family", FAMILIES)

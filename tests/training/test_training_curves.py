@@ -20,6 +20,7 @@ WAYS: dict[str, tuple[Any, dict[str, Any], dict[str, Any], float]] = {
 }
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_curve_is_stocks(family: str, way: str, tmp_path: Path, record_property: Any) -> None:

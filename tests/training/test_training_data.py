@@ -70,6 +70,7 @@ def test_packed_documents_do_not_see_each_other(
     assert torch.equal(again[first.stop :], packed[first.stop :])
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("how", PACKED)
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_packed_training_is_stocks(family: str, how: str, tmp_path: Path) -> None:

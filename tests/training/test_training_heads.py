@@ -183,6 +183,7 @@ class LargestLogits(TorchDispatchMode):
         return out
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("case", ["tied", "tied, full", "trained head", "LoRA on the head", "DoRA on the head"])
 @pytest.mark.parametrize("fused_protocol", [False, True])
 def test_full_logits_never_exist_in_a_step(case: str, fused_protocol: bool) -> None:
@@ -205,6 +206,7 @@ def test_full_logits_never_exist_in_a_step(case: str, fused_protocol: bool) -> N
     assert 0 < found[True] <= chunk
 
 
+@pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated in `SFTTrainer`:FutureWarning")
 @pytest.mark.parametrize("adapter", [lora(), None], ids=["LoRA", "full"])
 @pytest.mark.parametrize("make", [sft, hf], ids=["SFT", "Trainer"])
 def test_label_smoothing_is_stocks(make: Any, adapter: LoraConfig | None, tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ def share_of_a(completions: list[str], **kwargs: Any) -> list[float]:
     return [max((text.count(c) for c in set(text)), default=0) / 8 + len(set(text)) / 3 for text in completions]
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("temperature", [1.0, 0.8])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_grpo_generates_and_logs_what_stock_logs(family: str, temperature: float, tmp_path: Path) -> None:
@@ -96,6 +97,8 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     }
 
 
+@pytest.mark.filterwarnings("ignore:`return_outputs=True`, and the logits:FutureWarning:trl.trainer.sft_trainer")
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("make", [sft, hf], ids=["SFT", "Trainer"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_evaluation_with_compute_metrics_is_stocks(make: Any, family: str, tmp_path: Path) -> None:

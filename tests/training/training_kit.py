@@ -73,6 +73,11 @@ def rows(count: int, longest: int = 24, seed: int = 0, masked: bool = True) -> D
     return Dataset.from_list(made)
 
 
+RECOMPUTE = "activation_checkpointing"
+if RECOMPUTE not in TrainingArguments.__dataclass_fields__:  # renamed in transformers 5.23; the old name warns there
+    RECOMPUTE = "gradient_checkpointing"
+
+
 @dataclass
 class Recorder(TrainerCallback):
     """Copies of the gradients before each optimizer step."""
@@ -87,7 +92,7 @@ def gradients_of(model: Any) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def plain_settings(folder: Any, **changes: Any) -> dict[str, Any]:
+def plain_settings(folder: Any, gradient_checkpointing: bool = False, **changes: Any) -> dict[str, Any]:
     return {
         "output_dir": str(folder),
         "per_device_train_batch_size": 4,
@@ -100,7 +105,7 @@ def plain_settings(folder: Any, **changes: Any) -> dict[str, Any]:
         "disable_tqdm": True,
         "use_cpu": True,
         "bf16": False,
-        "gradient_checkpointing": False,
+        RECOMPUTE: gradient_checkpointing,
         "dataloader_pin_memory": False,
         **changes,
     }

@@ -34,7 +34,7 @@ class KVCache:
         )
 
     def reserve(self, tokens: int) -> None:
-        """Allocates blocks until each sequence has room for `tokens`. Nothing that is cached moves."""
+        """Allocates blocks until each sequence can hold `tokens`. Nothing that is cached moves."""
         shape = self.shape
         while len(self._blocks) * BLOCK < tokens:
             size = (shape.layers, 2, shape.batch, shape.heads, BLOCK, shape.channels)

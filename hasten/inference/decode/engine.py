@@ -4,7 +4,7 @@ transformers' `generate` takes a decoding loop (`custom_generate`). So arguments
 criteria and streamers are transformers' own, with their own semantics.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -29,21 +29,23 @@ class DecodeEngine:
 
     name = "hasten"
 
-    def __init__(self) -> None:
+    def __init__(self, devices: Collection[str] = ("cuda",)) -> None:
+        """devices: kinds of devices that are served; on a CPU steps run eagerly, slower than transformers' own loop."""
+        self._devices = tuple(devices)
         self._steps: dict[Any, tuple[Any, KVCache, DecodeStep]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DecodeEngine":
-        return DecodeEngine()  # graphs belong to the model whose weights they read
+        return DecodeEngine(self._devices)  # graphs belong to the model whose weights they read
 
-    def __reduce__(self) -> tuple[type["DecodeEngine"], tuple[()]]:
-        return DecodeEngine, ()
+    def __reduce__(self) -> tuple[type["DecodeEngine"], tuple[tuple[str, ...]]]:
+        return DecodeEngine, (self._devices,)
 
     def check(self, options: LoadOptions) -> list[str]:
         return []
 
     def generate(self, model: Any, call: GenerateCall) -> Any:
         """Returns what transformers' `generate` returns. Raises InputError, see `inference.generate`."""
-        reason = unserved(model, call)
+        reason = unserved(model, call, self._devices)
         state_of(model).notes["generation"] = [f"engine: {'transformers, since ' + reason if reason else self.name}"]
         if reason is not None:
             return generate(model, call.stock, *call.args, **call.kwargs)

@@ -1,5 +1,6 @@
 """Decides whether the decode engine serves a call of `generate`, and what a captured graph depends on."""
 
+from collections.abc import Collection
 from typing import Any
 
 from hasten.inference.generate import asked
@@ -37,8 +38,8 @@ ARGUMENTS = (
 """Arguments of `generate` that transformers' own loop serves."""
 
 
-def unserved(model: Any, call: GenerateCall) -> str | None:
-    """Returns why transformers' own loop must run, None if the engine serves the call."""
+def unserved(model: Any, call: GenerateCall, devices: Collection[str]) -> str | None:
+    """Returns why transformers' own loop must run, None if the engine serves the call. devices: kinds that it serves."""
     for name in ARGUMENTS:
         if call.kwargs.get(name) is not None:
             return f"{name} was given"
@@ -50,10 +51,10 @@ def unserved(model: Any, call: GenerateCall) -> str | None:
             return f"{name}={value!r} was asked for"
     if asked(model, call, "use_cache") is False:
         return "use_cache=False was asked for"
-    return _unserved_model(model)
+    return _unserved_model(model, devices)
 
 
-def _unserved_model(model: Any) -> str | None:
+def _unserved_model(model: Any, served: Collection[str]) -> str | None:
     if not isinstance(model, HeadOverlay) or not runs_overlay(model.model, BackboneOverlay):
         return "not every part of the model runs hasten's overlay"
     config = model.config.get_text_config()
@@ -66,7 +67,7 @@ def _unserved_model(model: Any) -> str | None:
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1:
         return f"the model is on {len(devices)} devices"
-    if devices and next(iter(devices)).type != "cuda":
+    if devices and next(iter(devices)).type not in served:
         return "the model is not on a GPU"
     for layer in model.model.layers:
         attention = layer.self_attn

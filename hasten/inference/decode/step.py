@@ -26,7 +26,7 @@ class DecodeStep:
         self.logits_BV = torch.empty(0)
 
     def run(self) -> None:
-        """Runs one step. The cache must have room for one more token."""
+        """Runs one step. The cache must have been reserved for one more token."""
         if self._graph is not None:
             self._graph.replay()
         elif self._cache.shape.device.type == "cuda":

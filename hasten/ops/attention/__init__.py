@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hasten.ops.attention import reference
 from hasten.ops.attention.spans import document_starts, row_spans, visible_keys
-from hasten.ops.backend import backend_for
+from hasten.ops.backend import ATTENTION, backend_for
 
 __all__ = [
     "LARGEST_HEAD",
@@ -98,7 +98,7 @@ def attention(  # noqa: PLR0913
         raise ValueError(f"attention needs q (B, T, H, D) and k, v (B, T, K, D) with H a multiple of K; got {found}")
     if window is not None and window < 1:
         raise ValueError(f"the window must be at least 1, as it counts the token itself; got {window}")
-    if backend is None and backend_for(q_BTHD) == "triton":
+    if backend is None and backend_for(q_BTHD, op=ATTENTION) == "triton":
         backend = attention_backend(tokens, window, softcap, spans_BT3 is not None, q_BTHD.dtype)
     if backend == "sdpa":
         if not _is_plain(tokens, window, softcap, spans_BT3 is not None):

@@ -23,7 +23,8 @@ def row_spans(
 
     rows: (B, T, device). attention_mask: (B, T), zero = padding, at any position. position_ids: (B or 1, T). Without a
     mask a document starts where a position is not the last one plus one, as transformers reads packed sequences. With a
-    mask, where a position is not larger than that of the last real token. document_starts: offsets into the B * T
+    mask, where a position is not larger than that of the last real token, unless it only counts on from the padding
+    before it. document_starts: offsets into the B * T
     tokens (`cu_seq_lens_q`). Returns (B, T, 3) int32.
     """
     if attention_mask_BT is None and position_ids_BT is None and document_starts_N is None:
@@ -52,15 +53,20 @@ def row_spans(
 
 def document_starts(position_ids_BT: torch.Tensor, real_BT: torch.Tensor | None) -> torch.Tensor:
     """Returns (B, T) bool: where a document starts, except the first of each sequence. real: False = padding; None = no
-    mask given."""
-    before = position_ids_BT.roll(1, 1)
+    mask given.
+
+    transformers' `generate` gives right padding the position 0 and counts on from it, so that a new token's position
+    may repeat one of the prompt. That is no start: only a document's first token has position 0 or breaks the count.
+    """
+    adjacent = position_ids_BT.roll(1, 1)
     if real_BT is None:
-        starts = position_ids_BT != before + 1
+        starts = position_ids_BT != adjacent + 1
     else:
         index_T = torch.arange(position_ids_BT.shape[1], device=position_ids_BT.device)
         previous_BT = torch.where(real_BT, index_T, -1).cummax(1).values.roll(1, 1)  # the last real token before each
         before = position_ids_BT.gather(1, previous_BT.clamp(min=0))
-        starts = real_BT & (previous_BT >= 0) & (position_ids_BT <= before)
+        counts_on = (position_ids_BT == adjacent + 1) & (position_ids_BT > 0)
+        starts = real_BT & (previous_BT >= 0) & (position_ids_BT <= before) & ~counts_on
     starts[:, :1] = False
     return starts
 

@@ -14,7 +14,7 @@ from hasten.training.memory.layer_shape import FP32, LayerShape, Linears
 UNFUSED_BYTES = 9
 """Bytes that plain torch and PEFT save for each number that the fused path saves: casts, norms in fp32, results of
 matmuls before and after an addition. An upper bound, compared with measured bytes by
-tests/training/test_memory_costs.py."""
+tests/training/memory/test_memory_costs.py."""
 SCORE = 8
 """Bytes that attention in plain torch saves per score: softcapped, in fp32, and as an attention weight."""
 STATISTICS = 2 * FP32

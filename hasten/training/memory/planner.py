@@ -47,6 +47,8 @@ class Planner:
         self.mode = mode
         self.budget = budget
         self.tile = tile
+        self.margin = MARGIN
+        self.cache_size = PLAN_CACHE_SIZE
         self.layers: list[LayerOverlay] = [module for module in model.modules() if isinstance(module, LayerOverlay)]
         self.plans: dict[tuple[int, int, PlanKey], LayerPlan] = {}
         self.latest: LayerPlan | None = None
@@ -68,8 +70,8 @@ class Planner:
             length = round_up_length(length)
         plan = self.plans.get((batch, length, key))
         if plan is None:
-            plan = self.plans[batch, length, key] = self._new_plan(batch, length, pinned)
-            if len(self.plans) > PLAN_CACHE_SIZE:
+            plan = self.plans[batch, length, key] = self.new_plan(batch, length, pinned)
+            if len(self.plans) > self.cache_size:
                 del self.plans[next(iter(self.plans))]
             if not plan.fits:
                 logger.warning(
@@ -80,7 +82,8 @@ class Planner:
                 )
         return plan
 
-    def _new_plan(self, batch: int, length: int, pinned: int) -> LayerPlan:
+    def new_plan(self, batch: int, length: int, pinned: int) -> LayerPlan:
+        """Makes the plan that `plan` caches."""
         device = next(self.layers[0].parameters()).device
         several = len(self.devices()) > 1
         action = UNIFORM_ACTIONS.get(self.mode, ActivationAction.OFFLOAD if several else None)
@@ -92,7 +95,7 @@ class Planner:
             self.other_bytes = max(0, _bytes_besides(self.model, shape, device) - hidden)
         if action is not None:
             return uniform_plan(shape, batch, length, action, self.tile)
-        budget = int(self._device_bytes(device) * (1 - MARGIN)) - self.other_bytes
+        budget = int(self._device_bytes(device) * (1 - self.margin)) - self.other_bytes
         speed, accumulates = bandwidth.measure(device), PlanKey.of(self.layers).accumulates
         return plan_layers(
             shape, batch, length, budget, speed, self._tiles(), _pinnable_bytes() + pinned, accumulates=accumulates

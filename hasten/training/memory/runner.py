@@ -62,11 +62,13 @@ class LayerRunner:
         return sum(memory.allocated for memory in self.host.values())
 
     def run(self, index: int, function: Callable[..., Any], *args: Any) -> Any:
-        """Runs the forward of layer `index`. function: the layer with its keyword arguments bound. args[0]: hidden
+        """Runs the forward of layer `index`; in a graph that is traced, recomputes it in the backward. function: the layer with its keyword arguments bound. args[0]: hidden
         states (B, T, E)."""
         hidden = args[0]
         if not torch.is_grad_enabled():
             return function(*args)
+        if torch.compiler.is_compiling():  # plans and offloading are no operations of a graph
+            return checkpoint(function, *args, use_reentrant=False)
         planner = self.planner
         if index == 0 or planner.latest is None:
             self._release(hidden.device)

@@ -40,6 +40,24 @@ class TensorMatrix:
 
 
 @dataclass(frozen=True)
+class WidenedMatrix:
+    """A `Matrix` whose slices are cast to a dtype that holds both its own values and those of `dtype`, exactly.
+
+    bitsandbytes dequantises to the dtype that it quantised from: a bf16 checkpoint of an fp32 model must be quantised as fp32.
+    """
+
+    matrix: Matrix
+    dtype: torch.dtype
+
+    def get_shape(self) -> Sequence[int]:
+        return self.matrix.get_shape()
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        values = self.matrix[index]
+        return values.to(torch.promote_types(values.dtype, self.dtype))
+
+
+@dataclass(frozen=True)
 class QuantizedTensor:
     """One weight as a checkpoint stores it.
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from hasten.ops.lora import DenseWeight, Weight
 from hasten.weights.formats.base import WeightFormat, tensor_bytes
+from hasten.weights.own_forward import runs_forward_of
 
 
 class Dense(WeightFormat):
@@ -27,6 +28,8 @@ class Dense(WeightFormat):
         # An overlay over a Linear computes the same: it differs only in where it rounds.
         if kind is not nn.Linear and getattr(kind, "stock_class", kind) is not nn.Linear:
             return f"stored as {kind.__name__}"
+        if not runs_forward_of(nn.Linear, ("torch",)):
+            return "nn.Linear.forward was replaced"
         weight = linear.weight
         if type(weight) is not nn.Parameter:  # e.g. a sharded DTensor
             return f"stored as {type(weight).__name__}"

@@ -23,6 +23,7 @@ from hasten.weights.formats.base import (
     tensor_bytes,
 )
 from hasten.weights.formats.codes import codes_agree
+from hasten.weights.own_forward import runs_forward_of
 
 BLOCK = 64
 """Weights that share one scale, bitsandbytes' default."""
@@ -205,6 +206,8 @@ class NF4(_FourBit):
             return f"stored as {type(linear).__name__}, not quantised yet"
         if getattr(state, "packing_format_for_cpu", False):
             return "4-bit, but not NF4 in the plain layout"
+        if not runs_forward_of(type(linear), ("bitsandbytes",)):
+            return f"forward of {type(linear).__name__}"
         packed, shape = weight.data.view(torch.uint8), (int(state.shape[0]), int(state.shape[1]))
         if not state.nested:
             return PackedWeight(NF4Weight(packed, state.code, shape, state.absmax, block=state.blocksize))

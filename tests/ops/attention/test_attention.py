@@ -99,6 +99,7 @@ CASES = {
 }
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
 def test_output_and_gradients(case: str, dtype: torch.dtype) -> None:
@@ -112,6 +113,7 @@ def test_reference(case: str) -> None:
     assert_as_good_as_torch(rows.ours("reference"), rows.formula(), rows.draw(), torch.float32)
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [16, 48, 128, 256])
 def test_the_tables_own_tiles(dim: int, dtype: torch.dtype) -> None:
@@ -223,6 +225,7 @@ def test_padding_between_tokens_is_seen_by_nobody(backend: Any) -> None:
     assert torch.equal(attention(q, k, v, 0.3, None, None, spans, backend), out)
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("holes", [(), (40,), (0, 63, 64)])
 def test_padding_in_rows_of_many_tiles(holes: tuple[int, ...], window: int | None) -> None:

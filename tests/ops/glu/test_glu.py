@@ -10,6 +10,7 @@ from hasten.ops import glu
 from hasten.ops.glu import ACTIVATIONS
 
 
+@pytest.mark.grid(2)
 @both
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "relu"])

@@ -56,6 +56,7 @@ def assert_near(ours: tuple[torch.Tensor, ...], theirs: tuple[torch.Tensor, ...]
         assert relative_error(mine, expected) < limit
 
 
+@pytest.mark.grid(2)
 @both
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("lora", "bias"), [(False, False), (True, False), (True, True)])
@@ -245,6 +246,7 @@ def test_nothing_is_left_unwritten(backend: Any) -> None:
             assert bool(getattr(scores, name).isfinite().all()), name
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("words", [64, 65, 1000])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("columns", [64, 256])

@@ -23,6 +23,7 @@ def gradients(outputs: Any, x: torch.Tensor, linears: Any) -> list[torch.Tensor]
     return list(torch.autograd.grad(total, wanted))  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.grid(2)
 @both
 @pytest.mark.parametrize("loras", [(True, True, True), (True, False, True), (False, False, False)])
 @pytest.mark.parametrize("bias", [False, True])
@@ -37,6 +38,7 @@ def test_linears(backend: Any, loras: tuple[bool, ...], bias: bool) -> None:
         assert mine.shape == expected.shape and relative_error(mine, expected) < 2e-6
 
 
+@pytest.mark.grid(2)
 @both
 @pytest.mark.parametrize(
     "loras", [(True, True, True), (False, True, False), (False, False, True), (False, False, False)]
@@ -182,6 +184,7 @@ HEADS = {
 }
 
 
+@pytest.mark.grid(2)
 @both
 @pytest.mark.parametrize("case", HEADS)
 @pytest.mark.parametrize("lora", [True, False])

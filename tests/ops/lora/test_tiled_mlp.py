@@ -95,6 +95,7 @@ def assert_as_good(
         assert relative_error(ours, right) <= limit, f"result {index}"
 
 
+@pytest.mark.grid(2)
 @both
 @pytest.mark.parametrize("kind", ["lora", "lora, bias", "up alone", "plain", "trained", "trained, bias", "nf4"])
 @pytest.mark.parametrize("tile", [4, 64])
@@ -106,6 +107,7 @@ def test_every_storage_of_weights(backend: Any, kind: str, tile: int) -> None:
     assert_as_good(mlp, x, residual, None, tile, backend)
 
 
+@pytest.mark.grid(2)
 @both
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("norm_input", [None, "rms, Llama's casts", "rms, Gemma's casts", "layer"])

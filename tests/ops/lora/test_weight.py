@@ -90,6 +90,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.grid(2)
 @both
 @pytest.mark.parametrize("op", SHAPES)
 @pytest.mark.parametrize("which", [(0,), (1,), (2,), (0, 1, 2)], ids=str)

@@ -32,6 +32,7 @@ def assert_same(ours: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(ours, expected.to(ours.dtype), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.grid(2)
 @both
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("shape", [(64, 128), (3, 64), (130, 192)])

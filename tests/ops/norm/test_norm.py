@@ -14,6 +14,7 @@ def rms_formula(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=1e-5) * w
 
 
+@pytest.mark.grid(2)
 @both
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(3, 5, 64), (1, 1, 1), (7, 33), (2, 3, 4, 24)])
@@ -28,6 +29,7 @@ def test_rms_norm(dtype: torch.dtype, shape: tuple[int, ...], fp32_weight: bool,
     )
 
 
+@pytest.mark.grid(2)
 @both
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weight_shape", [(24,), (4, 24)])
@@ -40,6 +42,7 @@ def test_layer_norm_with_one_and_two_dimensional_weights(
     assert_as_good_as_torch(lambda x, w: norm(x, w, config, backend), formula, inputs, dtype)
 
 
+@pytest.mark.grid(2)
 @both
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["rms", "layer"])
@@ -56,6 +59,7 @@ def test_norm_and_pass_adds_both_gradients(dtype: torch.dtype, kind: Any, backen
     assert_as_good_as_torch(ours, formula, [torch.randn(3, 5, 33), torch.randn(33)], dtype)
 
 
+@pytest.mark.grid(2)
 @both
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["rms", "layer"])

@@ -22,6 +22,7 @@ def complex_rotation(x: torch.Tensor, angles: torch.Tensor, interleaved: bool) -
     return torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
 
 
+@pytest.mark.grid(2)
 @both
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rotation", ["half", "interleaved"])
@@ -51,6 +52,7 @@ def test_qk_rope_without_positions_returns_its_inputs_and_norms_first() -> None:
     torch.testing.assert_close(normed_k, _rms(k, weights.k_weight), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.grid(2)
 @both
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("kind", "heads"), [("rms", False), ("layer", True)])

@@ -17,6 +17,8 @@ ALLOWED = {
     "estimation.py": "the public signature",
     "training/optimizers.py": "the package of transformers' optimizers",
     "demo/pipeline.py": "calls the public signature",
+    "testing/type_checks.py": "calls the public signature",
+    "schema/near.py": "arguments of other libraries and what they are called here",
 }
 """Files outside `weights/formats`, `ops/nf4` and the options -> why a format is named there."""
 ROOMS = ("weights/formats/", "ops/nf4/", "option")

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from hasten.ops.lora.kernels.decode import is_one_token, linears_of_one_token
 from hasten.ops.lora.kernels.lora_delta import (
     MAX_RANK,
     MAX_RANK_BACKWARD,
@@ -187,7 +186,4 @@ class LoraLinearsFunction(torch.autograd.Function):
 def lora_linears(
     x: torch.Tensor, linears: Sequence[LoraLinear], residual: torch.Tensor | None, norm_input: NormInput | None
 ) -> tuple[torch.Tensor, ...]:
-    if is_one_token(x):
-        outputs = linears_of_one_token(x.reshape(-1), linears, None if residual is None else residual.reshape(-1))
-        return tuple(y.view(*x.shape[:-1], -1) for y in outputs)
     return LoraLinearsFunction.apply(x, residual, norm_input, tuple(linears), *parameters(linears))  # pyright: ignore[reportReturnType]

@@ -19,7 +19,6 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from hasten.ops.glu.kernel import glu_bwd, glu_fwd
-from hasten.ops.lora.kernels.decode import is_one_token, linears_of_one_token
 from hasten.ops.lora.kernels.linear import SavedInput, input_gradient, lora_gradients, low_rank, needs_input, project
 from hasten.ops.lora.stacked import adapters, check_versions, parameter_gradients, parameters, versions, widths
 from hasten.ops.rows import flat_rows
@@ -144,11 +143,6 @@ def lora_mlp(
     residual: torch.Tensor | None,
     norm_input: NormInput | None,
 ) -> torch.Tensor:
-    if is_one_token(x):
-        gate, up = linears_of_one_token(x.reshape(-1), linears[:2])
-        h = glu_fwd(gate[None], up[None], activation)[0]
-        y = linears_of_one_token(h, linears[2:], None if residual is None else residual.reshape(-1))[0]
-        return y.view(*x.shape[:-1], -1)
     *inner, grad_anchor = LoraGluFunction.apply(x, norm_input, tuple(linears), activation, *parameters(linears))  # pyright: ignore[reportGeneralTypeIssues]
     out: torch.Tensor = DownFunction.apply(grad_anchor, *inner, residual, linears[2])  # pyright: ignore[reportAssignmentType]
     return out.view(*x.shape[:-1], out.shape[-1])

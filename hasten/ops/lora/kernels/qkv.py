@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from hasten.ops.lora.kernels.decode import is_one_token, linears_of_one_token
 from hasten.ops.lora.kernels.linear import SavedInput, input_gradient, lora_gradients, low_rank, needs_input, project
 from hasten.ops.lora.stacked import check_versions, parameter_gradients, parameters, versions, widths
-from hasten.ops.rope.function import qk_rope, rope_config
+from hasten.ops.rope.function import rope_config
 from hasten.ops.rope.kernel import flat_tokens, qk_rope_bwd, qk_rope_fwd
 from hasten.ops.rows import flat_rows
 
@@ -85,9 +84,5 @@ class LoraQkvFunction(torch.autograd.Function):
 def lora_qkv(
     x: torch.Tensor, linears: Sequence[LoraLinear], heads: HeadsConfig, norm_input: NormInput | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if is_one_token(x):
-        outputs = linears_of_one_token(x.reshape(-1), linears)
-        q, k, v = (y.view(*x.shape[:-1], -1, heads.dim) for y in outputs)
-        return *qk_rope(q, k, heads.position, heads.rotation, heads.fp32, heads.qk_norm), v
     weights = (None, None) if heads.qk_norm is None else (heads.qk_norm.q_weight, heads.qk_norm.k_weight)
     return LoraQkvFunction.apply(x, *weights, norm_input, tuple(linears), heads, *parameters(linears))  # pyright: ignore[reportReturnType]

@@ -32,10 +32,10 @@ def short_of_memory(*_: Any) -> None:
     raise torch.OutOfMemoryError("short")
 
 
-def test_out_of_memory_before_the_first_plan_asks_for_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_before_the_first_plan_asks_for_no_memory() -> None:
     model = prepared("llama", lora())
     checkpointing.enable(model, "auto")
-    monkeypatch.setattr(policy_of(model).planner, "_new_plan", short_of_memory)
+    policy_of(model).planner.new_plan = short_of_memory
     causal_lm_of(model).model.embed_tokens.register_forward_pre_hook(short_of_memory)
     with pytest.raises(torch.OutOfMemoryError, match="short") as raised:
         model(input_ids=batch(4, 200), labels=batch(4, 200))

@@ -18,6 +18,18 @@ from hasten.training import checkpointing, tiling
 from hasten.training.memory.actions import ActivationAction
 from hasten.training.memory.costs import WORKSPACE, ModelShape, moments, peak, recompute_flops, saved_bytes, with_tile
 
+FUSED_STEPS = [
+    (2, False, None),
+    (2, True, None),
+    (2, False, 16),
+    (2, False, 64),
+    (2, True, 64),
+    (None, False, None),
+    (None, True, None),
+]
+"""(LoRA rank, recompute, tile). Too much is predicted at these sizes for small tiles under recompute (granite: 14%) and for tiles
+of a full fine-tuning (llama: 21%)."""
+
 
 def test_every_measured_peak_is_predicted() -> None:
     rows = compared()
@@ -35,19 +47,9 @@ def test_the_page_shows_what_is_predicted_now() -> None:
 @pytest.mark.skipif(
     torch.cuda.is_available(), reason="counts bytes in Triton's interpreter; a GPU's own are in the benchmarks"
 )
-@pytest.mark.parametrize(
-    ("family", "rank", "mode", "tile"),
-    [
-        ("llama", 2, False, None),
-        ("llama", 2, True, None),
-        ("llama", 2, False, 16),
-        ("llama", 2, True, 64),
-        ("llama", None, False, None),
-        ("gemma2", 2, False, None),
-        ("cohere", 2, True, None),
-        ("granite", 2, False, None),
-    ],
-)
+@pytest.mark.grid(1)
+@pytest.mark.parametrize(("rank", "mode", "tile"), FUSED_STEPS)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "granite"])
 def test_a_step_of_the_fused_path_holds_what_is_predicted(
     family: str, rank: int | None, mode: bool, tile: int | None, kernels: None
 ) -> None:

@@ -18,7 +18,7 @@ from hasten.training.memory import offload
 from hasten.training.memory.actions import ActivationAction
 from hasten.training.optimizers import StochasticAdamW
 
-HERE = Path(__file__).parent
+TRAINING = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("offload_everything")
 
 
@@ -61,11 +61,11 @@ def jobs(
 @pytest.fixture(scope="module")
 def of_two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
     folder = tmp_path_factory.mktemp("ddp")
-    paths = os.pathsep.join([str(HERE.parent.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(TRAINING.parent.parent), str(TRAINING), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(HERE / "ddp_job.py"), str(rank), str(folder)],
+            [sys.executable, str(TRAINING / "ddp_job.py"), str(rank), str(folder)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -1,5 +1,6 @@
 """The memory policy of a model that changes between steps, or during one; and of shapes that go on changing."""
 
+import contextlib
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -10,13 +11,15 @@ from memory_kit import policy_of
 from test_memory_policy import batch, fix_plan, prepared, step
 from training_kit import gradients_apart, gradients_of, lora
 
+from hasten.ops.rows import in_tiles
 from hasten.state import causal_lm_of
 from hasten.training import checkpointing
-from hasten.training.memory import offload, planner
+from hasten.training.memory import offload
 from hasten.training.memory.actions import ActivationAction
 from hasten.training.memory.costs import ModelShape, peak
 from hasten.training.memory.offload import HostMemory, OffloadedLayer
 from hasten.training.memory.plan_key import local_processes, round_up_length
+from hasten.training.memory.planner import MAX_EXACT_PLANS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("offload_everything")
@@ -37,23 +40,20 @@ def test_rounded_lengths_are_few_and_near() -> None:
     assert round_up_length(4096) == 4096 and round_up_length(160_000) == 163_840
 
 
-def test_many_shapes_need_few_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_shapes_need_few_plans() -> None:
     model = planned()
     made: list[tuple[int, int]] = []
     plan = policy_of(model).plan(1, 8)
-    object.__setattr__(
-        policy_of(model).planner, "_new_plan", lambda rows, length, pinned: made.append((rows, length)) or plan
-    )
+    planner = policy_of(model).planner
+    planner.new_plan = lambda rows, length, pinned: made.append((rows, length)) or plan
     for length in range(4097, 8193):
         assert policy_of(model).plan(2, length) is plan
-    assert made[: planner.MAX_EXACT_PLANS - 1] == [
-        (2, length) for length in range(4097, 4096 + planner.MAX_EXACT_PLANS)
-    ]
-    assert len(made) <= planner.MAX_EXACT_PLANS + 16
-    monkeypatch.setattr(planner, "PLAN_CACHE_SIZE", 40)
+    assert made[: MAX_EXACT_PLANS - 1] == [(2, length) for length in range(4097, 4096 + MAX_EXACT_PLANS)]
+    assert len(made) <= MAX_EXACT_PLANS + 16
+    planner.cache_size = 40
     for rows in range(3, 100):
         policy_of(model).plan(rows, 64)
-    assert len(policy_of(model).planner.plans) == 40
+    assert len(planner.plans) == 40
 
 
 def test_a_plan_is_made_anew_for_another_adapter_or_dtype() -> None:
@@ -75,14 +75,14 @@ def test_a_plan_is_made_anew_for_another_adapter_or_dtype() -> None:
     assert len(policy_of(model).planner.plans) == known + 2
 
 
-def test_gradients_of_a_step_before_take_part_in_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_of_a_step_before_take_part_in_the_plan() -> None:
     """All weights train; the budget is enough for a first batch that saves all activations and not for a second one."""
     model = prepared("llama", None, num_hidden_layers=4, vocab_size=2000).requires_grad_(True)
     shape = ModelShape.of_model(model)
     first, second = (peak(shape, 1, 128, ActivationAction.SAVE_ALL, accumulates=there).total for there in (False, True))
     checkpointing.enable(model, "auto", (first + second) // 2)
-    monkeypatch.setattr(planner, "MARGIN", 0)
-    policy_of(model).planner.other_bytes = 0
+    planner = policy_of(model).planner
+    planner.margin, planner.other_bytes = 0.0, 0
     assert set(policy_of(model).plan(1, 128).actions) == {ActivationAction.SAVE_ALL}
     step(model, batch())
     accumulating = policy_of(model).plan(1, 128)
@@ -147,7 +147,7 @@ def actions() -> Iterator[list[ActivationAction]]:
     yield [ActivationAction.OFFLOAD, ActivationAction.RECOMPUTE_MLP_OFFLOAD_REST]
 
 
-@pytest.mark.parametrize("how", actions(), ids=str)
+@pytest.mark.parametrize("how", list(actions()), ids=str)
 def test_switching_while_a_backward_is_to_come(how: list[ActivationAction]) -> None:
     found = {}
     for switch in (False, True):
@@ -161,14 +161,16 @@ def test_switching_while_a_backward_is_to_come(how: list[ActivationAction]) -> N
     assert gradients_apart(found[True], found[False]) == 0
 
 
-@pytest.mark.parametrize("how", actions(), ids=str)
+@pytest.mark.parametrize("how", list(actions()), ids=str)
 def test_a_forward_that_fails_leaves_a_model_that_works(how: list[ActivationAction]) -> None:
     model = planned()
     fix_plan(model, how, 16)
     right = step(model, batch())
     model.zero_grad()
     hook = causal_lm_of(model).model.layers[1].mlp.down_proj.register_forward_pre_hook(_refuse)
-    with pytest.raises(RuntimeError, match="refused"):
+    tiled = how != [ActivationAction.SAVE_ALL]
+    told = pytest.warns(UserWarning, match="does not run in tiles") if tiled else contextlib.nullcontext()
+    with pytest.raises(RuntimeError, match="refused"), told:
         model(input_ids=batch(), labels=batch())
     hook.remove()
     mlps = [layer.mlp for layer in policy_of(model).layers]
@@ -219,19 +221,23 @@ def test_views_of_one_storage_are_copied_once_and_come_back_as_they_were() -> No
         assert torch.equal(back, view) and back.stride() == view.stride() and back.data_ptr() != view.data_ptr()
 
 
-def test_tiles_are_those_of_the_plan_whenever_a_layer_runs() -> None:
+def test_tiles_are_those_of_the_plan_whenever_a_layer_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen where an MLP runs in tiles: a hook on it would make it run as a whole."""
     model = planned(num_hidden_layers=5)
     fix_plan(model, list(ActivationAction), 16)
-    seen: dict[int, list[int | None]] = {index: [] for index in range(5)}
-    for index, one in enumerate(policy_of(model).layers):
-        one.mlp.register_forward_pre_hook(
-            lambda _, args, kwargs, index=index: seen[index].append(kwargs["tile_rows"]), with_kwargs=True
-        )
+    index_of = {one.mlp: index for index, one in enumerate(policy_of(model).layers)}
+    seen: dict[int, list[int]] = {index: [] for index in range(5)}
+
+    def tiled(function: Any, x: torch.Tensor, tile: int) -> torch.Tensor:
+        seen[index_of[function.__self__]].append(tile)
+        return in_tiles(function, x, tile)
+
+    monkeypatch.setattr("hasten.overlays.mlp.in_tiles", tiled)
     step(model, batch())
     again = {ActivationAction.RECOMPUTE, ActivationAction.OFFLOAD}
     for index, action in enumerate(ActivationAction):
-        tile = None if action is ActivationAction.SAVE_ALL else 16
-        assert seen[index] == [tile] * (2 if action in again else 1), action
+        runs = 0 if action is ActivationAction.SAVE_ALL else 2 if action in again else 1
+        assert seen[index] == [16] * runs, action
 
 
 def test_a_failed_allocation_of_cpu_memory_loses_no_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
