@@ -26,10 +26,12 @@ from hasten.ops import (
 )
 from hasten.ops.adamw import AdamWConfig, adamw_
 from hasten.ops.attention import attention, row_spans
+from hasten.ops.decode_attention import BLOCK, CacheView, decode_attention, write_cache
 from hasten.ops.host_rows import host_rows
 from hasten.ops.lora import DenseWeight, HeadsConfig, LoraLinear, lora_linears, lora_mlp, lora_qkv
 from hasten.ops.lora.kernels.lora_delta import MIN_WIDTH_BACKWARD, add_lora_delta, lora_delta_bwd
-from hasten.ops.nf4 import NF4Weight, dequantize_nf4
+from hasten.ops.matvec import matvec
+from hasten.ops.nf4 import NF4Weight, dequantize_nf4, matvec_nf4
 
 
 def _draw(*shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -156,6 +158,30 @@ def _host_rows() -> None:
     host_rows(table.pin_memory() if DEVICE == "cuda" else table, torch.tensor([[3, 10, 0]], device=DEVICE), "triton")
 
 
+def _decoding() -> None:
+    """One token: matrix-vector products, and attention over a cache that reaches into a second block."""
+    x = _draw(2112).detach()
+    matvec(_draw(5, 2112).detach(), x, "triton")
+    for double in (True, False):
+        count = 3 * 2112 // 64
+        codes = torch.randint(0, 256, (3 * 2112 // 2, 1), dtype=torch.uint8, device=DEVICE)
+        scale_code = torch.rand(256, device=DEVICE)
+        index = torch.randint(0, 256, (count,), dtype=torch.uint8, device=DEVICE)
+        nested = (index, scale_code, torch.rand(1, device=DEVICE), torch.rand((), device=DEVICE))
+        plain = (torch.rand(count, device=DEVICE), None, None, None)
+        matvec_nf4(
+            NF4Weight(codes, torch.rand(16, device=DEVICE), (3, 2112), *(nested if double else plain)), x, "triton"
+        )
+    blocks = [torch.randn(2, 2, 1, BLOCK, 80, device=DEVICE).to(DTYPE) for _ in range(2)]
+    table = torch.tensor([block.data_ptr() for block in blocks], device=DEVICE)
+    slots, starts = (torch.tensor(v, dtype=torch.int32, device=DEVICE) for v in ([BLOCK - 1, 3], [0, 5]))
+    cache = CacheView(blocks, table, slots, starts)
+    q, k, v = _draw(2, 3, 4, 80).detach(), _draw(2, 3, 1, 80).detach(), _draw(2, 3, 1, 80).detach()
+    write_cache(k, v, cache, "triton")
+    for window, softcap in ((None, None), (7, 2.0)):
+        decode_attention(q, cache, 0.1, window, softcap, "triton")
+
+
 CALLS: dict[str, Callable[[], Any]] = {
     "norms": _norms,
     "rotary embeddings": _rotations,
@@ -168,6 +194,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "NF4": _nf4,
     "AdamW": _adamw,
     "rows of a CPU table": _host_rows,
+    "decoding": _decoding,
 }
 
 

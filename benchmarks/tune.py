@@ -31,7 +31,7 @@ from hasten.ops.attention.kernels.tiles import ScoreMaskConfig, Tile, tiles_for
 from hasten.ops.backend import shared_memory
 from hasten.ops.linear_cross_entropy import kernel as head_kernel
 from hasten.ops.linear_cross_entropy.function import Upstream
-from hasten.ops.nf4 import kernel as nf4_kernel
+from hasten.ops.nf4.kernels import dequantize as nf4_kernel
 
 COMPILERS = 12
 UNFIT = (TritonError, RuntimeError, ValueError)

@@ -13,6 +13,7 @@ from hasten.inference.modes import evaluating
 from hasten.inference.prompt import Prompt, read_prompt
 from hasten.options.generation import generation_problems
 from hasten.overlays import HeadOverlay, StockHeadOverlay
+from hasten.state import GenerateCall
 
 DEFAULT_NEW_TOKENS = 20  # transformers' default
 
@@ -61,6 +62,13 @@ def _asked(named: dict[str, Any], name: str) -> Any:
     if named.get(name) is not None:
         return named[name]
     return getattr(named.get("generation_config"), name, None)
+
+
+def asked(model: Any, call: GenerateCall, name: str) -> Any:
+    """Returns a generation parameter's value in a call: by name, in its generation_config, in the model's."""
+    config = call.args[1] if len(call.args) > 1 else None
+    named = {"generation_config": config, **call.kwargs}
+    return _setting(model, {k: v for k, v in named.items() if v is not None}, name)
 
 
 def _checked_length(model: Any, named: dict[str, Any], prompt: Prompt) -> dict[str, Any]:

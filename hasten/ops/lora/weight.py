@@ -15,6 +15,8 @@ from typing import ClassVar
 
 import torch
 
+from hasten.ops.matvec import matvec
+
 
 def mm(left: torch.Tensor, right: torch.Tensor, add_to: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
     """Computes left @ right, plus `add_to` if given, in one cuBLAS call. out: where to write; it may be `add_to`."""
@@ -99,3 +101,6 @@ class DenseWeight(Weight):
 
     def write(self, out: torch.Tensor) -> None:
         out.copy_(self.stored.detach())
+
+    def matvec(self, x_E: torch.Tensor) -> torch.Tensor:
+        return matvec(self.stored, x_E)

@@ -1,5 +1,6 @@
 """NF4 weights with double quantisation (Dettmers et al. 2023, arXiv:2305.14314), in bitsandbytes' storage layout.
 
+matvec_nf4(w, x) == dequantize(w) @ x
 dequantize(w)[i] == CODE[nibble i] * scale(i // 64)
 scale(b) == scale_code[scale_index[b]] * scale_of_scales[b // 256] + offset         (or absmax[b] where scales are plain)
 """
@@ -40,8 +41,23 @@ def dequantize_nf4(
     out: (out, in) of any dtype with contiguous channels; it may be a slice of rows or columns of a larger buffer.
     """
     if backend_for(weight.packed, backend) == "triton":
-        from hasten.ops.nf4 import kernel
+        from hasten.ops.nf4.kernels import dequantize
 
-        return kernel.dequantize_nf4(weight, dtype, out)
+        return dequantize.dequantize_nf4(weight, dtype, out)
     dense = reference.dequantize_nf4(weight, dtype)
     return dense if out is None else out.copy_(dense)
+
+
+def matvec_nf4(weight: NF4Weight, x_E: torch.Tensor, backend: Backend | None = None) -> torch.Tensor:
+    """Returns dequantize(weight) @ x, summed in fp32 over weights in fp32.
+
+    x_E: (in,), contiguous. Returns (out,) in x's dtype. No gradients. A matrix whose rows end inside a block of scales is
+    dequantised first.
+    """
+    if backend_for(x_E, backend) == "triton":
+        from hasten.ops.nf4.kernels import matvec
+
+        if matvec.is_served(weight):
+            return matvec.matvec_nf4(weight, x_E)
+    dense = dequantize_nf4(weight, torch.float32, backend=backend)
+    return (dense @ x_E.float()).to(x_E.dtype)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hasten.ops.lora import Weight
-from hasten.ops.nf4 import NF4Weight, dequantize_nf4
+from hasten.ops.nf4 import NF4Weight, dequantize_nf4, matvec_nf4
 from hasten.weights.formats.base import (
     LoadPlan,
     Matrix,
@@ -54,6 +54,9 @@ class PackedWeight(Weight):
 
     def write(self, out: torch.Tensor) -> None:
         dequantize_nf4(self.weight, out.dtype, out)
+
+    def matvec(self, x_E: torch.Tensor) -> torch.Tensor:
+        return matvec_nf4(self.weight, x_E)
 
 
 class _FourBit(WeightFormat):

@@ -1,0 +1,37 @@
+"""The attention context over a `KVCache`: the prompt by `ops.attention`, new tokens by `ops.decode_attention`."""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+
+from hasten.inference.decode.cache import KVCache
+from hasten.ops.attention import attention
+from hasten.ops.decode_attention import decode_attention, write_cache
+from hasten.overlays.context import QKV, AttentionContext
+from hasten.overlays.precision import compute_dtype
+
+
+@dataclass(frozen=True, eq=False)
+class CachedAttention(AttentionContext):
+    """prompt: whether the forward is that of the prompt, over an empty cache. spans_BT3: of a padded prompt, see
+    `ops.attention.spans`; None = without padding."""
+
+    cache: KVCache
+    prompt: bool
+    spans_BT3: torch.Tensor | None = None
+
+    def attend(
+        self, module: Any, qkv: QKV, attention_mask: Any, past_key_values: Any, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, None]:
+        config = module.overlay_config
+        dtype = compute_dtype(qkv[2])
+        q, k, v = (x.to(dtype) for x in qkv)
+        view = self.cache.view(module.layer_idx)
+        write_cache(k, v, view)
+        if self.prompt:
+            return attention(q, k, v, config.scale, config.window, config.softcap, self.spans_BT3), None
+        return decode_attention(q, view, config.scale, config.window, config.softcap), None
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Self:
+        return self

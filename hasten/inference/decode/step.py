@@ -1,0 +1,64 @@
+"""One decoding step as a CUDA graph: forward of one token per sequence, greedy choice, and the cache's counters."""
+
+from typing import Any
+
+import torch
+
+from hasten.inference.decode.cache import KVCache
+from hasten.inference.decode.context import CachedAttention
+
+WARM_UPS = 2
+"""Steps before the capture: Triton compiles its kernels and cuBLAS takes its workspace."""
+
+
+class DecodeStep:
+    """token_B1, position_B1: (B, 1) int64, read by the next step; a step leaves the greedy choice and the next position there.
+    logits_BV: (B, V) fp32, of the last step. On a CPU steps run eagerly."""
+
+    def __init__(self, model: Any, cache: KVCache) -> None:
+        shape = cache.shape
+        self._model, self._cache = model, cache
+        self._context = CachedAttention(cache, prompt=False)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self.token_B1, self.position_B1 = (
+            torch.zeros(shape.batch, 1, dtype=torch.int64, device=shape.device) for _ in range(2)
+        )
+        self.logits_BV = torch.empty(0)
+
+    def run(self) -> None:
+        """Runs one step. The cache must have been reserved for one more token."""
+        if self._graph is not None:
+            self._graph.replay()
+        elif self._cache.shape.device.type == "cuda":
+            self._capture()
+            self.run()
+        else:
+            self.logits_BV = self._forward()
+
+    def _forward(self) -> torch.Tensor:
+        outputs = self._model(
+            input_ids=self.token_B1, position_ids=self.position_B1, attention_context=self._context, use_cache=False
+        )
+        logits = outputs.logits[:, -1].float()
+        self.token_B1.copy_(logits.argmax(-1, keepdim=True))
+        self._cache.slots_B += 1
+        self.position_B1 += 1
+        return logits
+
+    def _capture(self) -> None:
+        """Captures the step. The state before it is restored: a step that wrote a slot is written over by the next."""
+        state = (self.token_B1, self.position_B1, self._cache.slots_B)
+        before = [tensor.clone() for tensor in state]
+        device = self._cache.shape.device
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                self._forward()
+                for tensor, value in zip(state, before, strict=True):
+                    tensor.copy_(value)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.logits_BV = self._forward()
+        self._graph = graph

@@ -1,0 +1,65 @@
+"""Attention of a few new tokens over a cache of keys and values that grows in blocks, without copying what it holds.
+
+out[b, t] == softmax(cap(q[b, t] @ K.T * scale) + mask) @ V     K, V: slots starts[b] .. slots[b] + t of sequence b
+
+Every shape and every address that a launch depends on is constant while the cache grows: blocks are found through a table of
+addresses on the device, and the numbers of cached tokens are read there. So one CUDA graph serves all lengths.
+
+B sequences, T new tokens (1 to 16), S splits, H query heads, K key/value heads, D channels of a head.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hasten.ops.backend import Backend, backend_for
+from hasten.ops.decode_attention import reference
+
+BLOCK = 256
+"""Tokens per block of the cache."""
+MAX_NEW_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class CacheView:
+    """One layer's cached keys and values.
+
+    blocks: tensors (2, B, K, BLOCK, D), keys then values; slot s of a sequence is row s % BLOCK of block s // BLOCK.
+    table: (capacity,) int64, their addresses, on the device; the first len(blocks) entries are valid.
+    slots_B: (B,) int32, tokens in the cache before this forward. starts_B: (B,) int32, the first slot that is not padding.
+    """
+
+    blocks: Sequence[torch.Tensor]
+    table: torch.Tensor
+    slots_B: torch.Tensor
+    starts_B: torch.Tensor
+
+
+def write_cache(k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, cache: CacheView, backend: Backend | None = None) -> None:
+    """Writes keys and values (B, T, K, D) of new tokens to slots slots_B .. slots_B + T - 1, in the blocks' dtype."""
+    if backend_for(k_BTKD, backend) == "triton":
+        from hasten.ops.decode_attention.kernels import write
+
+        return write.write_cache(k_BTKD, v_BTKD, cache)
+    return reference.write_cache(k_BTKD, v_BTKD, cache)
+
+
+def decode_attention(
+    q_BTHD: torch.Tensor,
+    cache: CacheView,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    backend: Backend | None = None,
+) -> torch.Tensor:
+    """Attends over the cache, into which the new tokens' own keys and values were written before.
+
+    q_BTHD: (B, T, H, D) with T <= MAX_NEW_TOKENS, after RoPE. scale, window, softcap: as in `ops.attention`. Returns (B, T, H, D) in q's dtype, contiguous; 0 for a query
+    without a visible key (padding). No gradients.
+    """
+    if backend_for(q_BTHD, backend) == "triton":
+        from hasten.ops.decode_attention.kernels import attend
+
+        return attend.decode_attention(q_BTHD, cache, scale, window, softcap)
+    return reference.decode_attention(q_BTHD, cache, scale, window, softcap)

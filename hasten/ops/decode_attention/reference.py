@@ -1,0 +1,42 @@
+"""Decode attention in plain torch: the oracle of the kernels and the path on the CPU. Materialises the scores."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from hasten.ops.precision import at_least_fp32
+
+if TYPE_CHECKING:
+    from hasten.ops.decode_attention import CacheView
+
+
+def write_cache(k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, cache: CacheView) -> None:
+    size = cache.blocks[0].shape[3]
+    for b, slot in enumerate(cache.slots_B.tolist()):
+        for t in range(k_BTKD.shape[1]):
+            block, row = divmod(slot + t, size)
+            cache.blocks[block][0, b, :, row] = k_BTKD[b, t]
+            cache.blocks[block][1, b, :, row] = v_BTKD[b, t]
+
+
+def decode_attention(
+    q_BTHD: torch.Tensor, cache: CacheView, scale: float, window: int | None, softcap: float | None
+) -> torch.Tensor:
+    tokens = q_BTHD.shape[1]
+    keys, values = torch.cat(list(cache.blocks), dim=3).unbind(0)  # (B, K, capacity, D)
+    q, k, v = at_least_fp32(q_BTHD), at_least_fp32(keys), at_least_fp32(values)
+    scores = torch.einsum("btkgd,bksd->bkgts", q.unflatten(2, (k.shape[1], -1)), k) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    key = torch.arange(k.shape[2], device=q.device)
+    query = cache.slots_B[:, None, None] + torch.arange(tokens, device=q.device)[:, None]  # (B, T, 1)
+    visible = (key <= query) & (key >= cache.starts_B[:, None, None])
+    if window is not None:
+        visible &= key > query - window
+    visible = visible[:, None, None]
+    weights = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1) * visible
+    # What was never written may be NaN, which a weight of 0 would not remove.
+    v = v.where((key < cache.slots_B[:, None] + tokens)[:, None, :, None], 0.0)
+    return torch.einsum("bkgts,bksd->btkgd", weights, v).flatten(2, 3).to(q_BTHD.dtype)

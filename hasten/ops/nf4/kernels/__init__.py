@@ -1,0 +1,1 @@
+"""Triton kernels over NF4 weights."""

@@ -1,0 +1,119 @@
+"""The decode engine gives transformers' greedy tokens in fp32, for every family, alone and in ragged batches."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from hasten.families import FAMILIES
+from hasten.inference.decode import DecodeEngine
+from hasten.methods import CausalLMMethods
+from hasten.patching import apply
+from hasten.state import state_of
+from hasten.testing.tiny import tiny_model
+
+LENGTHS = (5, 11, 1)
+
+
+def served(family: str) -> tuple[Any, Any]:
+    """(stock, the same model on the engine)."""
+    stock, ours = (tiny_model(family, amplify=2.0).eval() for _ in range(2))
+    apply(ours, methods=CausalLMMethods)
+    state_of(ours).engine = DecodeEngine(devices=("cpu", "cuda"))
+    return stock, ours
+
+
+def prompts(side: str) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    width = max(LENGTHS)
+    ids, mask = torch.zeros(3, width, dtype=torch.long), torch.zeros(3, width, dtype=torch.long)
+    for row, length in enumerate(LENGTHS):
+        place = slice(width - length, None) if side == "left" else slice(0, length)
+        ids[row, place] = torch.randint(6, 280, (length,), generator=generator)
+        mask[row, place] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_are_stocks(family: str) -> None:
+    stock, ours = served(family)
+    asked: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    batch = prompts("left")
+    expected = stock.generate(**batch, **asked)
+    for _ in range(2):  # the second call reuses the step
+        assert torch.equal(ours.generate(**batch, **asked), expected)
+    assert state_of(ours).notes["generation"] == ["engine: hasten"]
+    alone = batch["input_ids"][1:2, -LENGTHS[1] :]
+    assert torch.equal(ours.generate(alone, **asked), stock.generate(alone, **asked))
+    right = ours.generate(**prompts("right"), **asked)
+    assert torch.equal(right[:, -12:], expected[:, -12:])
+
+
+def test_a_stop_ends_each_sequence_where_stock_ends_it() -> None:
+    stock, ours = served("llama")
+    batch = prompts("left")
+    free = stock.generate(**batch, max_new_tokens=30, do_sample=False)
+    for eos in sorted(set(free[:, LENGTHS[1] :].flatten().tolist()) - {0})[:6]:
+        asked = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": eos, "pad_token_id": 0}
+        assert torch.equal(ours.generate(**batch, **asked), stock.generate(**batch, **asked)), eos
+
+
+def test_processors_and_streamers_are_transformers_own() -> None:
+    stock, ours = served("gemma2")
+    ids = prompts("left")["input_ids"][1:2]
+
+    class Streamer:
+        def __init__(self) -> None:
+            self.seen: list[list[int]] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            self.seen.append(value.flatten().tolist())
+
+        def end(self) -> None:
+            self.seen.append([])
+
+    asked: dict[str, Any] = {
+        "max_new_tokens": 9,
+        "do_sample": False,
+        "repetition_penalty": 1.7,
+        "no_repeat_ngram_size": 2,
+    }
+    heard: list[Streamer] = [Streamer(), Streamer()]
+    results = [m.generate(ids, **asked, streamer=s) for m, s in zip((stock, ours), heard, strict=True)]
+    assert torch.equal(*results) and heard[0].seen == heard[1].seen
+    assert state_of(ours).notes["generation"] == ["engine: hasten"]
+
+
+def test_sampling_draws_from_the_same_distribution_with_the_same_seed() -> None:
+    stock, ours = served("qwen3")
+    ids = prompts("left")["input_ids"][1:2]
+    results = []
+    for model in (stock, ours):
+        torch.manual_seed(5)
+        results.append(model.generate(ids, max_new_tokens=12, do_sample=True, temperature=0.8, top_k=20, top_p=0.9))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"num_beams": 2}, {"return_dict_in_generate": True}, {"use_cache": False}, {"prompt_lookup_num_tokens": 3}],
+    ids=str,
+)
+def test_what_is_not_served_goes_to_transformers(asked: dict[str, Any]) -> None:
+    stock, ours = served("llama")
+    ids = prompts("left")["input_ids"][1:2]
+    results = [model.generate(ids, max_new_tokens=5, do_sample=False, **asked) for model in (stock, ours)]
+    found = [getattr(result, "sequences", result) for result in results]
+    assert torch.equal(*found)
+    assert state_of(ours).notes["generation"][0].startswith("engine: transformers, since ")
+
+
+def test_changed_weights_are_read() -> None:
+    stock, ours = served("mistral")
+    ids = prompts("left")["input_ids"][1:2]
+    ours.generate(ids, max_new_tokens=3, do_sample=False)
+    for model in (stock, ours):
+        with torch.no_grad():
+            model.lm_head.weight.copy_(model.lm_head.weight.flip(0))
+    results = [model.generate(ids, max_new_tokens=6, do_sample=False) for model in (stock, ours)]
+    assert torch.equal(*results)

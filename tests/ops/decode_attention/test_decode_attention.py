@@ -1,0 +1,123 @@
+"""Decode attention over a blocked cache equals attention over the whole sequence, on both backends."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from ops_kit import DEVICE, both, poisoned_memory
+
+from hasten.ops.decode_attention import CacheView, decode_attention, write_cache
+
+
+@dataclass(frozen=True)
+class Case:
+    """lengths: cached tokens of each sequence. starts: padding on its left. size: tokens per block."""
+
+    lengths: tuple[int, ...] = (5,)
+    starts: tuple[int, ...] = (0,)
+    new: int = 1
+    heads: int = 4
+    kv: int = 2
+    dim: int = 16
+    window: int | None = None
+    softcap: float | None = None
+    size: int = 64
+
+
+CASES = {
+    "one token": Case(),
+    "an empty cache": Case((0,), (0,), new=3),
+    "the last slot of a block": Case((63,)),
+    "the first slot of a block": Case((64,)),
+    "across blocks": Case((62,), new=5),
+    "ragged": Case((130, 7, 65), (3, 0, 64)),
+    "padding only before the new token": Case((70, 3), (70, 3)),
+    "padding beyond the new token": Case((4,), (9,)),
+    "groups of 8, several tokens": Case((100, 20), (0, 2), new=4, heads=8, kv=1),
+    "one head per group": Case((90,), heads=3, kv=3, dim=80),
+    "window": Case((200, 150), (0, 149), window=70, new=3),
+    "window of one": Case((130,), window=1),
+    "window beyond the cache": Case((40,), window=1000),
+    "softcap": Case((80,), softcap=2.0, dim=128),
+    "256 channels": Case((66,), heads=2, kv=1, dim=256, new=16),
+}
+
+
+def cache_of(case: Case, dtype: torch.dtype) -> tuple[CacheView, torch.Tensor, torch.Tensor]:
+    """(a cache whose unwritten slots are NaN, all keys, all values (B, longest, K, D))."""
+    generator = torch.Generator().manual_seed(0)
+    width = max(case.lengths) + case.new
+    keys, values = (
+        torch.randn(len(case.lengths), width, case.kv, case.dim, generator=generator).to(DEVICE, dtype)
+        for _ in range(2)
+    )
+    count = -(-width // case.size)
+    blocks = [
+        torch.full((2, len(case.lengths), case.kv, case.size, case.dim), float("nan"), device=DEVICE, dtype=dtype)
+        for _ in range(count)
+    ]
+    table = torch.tensor([b.data_ptr() for b in blocks] + [0, 0], dtype=torch.int64, device=DEVICE)
+    slots, starts = (torch.tensor(v, dtype=torch.int32, device=DEVICE) for v in (case.lengths, case.starts))
+    cache = CacheView(blocks, table, torch.zeros_like(slots), starts)
+    for b, length in enumerate(case.lengths):  # as earlier forwards left it
+        for slot in range(length):
+            block, row = divmod(slot, case.size)
+            blocks[block][0, b, :, row], blocks[block][1, b, :, row] = keys[b, slot], values[b, slot]
+    return replace(cache, slots_B=slots), keys, values
+
+
+def expected(case: Case, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """A loop over sequences and new tokens, in fp64."""
+    out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
+    for b, length in enumerate(case.lengths):
+        for t in range(case.new):
+            first = case.starts[b] if case.window is None else max(case.starts[b], length + t - case.window + 1)
+            if first > length + t:
+                continue
+            k, v = (
+                x[b, first : length + t + 1].double().repeat_interleave(case.heads // case.kv, 1)
+                for x in (keys, values)
+            )
+            scores = torch.einsum("hd,shd->hs", q[b, t].double(), k) * 0.3
+            if case.softcap is not None:
+                scores = case.softcap * torch.tanh(scores / case.softcap)
+            out[b, t] = torch.einsum("hs,shd->hd", scores.softmax(-1), v)
+    return out
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_equals_attention_over_the_whole_sequence(backend: Any, case: str, dtype: torch.dtype) -> None:
+    sizes = CASES[case]
+    cache, keys, values = cache_of(sizes, dtype)
+    new = torch.stack([torch.arange(n, n + sizes.new) for n in sizes.lengths]).to(DEVICE)[:, :, None, None]
+    k, v = (x.take_along_dim(new, 1) for x in (keys, values))
+    write_cache(k, v, cache, backend)
+    q = torch.randn(len(sizes.lengths), sizes.new, sizes.heads, sizes.dim, generator=torch.Generator().manual_seed(1))
+    q = q.to(DEVICE, dtype)
+    with poisoned_memory():
+        out = decode_attention(q, cache, 0.3, sizes.window, sizes.softcap, backend)
+    exact = expected(sizes, q, keys, values)
+    assert (out.shape, out.dtype) == (q.shape, dtype)
+    limit = 2e-5 if dtype == torch.float32 else 2**-6
+    torch.testing.assert_close(out.double(), exact, rtol=limit, atol=limit)
+
+
+@both
+def test_writes_only_the_new_slots(backend: Any) -> None:
+    case = Case((62, 3), (0, 0), new=4)
+    cache, keys, values = cache_of(case, torch.float32)
+    before = [block.clone() for block in cache.blocks]
+    k, v = torch.randn(2, 4, 2, 16, device=DEVICE), torch.randn(2, 4, 2, 32, device=DEVICE)[..., :16]
+    write_cache(k, v, cache, backend)
+    for b, length in enumerate(case.lengths):
+        for t in range(4):
+            block, row = divmod(length + t, case.size)
+            assert torch.equal(cache.blocks[block][0, b, :, row], k[b, t])
+            assert torch.equal(cache.blocks[block][1, b, :, row], v[b, t])
+            cache.blocks[block][:, b, :, row] = before[block][:, b, :, row]
+    assert all(
+        torch.equal(a, b) or torch.equal(a.isnan(), b.isnan()) for a, b in zip(cache.blocks, before, strict=True)
+    )
