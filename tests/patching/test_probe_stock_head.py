@@ -50,6 +50,7 @@ def test_router_losses_are_stock(name: str, training: bool, by_config: bool, tmp
 
 
 def test_trl_gets_the_router_loss_that_it_asks_for(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
     from datasets import Dataset
     from trl import SFTTrainer
 
