@@ -61,7 +61,8 @@ def test_the_table_has_every_type_and_no_failure() -> None:
 
 
 ROUTER_LOGITS = pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.23"), reason="in older transformers a plain head gives the same logits here"
+    Version(transformers.__version__) < Version("5.23"),
+    reason="in older transformers a plain head gives the same logits here",
 )
 
 
