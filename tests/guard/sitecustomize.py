@@ -32,7 +32,9 @@ def _in_tree(path: Any) -> bool:
 
 
 def _relative_to_a_handle(args: tuple[Any, ...]) -> bool:
-    """A name inside an open folder (rmtree works so): where it lies cannot be told from the name."""
+    """An open file, or a name inside an open folder (rmtree works so): where it lies cannot be told from the name."""
+    if isinstance(args[0], int):
+        return True
     return not os.path.isabs(os.fsdecode(args[0])) and isinstance(args[-1], int) and args[-1] != -1
 
 
