@@ -49,7 +49,8 @@ def _forward_hook(module: nn.Module, seen: list[str]) -> None:
 
 def _pre_hook(module: nn.Module, seen: list[str]) -> None:
     def hook(_: Any, args: Any, kwargs: Any) -> Any:
-        seen.append(f"{sorted(kwargs)} {[tuple(_shape(a)) for a in args]}")
+        names = sorted(set(kwargs) - {"attention_context"})  # what the kernels get in place of a dense mask
+        seen.append(f"{names} {[tuple(_shape(a)) for a in args]}")
         if args:
             return _changed(args), kwargs
         if "hidden_states" in kwargs:
@@ -107,8 +108,8 @@ WATCHES: dict[str, Watch] = {
     "own forward": _own_forward,
     "own call": _own_call,
 }
-UNCHANGED = {("pre-hook", "model"), ("pre-hook", "model.embed_tokens")}
-"""Their arguments are ids, which the hook leaves alone."""
+UNCHANGED = {("pre-hook", "model"), ("pre-hook", "model.embed_tokens"), ("pre-hook", "model.rotary_emb")}
+"""Their arguments are ids, or a tensor of which only the dtype counts."""
 
 
 def _model(family: str, patched: bool) -> Any:
