@@ -34,6 +34,7 @@ class KVCache:
         self.slots_B, self.starts_B = (
             torch.zeros(shape.batch, dtype=torch.int32, device=shape.device) for _ in range(2)
         )
+        self._counts = torch.zeros(shape.batch * shape.heads, dtype=torch.int32, device=shape.device)
 
     def reserve(self, tokens: int) -> None:
         """Allocates blocks until each sequence can hold `tokens`. Nothing that is cached moves."""
@@ -50,7 +51,8 @@ class KVCache:
         self._blocks.clear()
 
     def view(self, layer: int) -> CacheView:
-        return CacheView([block[layer] for block in self._blocks], self._tables[layer], self.slots_B, self.starts_B)
+        blocks = [block[layer] for block in self._blocks]
+        return CacheView(blocks, self._tables[layer], self.slots_B, self.starts_B, self._counts)
 
     def row(self, index: int) -> "CacheRow":
         """Returns the part of one sequence, for a forward of that sequence alone. Valid until blocks are added or freed."""

@@ -25,6 +25,7 @@ __all__ = [
     "HeadsConfig",
     "LoraLinear",
     "Weight",
+    "is_one_token",
     "lora_linears",
     "lora_mlp",
     "lora_qkv",
@@ -55,6 +56,11 @@ class LoraLinear:
         return self.bias if self.bias is not None and self.bias.requires_grad else None
 
 
+def is_one_token(x: torch.Tensor) -> bool:
+    """Returns whether x (..., E) is a single token of a forward without gradients, which matrix-vector kernels run."""
+    return x.shape[-1] == x.numel() and not torch.is_grad_enabled()
+
+
 def lora_linears(
     x: torch.Tensor,
     linears: Sequence[LoraLinear],
@@ -74,7 +80,7 @@ def lora_linears(
         from hasten.ops.lora.kernels import linear as kernel
         from hasten.ops.lora.kernels import one_token
 
-        if one_token.is_one_token(x):
+        if is_one_token(x):
             return one_token.lora_linears(x, linears, residual)
         return kernel.lora_linears(x, linears, residual, norm_input)
     return reference.lora_linears(x, linears, residual)
@@ -108,7 +114,7 @@ def lora_qkv(
         from hasten.ops.lora.kernels import one_token
         from hasten.ops.lora.kernels import qkv as kernel
 
-        if one_token.is_one_token(x):
+        if is_one_token(x):
             q, k, v = (part.unflatten(-1, (-1, heads.dim)) for part in one_token.lora_linears(x, linears, None))
             return *qk_rope(q, k, heads.position, heads.rotation, heads.fp32, heads.qk_norm, "triton"), v
         return kernel.lora_qkv(x, linears, heads, norm_input)
@@ -137,7 +143,7 @@ def lora_mlp(
         from hasten.ops.lora.kernels import one_token
         from hasten.ops.lora.kernels import tiled_mlp as tiled
 
-        if one_token.is_one_token(x):
+        if is_one_token(x):
             return one_token.lora_mlp(x, linears, activation, residual)
         if tile is not None:
             return tiled.lora_mlp(x, linears, activation, residual, norm_input, tile)

@@ -8,7 +8,7 @@ from lora_kit import DEVICE, formula, linear
 from ops_kit import poisoned_memory, quantized
 
 from hasten.ops.glu import ACTIVATIONS
-from hasten.ops.lora import HeadsConfig, LoraLinear, lora_linears, lora_mlp, lora_qkv
+from hasten.ops.lora import HeadsConfig, LoraLinear, is_one_token, lora_linears, lora_mlp, lora_qkv
 from hasten.ops.lora.kernels import one_token
 from hasten.weights.formats.nf4 import PackedWeight
 
@@ -77,4 +77,4 @@ def test_with_gradients_the_autograd_function_runs(monkeypatch: pytest.MonkeyPat
     lora_linears(x, [one], backend="triton")[0].sum().backward()
     assert x.grad is not None and one.a is not None and one.a.grad is not None
     with torch.no_grad():
-        assert not one_token.is_one_token(torch.randn(2, 1, WIDTH))
+        assert not is_one_token(torch.randn(2, 1, WIDTH))

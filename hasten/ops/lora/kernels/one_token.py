@@ -19,11 +19,6 @@ if TYPE_CHECKING:
     from hasten.ops.lora import LoraLinear
 
 
-def is_one_token(x: torch.Tensor) -> bool:
-    """Returns whether x (..., E) is a single token of a forward without gradients."""
-    return x.shape[-1] == x.numel() and not torch.is_grad_enabled()
-
-
 def _run(
     x_E: torch.Tensor,
     linears: Sequence[LoraLinear],
