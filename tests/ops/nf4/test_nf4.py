@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from device_kit import DEVICE
 
 from hasten.ops.nf4 import NF4Weight, dequantize_nf4
 from hasten.ops.nf4.kernels import dequantize as kernel
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16_ROUNDING = 2**-8 if DEVICE == "cuda" else 2**-7
 """Triton's interpreter truncates where a GPU rounds to nearest."""
 both = pytest.mark.parametrize("backend", ["reference", "triton"])
