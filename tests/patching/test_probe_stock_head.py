@@ -27,7 +27,7 @@ def _load(name: str, folder: Path, **options: Any) -> tuple[Any, Any]:
     stock.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     arguments = {"max_seq_length": 24, "load_in_4bit": False, "dtype": torch.float32, **options}
-    return FastLanguageModel.from_pretrained(str(folder), **arguments)[0], stock.to(DEVICE)  # pyright: ignore[reportArgumentType]
+    return FastLanguageModel.from_pretrained(str(folder), **arguments)[0], stock.to(DEVICE)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
