@@ -57,7 +57,7 @@ def _on_host(stock: type[nn.Module]) -> type[nn.Module]:
 
 
 def _reduce(self: Any, protocol: Any) -> Any:
-    """Implements `__reduce_ex__`: unpickling makes the class again from the stock one, since pickle finds only that under
+    """Implements `__reduce_ex__`: unpickling derives the class from the stock one, since pickle finds only that under
     its name."""
     reduced = super(HostEmbedding, self).__reduce_ex__(protocol)
     return _new, (type(self).__bases__[0],), *reduced[2:]
