@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from device_kit import DEVICE
 
 from hasten.ops import NormConfig
 from hasten.ops.nf4 import NF4Weight
 from hasten.testing import relative_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NORM = NormConfig(1e-5)
 """As Llama's."""
 both = pytest.mark.parametrize("backend", ["reference", "triton"])

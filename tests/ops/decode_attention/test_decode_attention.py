@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from ops_kit import DEVICE, both, poisoned_memory
+from device_kit import DEVICE
+from ops_kit import both, poisoned_memory
 
 from hasten.ops import NormConfig, QKNorm, qk_rope
 from hasten.ops.decode_attention import CacheView, NewToken, attend_new_token, decode_attention, write_cache

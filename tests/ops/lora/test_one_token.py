@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from lora_kit import DEVICE, formula, linear
+from device_kit import DEVICE
+from lora_kit import formula, linear
 from ops_kit import poisoned_memory, quantized
 
 from hasten.ops.glu import ACTIVATIONS

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from ops_kit import DEVICE, DTYPES, both, poisoned_memory
+from device_kit import DEVICE
+from ops_kit import DTYPES, both, poisoned_memory
 
 from hasten.ops.glu import ACTIVATIONS
 from hasten.ops.matvec import Part, ScaledMatrix, matvec, matvecs

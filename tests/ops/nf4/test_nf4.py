@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from ops_kit import DEVICE, both, quantized
+from device_kit import DEVICE
+from ops_kit import both, quantized
 
 from hasten.ops.nf4 import NF4Weight, dequantize_nf4
 from hasten.ops.nf4.kernels import dequantize as kernel

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from ops_kit import DEVICE, both, poisoned_memory, quantized
+from device_kit import DEVICE
+from ops_kit import both, poisoned_memory, quantized
 
 from hasten.ops.glu import ACTIVATIONS
 from hasten.ops.matvec import Part
