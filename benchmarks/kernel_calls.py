@@ -30,7 +30,7 @@ from hasten.ops.decode_attention import BLOCK, CacheView, decode_attention, writ
 from hasten.ops.host_rows import host_rows
 from hasten.ops.lora import DenseWeight, HeadsConfig, LoraLinear, lora_linears, lora_mlp, lora_qkv
 from hasten.ops.lora.kernels.lora_delta import MIN_WIDTH_BACKWARD, add_lora_delta, lora_delta_bwd
-from hasten.ops.matvec import Part, matvecs
+from hasten.ops.matvec import Part, matvecs, split_matvecs
 from hasten.ops.nf4 import NF4Weight, dequantize_nf4, matvecs_nf4
 
 
@@ -162,9 +162,10 @@ def _decoding() -> None:
     """One token: matrix-vector products, and attention over a cache that reaches into a second block."""
     x = _draw(2112).detach()
     part = Part(_draw(5, 2112).detach(), _draw(5).detach(), _draw(5, 3).detach(), 0.5)
-    xa, residual = torch.rand(6, device=DEVICE), _draw(10).detach()
+    xa, residual = torch.rand(2, 6, device=DEVICE), _draw(10).detach()
     matvecs([part, part], x, xa, residual, backend="triton")
     matvecs([part, part], x, xa, activation="silu", backend="triton")
+    split_matvecs([part, part], x, 2, "triton")
     for double in (True, False):
         count = 3 * 2112 // 64
         codes = torch.randint(0, 256, (3 * 2112 // 2, 1), dtype=torch.uint8, device=DEVICE)

@@ -85,7 +85,7 @@ class Weight(ABC):
         cls,
         parts: Sequence[Part[Any]],
         x_E: torch.Tensor,
-        xa_R: torch.Tensor | None = None,
+        xa_SR: torch.Tensor | None = None,
         residual_O: torch.Tensor | None = None,
         activation: str | None = None,
     ) -> torch.Tensor:
@@ -94,7 +94,7 @@ class Weight(ABC):
         A format with a kernel of its own for one token overrides it.
         """
         products = [at_least_fp32(part.weight.matmul(x_E[None])[0]) for part in parts]
-        return finish(products, parts, xa_R, residual_O, activation, x_E.dtype, x_E.dtype)
+        return finish(products, parts, xa_SR, residual_O, activation, x_E.dtype, x_E.dtype)
 
 
 @dataclass(frozen=True)
@@ -122,11 +122,11 @@ class DenseWeight(Weight):
         cls,
         parts: Sequence[Part[Any]],
         x_E: torch.Tensor,
-        xa_R: torch.Tensor | None = None,
+        xa_SR: torch.Tensor | None = None,
         residual_O: torch.Tensor | None = None,
         activation: str | None = None,
     ) -> torch.Tensor:
         dense = [replace(part, weight=part.weight.stored) for part in parts]
         if any(part.weight.stride(1) != 1 for part in dense):
-            return super().matvecs(parts, x_E, xa_R, residual_O, activation)
-        return matvecs(dense, x_E, xa_R, residual_O, activation)
+            return super().matvecs(parts, x_E, xa_SR, residual_O, activation)
+        return matvecs(dense, x_E, xa_SR, residual_O, activation)

@@ -1,6 +1,6 @@
 """Linears of one token: matrices times a vector, memory-bound, so what counts is the bandwidth at which weights are read.
 
-y_i == W_i @ x + bias_i + scale_i * (b_i @ xa_i)             matvecs(parts, x, xa); xa_i = A_i @ x of a LoRA
+y_i == W_i @ x + bias_i + scale_i * (b_i @ xa_i)             matvecs(parts, x, xa); xa_i = A_i @ x of a LoRA, from split_matvecs
 y   == cat(y_1, y_2, ...) + residual
 y   == act(y_1) * y_2                                        with an activation: gate and up of an MLP
 
@@ -55,7 +55,7 @@ class Part(Generic[W]):
 def matvecs(
     parts: Sequence[Part[torch.Tensor] | Part[ScaledMatrix]],
     x_E: torch.Tensor,
-    xa_R: torch.Tensor | None = None,
+    xa_SR: torch.Tensor | None = None,
     residual_O: torch.Tensor | None = None,
     activation: str | None = None,
     dtype: torch.dtype | None = None,
@@ -63,16 +63,34 @@ def matvecs(
 ) -> torch.Tensor:
     """Returns y (all O,), summed in fp32. No gradients.
 
-    parts: of one kind of weight. x_E: (E,), contiguous. xa_R: (all ranks,) fp32, contiguous. residual_O: (all O,). activation: a name in
+    parts: of one kind of weight. x_E: (E,), contiguous. xa_SR: (S, all ranks) fp32, contiguous, summed over S (see `split_matvecs`). residual_O: (all O,). activation: a name in
     `ops.glu.ACTIVATIONS`, with two parts and without a residual; then y has the O of one. dtype: of the result, default x's.
     """
     dtype = x_E.dtype if dtype is None else dtype
     if backend_for(x_E, backend) == "triton":
         from hasten.ops.matvec.kernels import dense
 
-        return dense.matvecs(parts, x_E, xa_R, residual_O, activation, dtype)
+        return dense.matvecs(parts, x_E, xa_SR, residual_O, activation, dtype)
     products = [reference.product(part.weight, x_E) for part in parts]
-    return reference.finish(products, parts, xa_R, residual_O, activation, dtype, x_E.dtype)
+    return reference.finish(products, parts, xa_SR, residual_O, activation, dtype, x_E.dtype)
+
+
+def split_matvecs(
+    parts: Sequence[Part[torch.Tensor]], x_E: torch.Tensor, splits: int, backend: Backend | None = None
+) -> torch.Tensor:
+    """Returns (splits, all O) fp32, whose sum over splits is W_i @ x: each is the sum over a part of the input channels.
+
+    For matrices with few output channels, as A of a LoRA: one program per row would be too few. splits: a power of two. No gradients.
+    """
+    if backend_for(x_E, backend) == "triton":
+        from hasten.ops.matvec.kernels import dense
+
+        return dense.split_matvecs(parts, x_E, splits)
+    chunk = -(-x_E.shape[0] // splits)
+    pieces = [slice(start, start + chunk) for start in range(0, chunk * splits, chunk)]
+    return torch.stack(
+        [torch.cat([reference.product(part.weight[:, one], x_E[one]) for part in parts]) for one in pieces]
+    )
 
 
 def matvec(weight_OE: torch.Tensor, x_E: torch.Tensor, backend: Backend | None = None) -> torch.Tensor:

@@ -25,7 +25,7 @@ def product(weight: Any, x_E: torch.Tensor) -> torch.Tensor:
 def finish(  # noqa: PLR0917
     products: Sequence[torch.Tensor],
     parts: Sequence[Part[Any]],
-    xa_R: torch.Tensor | None,
+    xa_SR: torch.Tensor | None,
     residual_O: torch.Tensor | None,
     activation: str | None,
     dtype: torch.dtype,
@@ -34,8 +34,8 @@ def finish(  # noqa: PLR0917
     """Adds biases, LoRAs and residual to the fp32 products, or applies the activation to gate and up, as rounded to `rounded`."""
     found, rank = [], 0
     for total, part in zip(products, parts, strict=True):
-        if part.b is not None and xa_R is not None:
-            total = total + part.scale * torch.mv(part.b.to(xa_R.dtype), xa_R[rank : rank + part.rank])
+        if part.b is not None and xa_SR is not None:
+            total = total + part.scale * torch.mv(part.b.to(xa_SR.dtype), xa_SR[:, rank : rank + part.rank].sum(0))
             rank += part.rank
         found.append(total if part.bias is None else total + part.bias)
     if activation is not None:

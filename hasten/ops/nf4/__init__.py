@@ -54,7 +54,7 @@ def dequantize_nf4(
 def matvecs_nf4(
     parts: Sequence[Part[NF4Weight]],
     x_E: torch.Tensor,
-    xa_R: torch.Tensor | None = None,
+    xa_SR: torch.Tensor | None = None,
     residual_O: torch.Tensor | None = None,
     activation: str | None = None,
     backend: Backend | None = None,
@@ -68,6 +68,6 @@ def matvecs_nf4(
 
         weights = [part.weight for part in parts]
         if all(map(matvec.is_served, weights)) and len(set(map(matvec.layout, weights))) == 1:
-            return matvec.matvecs_nf4(parts, x_E, xa_R, residual_O, activation, x_E.dtype)
+            return matvec.matvecs_nf4(parts, x_E, xa_SR, residual_O, activation, x_E.dtype)
     dense = [dequantize_nf4(part.weight, torch.float32, backend=backend) for part in parts]
-    return finish([w @ x_E.float() for w in dense], parts, xa_R, residual_O, activation, x_E.dtype, x_E.dtype)
+    return finish([w @ x_E.float() for w in dense], parts, xa_SR, residual_O, activation, x_E.dtype, x_E.dtype)

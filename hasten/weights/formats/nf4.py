@@ -61,12 +61,12 @@ class PackedWeight(Weight):
         cls,
         parts: Sequence[Part[Any]],
         x_E: torch.Tensor,
-        xa_R: torch.Tensor | None = None,
+        xa_SR: torch.Tensor | None = None,
         residual_O: torch.Tensor | None = None,
         activation: str | None = None,
     ) -> torch.Tensor:
         packed = [replace(part, weight=part.weight.weight) for part in parts]
-        return matvecs_nf4(packed, x_E, xa_R, residual_O, activation)
+        return matvecs_nf4(packed, x_E, xa_SR, residual_O, activation)
 
 
 class _FourBit(WeightFormat):

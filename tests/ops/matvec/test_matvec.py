@@ -9,7 +9,7 @@ from device_kit import DEVICE
 from ops_kit import DTYPES, both, poisoned_memory
 
 from hasten.ops.glu import ACTIVATIONS
-from hasten.ops.matvec import Part, ScaledMatrix, matvec, matvecs
+from hasten.ops.matvec import Part, ScaledMatrix, matvec, matvecs, split_matvecs
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -28,7 +28,7 @@ def expected(parts: Sequence[Part[Any]], x: torch.Tensor, xa: torch.Tensor | Non
     for part in parts:
         y = dense(part.weight) @ x.double()
         if part.b is not None and xa is not None:
-            y = y + part.scale * part.b.double() @ xa[rank : rank + part.rank].double()
+            y = y + part.scale * part.b.double() @ xa[:, rank : rank + part.rank].double().sum(0)
             rank += part.rank
         found.append(y if part.bias is None else y + part.bias.double())
     return found
@@ -65,7 +65,7 @@ RANKS = {"no LoRA": (0, 0, 0), "one of three": (0, 3, 0), "all": (4, 16, 8), "mo
 @pytest.mark.parametrize("ranks", RANKS)
 def test_several_linears_are_one_launch(backend: Any, dtype: torch.dtype, ranks: str) -> None:
     parts = [lora(rows, 96, rank, rows == 9, dtype) for rows, rank in zip((17, 9, 5), RANKS[ranks], strict=True)]
-    x, xa, residual = draw(96, dtype=dtype), draw(sum(RANKS[ranks])), draw(31, dtype=dtype)
+    x, xa, residual = draw(96, dtype=dtype), draw(2, sum(RANKS[ranks])), draw(31, dtype=dtype)
     with poisoned_memory():
         plain = matvecs(parts, x, xa, backend=backend)
         added = matvecs(parts, x, xa, residual, backend=backend)
@@ -81,7 +81,7 @@ def test_several_linears_are_one_launch(backend: Any, dtype: torch.dtype, ranks:
 @pytest.mark.parametrize("rank", [0, 4])
 def test_gate_and_up(backend: Any, activation: str, rank: int) -> None:
     gate, up = lora(37, 80, rank, True, torch.float32), lora(37, 80, rank, False, torch.float32)
-    x, xa = draw(80) * 0.2, draw(2 * rank)
+    x, xa = draw(80) * 0.2, draw(1, 2 * rank)
     with poisoned_memory():
         ours = matvecs([gate, up], x, xa, activation=activation, backend=backend)
     wanted = expected([gate, up], x, xa)
@@ -112,3 +112,18 @@ def test_codes_with_a_scale_per_channel(backend: Any) -> None:
         wanted[0].bfloat16().relu().double() * wanted[1].bfloat16().double(),
         torch.bfloat16, 4,
     )  # fmt: skip
+
+
+@both
+@pytest.mark.parametrize("splits", [1, 2, 8])
+@pytest.mark.parametrize("width", [64, 100])
+def test_partial_sums(backend: Any, width: int, splits: int) -> None:
+    parts = [Part(draw(rows, width)) for rows in (4, 7)]
+    x = draw(width, dtype=torch.bfloat16)
+    with poisoned_memory():
+        ours = split_matvecs(parts, x, splits, backend)
+    assert (ours.shape, ours.dtype) == ((splits, 11), torch.float32)
+    close(ours.sum(0), torch.cat(expected(parts, x, None)), torch.float32, 8)
+    chunk = -(-width // splits)
+    last = parts[0].weight[:, chunk * (splits - 1) :].double() @ x[chunk * (splits - 1) :].double()
+    torch.testing.assert_close(ours[-1, :4].double(), last, rtol=1e-5, atol=1e-5)

@@ -48,22 +48,22 @@ def test_rows_that_end_inside_a_block_are_dequantised(backend: Any) -> None:
 @pytest.mark.parametrize("rank", [0, 3])
 def test_several_linears_are_one_launch(backend: Any, rank: int) -> None:
     parts, exact = [], []
-    x, xa = torch.randn(192, device=DEVICE), torch.randn(3 * rank, device=DEVICE)
+    x, xa = torch.randn(192, device=DEVICE), torch.randn(2, 3 * rank, device=DEVICE)
     for index, rows in enumerate((17, 3, 6)):
         weight, dense = quantized((rows, 192), True)
         b = torch.randn(rows, rank, device=DEVICE) if rank else None
         bias = torch.randn(rows, device=DEVICE) if rows == 3 else None
         parts.append(Part(weight, bias, b, 0.5))
         y = dense.double() @ x.double() + (0.0 if bias is None else bias)
-        exact.append(y if b is None else y + 0.5 * b.double() @ xa[index * rank :][:rank].double())
+        exact.append(y if b is None else y + 0.5 * b.double() @ xa[:, index * rank :][:, :rank].double().sum(0))
     residual = torch.randn(26, device=DEVICE)
     with poisoned_memory():
         ours = matvecs_nf4(parts, x, xa, residual, backend=backend)
-        gated = matvecs_nf4([parts[0], parts[0]], x, xa[: 2 * rank], activation="gelu", backend=backend)
+        gated = matvecs_nf4([parts[0], parts[0]], x, xa[:, : 2 * rank].contiguous(), activation="gelu", backend=backend)
     torch.testing.assert_close(ours.double(), torch.cat(exact) + residual.double(), rtol=2e-5, atol=2e-4)
     up = exact[0]
     if rank:
-        up = up + 0.5 * parts[0].b.double() @ (xa[rank : 2 * rank] - xa[:rank]).double()
+        up = up + 0.5 * parts[0].b.double() @ (xa[:, rank : 2 * rank] - xa[:, :rank]).double().sum(0)
     torch.testing.assert_close(gated.double(), ACTIVATIONS["gelu"](exact[0]) * up, rtol=1e-4, atol=1e-3)
 
 

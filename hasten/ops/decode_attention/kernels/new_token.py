@@ -22,6 +22,8 @@ from hasten.ops.rope.function import rope_config
 if TYPE_CHECKING:
     from hasten.ops.decode_attention import CacheView, NewToken
 
+WARPS = 4
+
 
 @triton.jit
 def _normed(x, w, rstd, kind: tl.constexpr, UNIT_OFFSET: tl.constexpr, FP32_WEIGHT: tl.constexpr):
@@ -194,6 +196,6 @@ def attend_new_token(
             ROUND=not token.fp32, INTERLEAVED=rope.interleaved, NORM=token.qk_norm is not None, LAYER=rope.norm.kind == "layer",
             UNIT_OFFSET=rope.norm.unit_offset, FP32_WEIGHT=rope.norm.fp32_weight,
             ROWS=max(16, triton.next_power_of_2(group)), CHANNELS=max(16, triton.next_power_of_2(channels)), BLOCK=first.shape[3],
-            KEYS=KEYS, UPCAST=not q.is_cuda, EXACT=q.dtype == torch.float32, enable_fp_fusion=token.fp32, num_warps=4,
+            KEYS=KEYS, UPCAST=not q.is_cuda, EXACT=q.dtype == torch.float32, enable_fp_fusion=token.fp32, num_warps=WARPS,
         )  # fmt: skip
     return out

@@ -13,10 +13,13 @@ import torch
 
 from hasten.ops.glu.kernel import glu_fwd
 from hasten.ops.lora.stacked import widths
-from hasten.ops.matvec import Part, matvecs
+from hasten.ops.matvec import Part, split_matvecs
 
 if TYPE_CHECKING:
     from hasten.ops.lora import LoraLinear
+
+MAX_SPLITS, CHANNELS = 8, 1024
+"""Programs per row of A, and input channels that each sums at least."""
 
 
 def _run(
@@ -27,7 +30,8 @@ def _run(
 ) -> torch.Tensor:
     """Runs linears whose weights are of one class. Returns (all O,), or (O,) of gate with an activation."""
     downs = [Part(one.a) for one in linears if one.a is not None]
-    xa = matvecs(downs, x_E, dtype=torch.float32, backend="triton") if downs else None
+    splits = min(MAX_SPLITS, 1 << max(0, (x_E.shape[0] // CHANNELS).bit_length() - 1))
+    xa = split_matvecs(downs, x_E, splits, backend="triton") if downs else None
     parts = [Part(one.weight, one.bias, None if one.b is None else one.b.contiguous(), one.scale) for one in linears]
     return type(linears[0].weight).matvecs(parts, x_E, xa, residual_O, activation)
 

@@ -15,24 +15,34 @@ from hasten.ops.glu.kernel import CODES, activate
 if TYPE_CHECKING:
     from hasten.ops.matvec import Part
 
-MAX_RANKS = 64
-"""Ranks of a LoRA that are read at once."""
+
+@triton.jit
+def lora_terms(row, inside, column, addend, xa_ptr, ranks, SPLITS: tl.constexpr, WIDTH: tl.constexpr):
+    """scale * b[row] * xa for the ranks of a LoRA, laid out like the products of `row` and WIDTH columns, to be summed with them.
+
+    column: 0 .. WIDTH - 1. addend: (bias, its length or 0, b, its rank or 0, scale, first entry of xa). ranks: of all linears together.
+    A sum of its own over the ranks would need another exchange between the warps of each program.
+    """
+    _, _, b_ptr, rank, scale, first = addend
+    terms = tl.zeros([row.shape[0], WIDTH], tl.float32)
+    for start in range(0, rank, WIDTH):
+        r = start + column
+        known = r < rank
+        xa = tl.zeros([WIDTH], tl.float32)
+        for split in tl.static_range(SPLITS):
+            xa += tl.load(xa_ptr + split * ranks + first + r, mask=known, other=0.0)
+        place = b_ptr + row.to(tl.int64)[:, None] * rank + r[None, :]
+        b = tl.load(place, mask=inside[:, None] & known[None, :], other=0.0).to(tl.float32)
+        terms += b * (scale * xa)[None, :]
+    return terms
 
 
 @triton.jit
-def finished(sums, row, inside, addend, xa_ptr, BIAS: tl.constexpr, RANKS: tl.constexpr):
-    """Adds bias and scale * b @ xa to the sums of `row`. addend: (bias, its length or 0, b, its rank or 0, scale, first entry of xa)."""
-    bias_ptr, biased, b_ptr, rank, scale, first = addend
-    if RANKS > 0:
-        for start in range(0, rank, RANKS):
-            r = start + tl.arange(0, RANKS)
-            known = r < rank
-            xa = tl.load(xa_ptr + first + r, mask=known, other=0.0)
-            place = b_ptr + row.to(tl.int64)[:, None] * rank + r[None, :]
-            b = tl.load(place, mask=inside[:, None] & known[None, :], other=0.0).to(tl.float32)
-            sums += scale * tl.sum(b * xa[None, :], 1)
+def biased(sums, row, inside, addend, BIAS: tl.constexpr):
+    """Adds the bias to the sums of `row`."""
     if BIAS:
-        sums += tl.load(bias_ptr + row, mask=inside & (row < biased), other=0.0).to(tl.float32)
+        bias_ptr, length, _, _, _, _ = addend
+        sums += tl.load(bias_ptr + row, mask=inside & (row < length), other=0.0).to(tl.float32)
     return sums
 
 
@@ -45,10 +55,11 @@ def gated(gate, up, kind: tl.constexpr, CODE: tl.constexpr):
 
 @dataclass(frozen=True)
 class Epilogue:
-    """The arguments of `finished` and of the store. y: (all O,), or (O,) of gate with an activation."""
+    """The arguments of `lora_terms`, `biased` and of the store. y: (all O,), or (O,) of gate with an activation."""
 
     y: torch.Tensor
     xa: torch.Tensor
+    ranks: int
     residual: torch.Tensor
     addends: tuple[tuple[Any, ...], ...]
     meta: dict[str, Any]
@@ -57,27 +68,30 @@ class Epilogue:
 def epilogue(  # noqa: PLR0917
     parts: Sequence[Part[Any]],
     x_E: torch.Tensor,
-    xa_R: torch.Tensor | None,
+    xa_SR: torch.Tensor | None,
     residual_O: torch.Tensor | None,
     activation: str | None,
     dtype: torch.dtype,
+    splits: int | None = None,
 ) -> Epilogue:
-    """Prepares one launch over `parts`. An absent tensor is passed as x, with a length of 0."""
+    """Prepares one launch over `parts`. An absent tensor is passed as x, with a length of 0. splits: of the input channels, each with
+    a row of y of its own."""
     rows = [part.weight.shape[0] for part in parts]
     y = torch.empty(rows[0] if activation else sum(rows), device=x_E.device, dtype=dtype)
+    y = y if splits is None else y.new_empty(splits, sum(rows))
     addends, first = [], 0
     for part in parts:
         bias, b = (x_E if tensor is None else tensor for tensor in (part.bias, part.b))
         addends.append((bias, 0 if part.bias is None else rows[len(addends)], b, part.rank, part.scale, first))
         first += part.rank
-    widest = max(part.rank for part in parts)
     meta = {
         "BIAS": any(part.bias is not None for part in parts),
-        "RANKS": min(MAX_RANKS, triton.next_power_of_2(widest)) if widest else 0,
+        "LORA": xa_SR is not None and first > 0,
+        "SPLITS": 1 if xa_SR is None else xa_SR.shape[0],
     }
     if activation is None:
         meta["RESIDUAL"] = residual_O is not None
     else:
         meta["CODE"] = CODES[activation]
-    xa, residual = (x_E if tensor is None else tensor for tensor in (xa_R, residual_O))
-    return Epilogue(y, xa, residual, tuple(addends), meta)
+    xa, residual = (x_E if tensor is None else tensor for tensor in (xa_SR, residual_O))
+    return Epilogue(y, xa, first, residual, tuple(addends), meta)
