@@ -1,10 +1,12 @@
 """The KV cache of one batch: blocks of tokens, allocated as the sequences grow and never copied."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from hasten.ops.decode_attention import BLOCK, CacheView
+from hasten.overlays.precision import compute_dtype
 
 
 @dataclass(frozen=True)
@@ -49,3 +51,41 @@ class KVCache:
 
     def view(self, layer: int) -> CacheView:
         return CacheView([block[layer] for block in self._blocks], self._tables[layer], self.slots_B, self.starts_B)
+
+    def row(self, index: int) -> "CacheRow":
+        """Returns the part of one sequence, for a forward of that sequence alone. Valid until blocks are added or freed."""
+        shape = self.shape
+        offset = index * shape.heads * BLOCK * shape.channels * shape.dtype.itemsize
+        part = slice(index, index + 1)
+        blocks = [block[:, :, part] for block in self._blocks]
+        return CacheRow(blocks, self._tables + offset, self.slots_B[part], self.starts_B[part])
+
+
+@dataclass(frozen=True)
+class CacheRow:
+    """One sequence of a `KVCache`, as views of the cache's blocks (layers, 2, 1, K, BLOCK, D). tables: (layers, blocks) int64, the
+    addresses of the views. slots_B, starts_B: (1,), views as well."""
+
+    blocks: list[torch.Tensor]
+    tables: torch.Tensor
+    slots_B: torch.Tensor
+    starts_B: torch.Tensor
+
+    def view(self, layer: int) -> CacheView:
+        return CacheView([block[layer] for block in self.blocks], self.tables[layer], self.slots_B, self.starts_B)
+
+
+def shape_for(model: Any, batch: int) -> CacheShape:
+    """Returns the shape of the cache of `batch` sequences of a causal LM with hasten's overlays."""
+    config = model.config.get_text_config()
+    attention = next(m for m in model.modules() if hasattr(m, "k_proj"))
+    weight = model.get_input_embeddings().weight
+    return CacheShape(
+        layers=config.num_hidden_layers,
+        batch=batch,
+        heads=attention.k_proj.out_features // attention.head_dim,
+        channels=attention.head_dim,
+        capacity=model.overlay_config.max_seq_length or config.max_position_embeddings,
+        dtype=compute_dtype(weight),
+        device=weight.device,
+    )

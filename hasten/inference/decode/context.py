@@ -5,7 +5,7 @@ from typing import Any, Self
 
 import torch
 
-from hasten.inference.decode.cache import KVCache
+from hasten.inference.decode.cache import CacheRow, KVCache
 from hasten.ops.attention import attention
 from hasten.ops.decode_attention import decode_attention, write_cache
 from hasten.overlays.context import QKV, AttentionContext
@@ -17,7 +17,7 @@ class CachedAttention(AttentionContext):
     """prompt: whether the forward is that of the prompt, over an empty cache. spans_BT3: of a padded prompt, see
     `ops.attention.spans`; None = without padding."""
 
-    cache: KVCache
+    cache: KVCache | CacheRow
     prompt: bool
     spans_BT3: torch.Tensor | None = None
 

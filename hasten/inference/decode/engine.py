@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 
-from hasten.inference.decode.cache import CacheShape, KVCache
+from hasten.inference.decode.cache import KVCache, shape_for
 from hasten.inference.decode.context import CachedAttention
 from hasten.inference.decode.servable import fingerprint, unserved
 from hasten.inference.decode.step import DecodeStep
 from hasten.inference.generate import generate
 from hasten.ops.attention import row_spans
 from hasten.options import LoadOptions
-from hasten.overlays.precision import compute_dtype
 from hasten.state import GenerateCall, state_of
 
 STOP_LAG = 8
@@ -97,15 +96,7 @@ class DecodeEngine:
         if found is not None and found[0] == baked:
             found[1].slots_B.zero_()
             return found[1:]
-        config = model.config.get_text_config()
-        attention = next(m for m in model.modules() if hasattr(m, "k_proj"))
-        heads = attention.k_proj.out_features // attention.head_dim
-        weight = model.get_input_embeddings().weight
-        shape = CacheShape(
-            config.num_hidden_layers, batch, heads, attention.head_dim,
-            model.overlay_config.max_seq_length or config.max_position_embeddings, compute_dtype(weight), weight.device,
-        )  # fmt: skip
-        cache = KVCache(shape)
+        cache = KVCache(shape_for(model, batch))
         step = DecodeStep(model, cache)
         self._steps[batch] = (baked, cache, step)
         return cache, step

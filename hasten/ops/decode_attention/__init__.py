@@ -25,7 +25,8 @@ MAX_NEW_TOKENS = 16
 class CacheView:
     """One layer's cached keys and values.
 
-    blocks: tensors (2, B, K, BLOCK, D), keys then values; slot s of a sequence is row s % BLOCK of block s // BLOCK.
+    blocks: tensors (2, B, K, BLOCK, D), keys then values; slot s of a sequence is row s % BLOCK of block s // BLOCK. Any stride
+    between keys and values (a view of some sequences of a larger cache), else contiguous.
     table: (capacity,) int64, their addresses, on the device; the first len(blocks) entries are valid.
     slots_B: (B,) int32, tokens in the cache before this forward. starts_B: (B,) int32, the first slot that is not padding.
     """

@@ -121,3 +121,23 @@ def test_writes_only_the_new_slots(backend: Any) -> None:
     assert all(
         torch.equal(a, b) or torch.equal(a.isnan(), b.isnan()) for a, b in zip(cache.blocks, before, strict=True)
     )
+
+
+@both
+def test_takes_one_sequence_of_a_larger_cache(backend: Any) -> None:
+    case = CASES["ragged"]
+    cache, keys, values = cache_of(case, torch.float32)
+    q = torch.randn(3, 1, case.heads, case.dim, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    exact = expected(case, q, keys, values)
+    for b, length in enumerate(case.lengths):
+        part = slice(b, b + 1)
+        blocks = [block[:, part] for block in cache.blocks]
+        table = torch.tensor([block.data_ptr() for block in blocks], dtype=torch.int64, device=DEVICE)
+        alone = CacheView(blocks, table, cache.slots_B[part], cache.starts_B[part])
+        others = [block[:, [other for other in range(3) if other != b]].clone() for block in cache.blocks]
+        write_cache(keys[part, length : length + 1], values[part, length : length + 1], alone, backend)
+        out = decode_attention(q[part], alone, 0.3, backend=backend)
+        torch.testing.assert_close(out.double(), exact[part], rtol=2e-5, atol=2e-5)
+        for block, before in zip(cache.blocks, others, strict=True):
+            after = block[:, [other for other in range(3) if other != b]]
+            assert torch.equal(after.nan_to_num(9.0), before.nan_to_num(9.0))

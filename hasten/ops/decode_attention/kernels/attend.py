@@ -28,7 +28,7 @@ MAX_SPLITS = 32
 
 @triton.jit
 def _attend(
-    q_ptr, table_ptr, like_ptr, slots_ptr, starts_ptr, acc_ptr, top_ptr, total_ptr, stride_qb, stride_qt, stride_qh, B, T, K, D, window,
+    q_ptr, table_ptr, like_ptr, slots_ptr, starts_ptr, acc_ptr, top_ptr, total_ptr, stride_qb, stride_qt, stride_qh, stride_kv, T, K, D, window,
     scale, cap, GROUP: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr, KEYS: tl.constexpr, UPCAST: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -51,7 +51,6 @@ def _attend(
     acc = tl.zeros((ROWS, CHANNELS), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
-    values = tl.cast(B, tl.int64) * K * BLOCK * D
     for tile in range(lo, hi):
         key = tile * KEYS + column
         place = block_start(table_ptr, tile * KEYS, like_ptr, BLOCK) + (b * K + h) * BLOCK * D
@@ -66,7 +65,7 @@ def _attend(
         p = tl.exp2(scores - shift[:, None])
         shrink = tl.exp2(top - shift)
         total = total * shrink + tl.sum(p, 1)
-        v = tl.load(place + values, mask=written, other=0.0).to(q.dtype)
+        v = tl.load(place + stride_kv, mask=written, other=0.0).to(q.dtype)
         acc = acc * shrink[:, None] + dot(p.to(v.dtype), v, UPCAST)
         top = new_top
     out = (head.to(tl.int64) * splits + split) * T * GROUP + row
@@ -119,7 +118,7 @@ def decode_attention(
     with on_device(q_BTHD):
         _attend[(batch * kv_heads, splits)](
             q_BTHD, cache.table, first, cache.slots_B, cache.starts_B, acc, top, total, *q_BTHD.stride()[:3],
-            batch, tokens, kv_heads, channels, *config.arguments(),
+            first.stride(0), tokens, kv_heads, channels, *config.arguments(),
             GROUP=group, WINDOW=window is not None, SOFTCAP=softcap is not None,
             ROWS=max(16, triton.next_power_of_2(rows)), CHANNELS=width, BLOCK=block, KEYS=KEYS,
             UPCAST=not q_BTHD.is_cuda, EXACT=q_BTHD.dtype == torch.float32, num_warps=4,

@@ -22,7 +22,7 @@ def block_start(table_ptr, slot, like_ptr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _write(
-    k_ptr, v_ptr, table_ptr, like_ptr, slots_ptr, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, B, T, K, D,
+    k_ptr, v_ptr, table_ptr, like_ptr, slots_ptr, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_kv, T, K, D,
     BLOCK: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     h, t, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -33,7 +33,7 @@ def _write(
     value = tl.load(v_ptr + b * stride_vb + t * stride_vt + h * stride_vh + channel, mask=inside)
     place = block_start(table_ptr, slot, like_ptr, BLOCK) + ((b * K + h) * BLOCK + slot % BLOCK) * D + channel
     tl.store(place, key.to(like_ptr.dtype.element_ty), mask=inside)
-    tl.store(place + tl.cast(B, tl.int64) * K * BLOCK * D, value.to(like_ptr.dtype.element_ty), mask=inside)
+    tl.store(place + stride_kv, value.to(like_ptr.dtype.element_ty), mask=inside)
 
 
 def write_cache(k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, cache: CacheView) -> None:
@@ -42,5 +42,5 @@ def write_cache(k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, cache: CacheView) ->
     with on_device(k_BTKD):
         _write[(heads, tokens, batch)](
             k_BTKD, v_BTKD, cache.table, first, cache.slots_B, *k_BTKD.stride()[:3], *v_BTKD.stride()[:3],
-            batch, tokens, heads, channels, BLOCK=first.shape[3], CHANNELS=triton.next_power_of_2(channels), num_warps=1,
+            first.stride(0), tokens, heads, channels, BLOCK=first.shape[3], CHANNELS=triton.next_power_of_2(channels), num_warps=1,
         )  # fmt: skip
