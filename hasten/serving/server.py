@@ -54,4 +54,9 @@ def serve(service: Service, taken: socket.socket, api_key: str | None, hosts: Se
     from hasten.serving.app import create_app
 
     app = create_app(service, api_key, hosts)
-    uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE)).run([taken])
+    service.warm_up()
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE))
+    try:
+        server.run([taken])
+    except KeyboardInterrupt:
+        log.info("interrupted")  # uvicorn raises it once more when it has shut down

@@ -36,6 +36,11 @@ class Service:
         self._encoding = threading.Lock()  # tokenizers keep settings of the call that runs
         self._decode = decoder(copy.deepcopy(self.tokenizer))
 
+    def warm_up(self) -> None:
+        """Queues a request of two tokens, whose steps compile kernels and capture the CUDA graph before the first client's."""
+        limits = Limits(2 if self.capacity > 2 else 1)
+        self.worker.submit([Request([min(self.eos, default=0)], limits, Sampling(), TextStream(self._decode))])
+
     @property
     def capacity(self) -> int:
         """Tokens of a sequence at most, prompt and answer together."""
