@@ -16,14 +16,17 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from device_kit import DEVICE, ON_GPU
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer
 from trl import SFTTrainer
 
 from hasten import FastLanguageModel, sft_config
 
-IDS = torch.randint(6, 260, (2, 20), generator=torch.Generator().manual_seed(1))
+IDS = torch.randint(6, 260, (2, 20), generator=torch.Generator().manual_seed(1)).to(DEVICE)
 PROMPTS = [IDS[0, :3], IDS[0], IDS[1, :9], IDS[1, :1], IDS[0, 5:17], IDS[1, :5], IDS[1], IDS[0, :8]]
+SECONDS = 360 if ON_GPU else 120
+"""That a fresh process may take. On a GPU each compiles kernels."""
 PRELOADED = ["torch", "transformers", "peft", "trl", "datasets", "hasten.model", "hasten.training.job"]
 
 
@@ -42,13 +45,15 @@ def adapted(folder: Path | str, adapter: dict[str, Any] | None = None, **options
 
 
 def stock(folder: Path | str, **options: Any) -> Any:
-    """The same checkpoint by plain transformers, in fp32."""
-    return AutoModelForCausalLM.from_pretrained(str(folder), **{"dtype": torch.float32, **options}).eval()
+    """The same checkpoint by plain transformers, in fp32, on the device of the tests."""
+    model = AutoModelForCausalLM.from_pretrained(str(folder), **{"dtype": torch.float32, **options})
+    return model.eval().to(DEVICE)
 
 
 @torch.no_grad()
 def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
-    return model.eval()(ids).logits.float()
+    """On the CPU, whatever the model's device."""
+    return model.eval()(ids.to(model.device)).logits.float().cpu()
 
 
 def settings(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -123,7 +128,7 @@ def fresh(*jobs: tuple[Callable[..., None], tuple[Any, ...]]) -> list[int]:
     for process in started:
         process.start()
     for process in started:
-        process.join(120)
+        process.join(SECONDS)
         if process.is_alive():
             process.kill()
             process.join()
@@ -132,7 +137,7 @@ def fresh(*jobs: tuple[Callable[..., None], tuple[Any, ...]]) -> list[int]:
 
 def _alone(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    faulthandler.dump_traceback_later(100, exit=True)  # says where a process hangs, before it is killed
+    faulthandler.dump_traceback_later(SECONDS - 20, exit=True)  # says where a process hangs, before it is killed
     function(*arguments)
 
 

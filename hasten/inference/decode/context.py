@@ -7,7 +7,8 @@ import torch
 
 from hasten.inference.decode.cache import CacheRow, KVCache
 from hasten.ops.attention import attention
-from hasten.ops.decode_attention import decode_attention, write_cache
+from hasten.ops.decode_attention import NewToken, attend_new_token, decode_attention, write_cache
+from hasten.ops.lora import HeadsConfig
 from hasten.overlays.context import QKV, AttentionContext
 from hasten.overlays.precision import compute_dtype
 
@@ -32,6 +33,16 @@ class CachedAttention(AttentionContext):
         if self.prompt:
             return attention(q, k, v, config.scale, config.window, config.softcap, self.spans_BT3), None
         return decode_attention(q, view, config.scale, config.window, config.softcap), None
+
+    def takes_projections(self, hidden_states: torch.Tensor) -> bool:
+        return not self.prompt and hidden_states.shape[1] == 1
+
+    def attend_projections(self, module: Any, qkv: QKV, heads: HeadsConfig) -> torch.Tensor:
+        config = module.overlay_config
+        dtype = compute_dtype(qkv[2])
+        q, k, v = (x.to(dtype) for x in qkv)
+        token = NewToken(q, k, v, heads.position, heads.rotation, heads.fp32, heads.qk_norm)
+        return attend_new_token(token, self.cache.view(module.layer_idx), config.scale, config.window, config.softcap)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Self:
         return self

@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from ops_kit import DEVICE, both, poisoned_memory
+from device_kit import DEVICE
+from ops_kit import both, poisoned_memory
 
-from hasten.ops.decode_attention import CacheView, decode_attention, write_cache
+from hasten.ops import NormConfig, QKNorm, qk_rope
+from hasten.ops.decode_attention import CacheView, NewToken, attend_new_token, decode_attention, write_cache
 
 
 @dataclass(frozen=True)
@@ -141,3 +143,79 @@ def test_takes_one_sequence_of_a_larger_cache(backend: Any) -> None:
         for block, before in zip(cache.blocks, others, strict=True):
             after = block[:, [other for other in range(3) if other != b]]
             assert torch.equal(after.nan_to_num(9.0), before.nan_to_num(9.0))
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "half": {},
+    "interleaved, fp32": {"rotation": "interleaved", "fp32": True},
+    "no rotation": {"position": None},
+    "RMSNorm": {"norm": NormConfig(1e-6, "rms", True, True)},
+    "LayerNorm per head": {"norm": NormConfig(1e-5, "layer", False, True), "rotation": "interleaved"},
+}
+STEPS = [
+    *((case, "half") for case, sizes in CASES.items() if sizes.new == 1),
+    *(("one head per group", rope) for rope in ROPES),
+    *(("ragged", rope) for rope in ROPES),
+    ("long", "half"),
+]
+CASES["long"] = Case((700, 300), (0, 299), heads=4, kv=1)
+
+
+def token_of(case: Case, rope: dict[str, Any], dtype: torch.dtype) -> NewToken:
+    """Slices of one buffer, as the projections give them."""
+    batch, heads = len(case.lengths), case.heads + 2 * case.kv
+    all_heads = torch.randn(batch, 1, heads, case.dim, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    angles = torch.rand(batch, 1, case.dim // 2, generator=torch.Generator().manual_seed(2)).to(DEVICE) * 3
+    rope = dict(rope)
+    wide = angles.repeat_interleave(2, -1) if rope.get("rotation") == "interleaved" else angles.repeat(1, 1, 2)
+    table = wide if rope.get("fp32") else wide.to(dtype)
+    found: dict[str, Any] = {"position": (table.cos(), table.sin())} | rope
+    config = found.pop("norm", None)
+    if config is not None:
+        shape = [(n, case.dim) if config.kind == "layer" else (case.dim,) for n in (case.heads, case.kv)]
+        found["qk_norm"] = QKNorm(*(torch.rand(one).to(DEVICE, dtype) for one in shape), config)
+    return NewToken(*all_heads.split((case.heads, case.kv, case.kv), 2), **found)
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("case", "rope"), STEPS)
+def test_a_new_token_in_one_launch(backend: Any, case: str, rope: str, dtype: torch.dtype) -> None:
+    sizes = CASES[case]
+    token = token_of(sizes, ROPES[rope], dtype)
+    found = []
+    for fused in (True, False):
+        cache, *_ = cache_of(sizes, dtype)
+        with poisoned_memory():
+            if fused:
+                out = attend_new_token(token, cache, 0.3, sizes.window, sizes.softcap, backend)
+            else:
+                rotated = qk_rope(
+                    token.q_B1HD, token.k_B1KD, token.position, token.rotation, token.fp32, token.qk_norm, backend
+                )
+                write_cache(rotated[1], token.v_B1KD, cache, backend)
+                out = decode_attention(rotated[0], cache, 0.3, sizes.window, sizes.softcap, backend)
+        found.append((out, cache))
+    (ours, mine), (apart, theirs) = found
+    assert (ours.shape, ours.dtype) == (token.q_B1HD.shape, dtype) and ours.is_contiguous()
+    limit = 2e-5 if dtype == torch.float32 else 2**-6
+    torch.testing.assert_close(ours, apart, rtol=limit, atol=limit)
+    unread = [start > length for start, length in zip(sizes.starts, sizes.lengths, strict=True)]
+    for one, other in zip(mine.blocks, theirs.blocks, strict=True):
+        same = (one == other) | (one.isnan() & other.isnan())
+        if dtype == torch.bfloat16:  # the interpreter truncates where torch rounds
+            same |= (one.float() - other.float()).abs() <= 2**-7 * other.float().abs()
+        else:
+            same |= (one - other).abs() <= 1e-6
+        assert all(bool(same[:, b].all()) for b, skipped in enumerate(unread) if not skipped)
+
+
+@both
+def test_counts_are_left_at_zero(backend: Any) -> None:
+    sizes = CASES["long"]
+    cache, *_ = cache_of(sizes, torch.float32)
+    cache = replace(cache, counts=torch.zeros(2, dtype=torch.int32, device=DEVICE))
+    token = token_of(sizes, {}, torch.float32)
+    first = attend_new_token(token, cache, 0.3, backend=backend)
+    assert cache.counts is not None and not bool(cache.counts.any())
+    assert torch.equal(attend_new_token(token, cache, 0.3, backend=backend), first)

@@ -1,4 +1,4 @@
-"""W @ x for an NF4 matrix W and one token x: reads half a byte per weight, once, and never writes a dense weight.
+"""Linears of one token for NF4 matrices: reads half a byte per weight, once, and never writes a dense weight.
 
 One warp per program: a thread reads 16 bytes, 32 codes of one output channel, and keeps the 32 inputs they meet in registers for
 `CHANNELS` output channels. The code book lies in the warp's registers too and is looked up by warp shuffles (`tl.gather`), which
@@ -7,22 +7,25 @@ measured faster than a table in the L1 cache or byte permutations. Sums are in f
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 
 from hasten.ops.backend import on_device
+from hasten.ops.matvec.kernels.epilogue import epilogue, finished, gated
 
 if TYPE_CHECKING:
+    from hasten.ops.matvec import Part
     from hasten.ops.nf4 import NF4Weight
 
-CHANNELS = 4
+CHANNELS = 2
 """Output channels per program."""
-CHANNELS_LONG = 2
-"""The same where the input is longer than `LONG`: more programs, each with more to sum."""
-LONG = 8192
+CHANNELS_MANY = 4
+"""The same for matrices with more than `MANY` output channels and no more input channels than `LONG`."""
+MANY, LONG = 8192, 8192
 LANES = 32
 """Threads of a warp."""
 
@@ -59,36 +62,104 @@ def _word(codes, x, book):
 
 
 @triton.jit
-def _matvec(
-    words_ptr, book_ptr, scales_ptr, scale_code_ptr, outer_ptr, offset_ptr, x_ptr, y_ptr, rows, row_words,
-    DOUBLE: tl.constexpr, BLOCK_WORDS: tl.constexpr, SCALE_BLOCK: tl.constexpr, CHANNELS: tl.constexpr, LANES: tl.constexpr,
+def _row(matrix, row, word, inside, x0, x1, x2, x3, book, DOUBLE: tl.constexpr, BLOCK_WORDS: tl.constexpr,
+         SCALE_BLOCK: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+    """The part of W[row] @ x of each thread's four words. matrix: (words, book, scales, scale code, outer, offset, rows, row_words)."""
+    words_ptr, _, scales_ptr, scale_code_ptr, outer_ptr, offset_ptr, rows, row_words = matrix
+    row = tl.minimum(row, rows - 1)  # a channel past the end repeats the last one
+    before = row.to(tl.int64) * row_words
+    four = before + word[:, None] + tl.arange(0, 4)[None, :]
+    codes = tl.load(words_ptr + four, mask=inside[:, None], other=0, eviction_policy="evict_first")
+    even, odd = tl.split(tl.reshape(codes, [LANES, 2, 2]))
+    codes0, codes2 = tl.split(even)
+    codes1, codes3 = tl.split(odd)
+    block = (before // BLOCK_WORDS).to(tl.int32) + word // BLOCK_WORDS
+    scale = tl.load(scales_ptr + block, mask=inside, other=0)
+    if DOUBLE:
+        inner = tl.load(scale_code_ptr + scale.to(tl.int32), mask=inside, other=0.0)
+        scale = inner * tl.load(outer_ptr + block // SCALE_BLOCK, mask=inside, other=0.0) + tl.load(offset_ptr)
+    part = _word(codes0, x0, book) + _word(codes1, x1, book) + _word(codes2, x2, book) + _word(codes3, x3, book)
+    return tl.sum(part * scale)
+
+
+@triton.jit
+def _linears(
+    matrices, addends, x_ptr, xa_ptr, residual_ptr, y_ptr,
+    DOUBLE: tl.constexpr, BLOCK_WORDS: tl.constexpr, SCALE_BLOCK: tl.constexpr, BIAS: tl.constexpr, RANKS: tl.constexpr,
+    RESIDUAL: tl.constexpr, CHANNELS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    first_row = tl.program_id(0) * CHANNELS
-    book = tl.load(book_ptr + tl.arange(0, 16))
+    program = tl.program_id(0)
     channel = tl.arange(0, CHANNELS)
-    sums = tl.zeros([CHANNELS], tl.float32)
+    first, offset = 0, 0
+    for m in tl.static_range(len(matrices)):
+        rows, row_words = matrices[m][6], matrices[m][7]
+        count = tl.cdiv(rows, CHANNELS)
+        if (program >= first) & (program < first + count):
+            base = (program - first) * CHANNELS
+            book = tl.load(matrices[m][1] + tl.arange(0, 16))
+            sums = tl.zeros([CHANNELS], tl.float32)
+            for start in range(0, row_words, LANES * 4):
+                word = start + tl.arange(0, LANES) * 4  # the first of a thread's four
+                inside = word < row_words  # whole blocks of scales fill a row, so the other three are inside too
+                x0, x1 = _inputs(x_ptr, word, inside, LANES), _inputs(x_ptr, word + 1, inside, LANES)
+                x2, x3 = _inputs(x_ptr, word + 2, inside, LANES), _inputs(x_ptr, word + 3, inside, LANES)
+                for i in tl.static_range(CHANNELS):
+                    one = _row(
+                        matrices[m],
+                        base + i,
+                        word,
+                        inside,
+                        x0,
+                        x1,
+                        x2,
+                        x3,
+                        book,
+                        DOUBLE,
+                        BLOCK_WORDS,
+                        SCALE_BLOCK,
+                        LANES,
+                    )
+                    sums += tl.where(channel == i, one, 0.0)
+            row = base + channel
+            sums = finished(sums, row, row < rows, addends[m], xa_ptr, BIAS, RANKS)
+            if RESIDUAL:
+                sums += tl.load(residual_ptr + offset + row, mask=row < rows, other=0.0).to(tl.float32)
+            tl.store(y_ptr + offset + row, sums.to(y_ptr.dtype.element_ty), mask=row < rows)
+        first += count
+        offset += rows
+
+
+@triton.jit
+def _gated(
+    matrices, addends, x_ptr, xa_ptr, y_ptr,
+    DOUBLE: tl.constexpr, BLOCK_WORDS: tl.constexpr, SCALE_BLOCK: tl.constexpr, BIAS: tl.constexpr, RANKS: tl.constexpr,
+    CODE: tl.constexpr, CHANNELS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    rows, row_words = matrices[0][6], matrices[0][7]
+    channel = tl.arange(0, CHANNELS)
+    base = tl.program_id(0) * CHANNELS
+    gate_book, up_book = tl.load(matrices[0][1] + tl.arange(0, 16)), tl.load(matrices[1][1] + tl.arange(0, 16))
+    gate, up = tl.zeros([CHANNELS], tl.float32), tl.zeros([CHANNELS], tl.float32)
     for start in range(0, row_words, LANES * 4):
-        word = start + tl.arange(0, LANES) * 4  # the first of a thread's four
-        inside = word < row_words  # whole blocks of scales fill a row, so the other three are inside too
+        word = start + tl.arange(0, LANES) * 4
+        inside = word < row_words
         x0, x1 = _inputs(x_ptr, word, inside, LANES), _inputs(x_ptr, word + 1, inside, LANES)
         x2, x3 = _inputs(x_ptr, word + 2, inside, LANES), _inputs(x_ptr, word + 3, inside, LANES)
         for i in tl.static_range(CHANNELS):
-            row = tl.minimum(first_row + i, rows - 1)  # a channel past the end repeats the last one
-            before = row.to(tl.int64) * row_words
-            four = before + word[:, None] + tl.arange(0, 4)[None, :]
-            codes = tl.load(words_ptr + four, mask=inside[:, None], other=0, eviction_policy="evict_first")
-            even, odd = tl.split(tl.reshape(codes, [LANES, 2, 2]))
-            codes0, codes2 = tl.split(even)
-            codes1, codes3 = tl.split(odd)
-            block = (before // BLOCK_WORDS).to(tl.int32) + word // BLOCK_WORDS
-            scale = tl.load(scales_ptr + block, mask=inside, other=0)
-            if DOUBLE:
-                inner = tl.load(scale_code_ptr + scale.to(tl.int32), mask=inside, other=0.0)
-                scale = inner * tl.load(outer_ptr + block // SCALE_BLOCK, mask=inside, other=0.0) + tl.load(offset_ptr)
-            part = _word(codes0, x0, book) + _word(codes1, x1, book) + _word(codes2, x2, book) + _word(codes3, x3, book)
-            sums += tl.where(channel == i, tl.sum(part * scale), 0.0)
-    row = first_row + channel
-    tl.store(y_ptr + row, sums.to(y_ptr.dtype.element_ty), mask=row < rows)
+            one = _row(
+                matrices[0], base + i, word, inside, x0, x1, x2, x3, gate_book, DOUBLE, BLOCK_WORDS, SCALE_BLOCK, LANES
+            )
+            gate += tl.where(channel == i, one, 0.0)
+            one = _row(
+                matrices[1], base + i, word, inside, x0, x1, x2, x3, up_book, DOUBLE, BLOCK_WORDS, SCALE_BLOCK, LANES
+            )
+            up += tl.where(channel == i, one, 0.0)
+    row = base + channel
+    inside = row < rows
+    gate = finished(gate, row, inside, addends[0], xa_ptr, BIAS, RANKS)
+    up = finished(up, row, inside, addends[1], xa_ptr, BIAS, RANKS)
+    y = gated(gate, up, x_ptr.dtype.element_ty, CODE)
+    tl.store(y_ptr + row, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 def is_served(weight: NF4Weight) -> bool:
@@ -97,20 +168,40 @@ def is_served(weight: NF4Weight) -> bool:
     return aligned and weight.shape[1] % weight.block == 0 and weight.block % 32 == 0
 
 
-def matvec_nf4(weight: NF4Weight, x_E: torch.Tensor) -> torch.Tensor:
-    """x_E: contiguous. Returns (out,) in x's dtype. See `hasten.ops.nf4.matvec_nf4`."""
-    rows, width = weight.shape
-    y = torch.empty(rows, device=x_E.device, dtype=x_E.dtype)
-    channels = CHANNELS if width <= LONG else CHANNELS_LONG
-    book = weight.code
+def layout(weight: NF4Weight) -> tuple[int, int, bool]:
+    """What the matrices of one launch must share."""
+    return weight.block, weight.scale_block, weight.scale_code is not None
+
+
+def _matrix(weight: NF4Weight) -> tuple[Any, ...]:
+    absent = weight.code
+    outer = [absent if t is None else t for t in (weight.scale_code, weight.scale_of_scales, weight.offset)]
+    words = weight.packed.reshape(-1).view(torch.int32)
+    return words, weight.code, weight.scales, *outer, weight.shape[0], weight.shape[1] // 8
+
+
+def matvecs_nf4(  # noqa: PLR0917
+    parts: Sequence[Part[NF4Weight]],
+    x_E: torch.Tensor,
+    xa_R: torch.Tensor | None,
+    residual_O: torch.Tensor | None,
+    activation: str | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """See `hasten.ops.nf4.matvecs_nf4`. Every matrix must be served and have the same `layout`."""
+    ends = epilogue(parts, x_E, xa_R, residual_O, activation, dtype)
+    matrices = tuple(_matrix(part.weight) for part in parts)
+    rows = [part.weight.shape[0] for part in parts]
+    block, scale_block, double = layout(parts[0].weight)
+    channels = CHANNELS_MANY if activation is None and sum(rows) > MANY and x_E.shape[0] <= LONG else CHANNELS
+    meta = {
+        **ends.meta, "DOUBLE": double, "BLOCK_WORDS": block // 8, "SCALE_BLOCK": scale_block, "CHANNELS": channels,
+        "LANES": LANES, "num_warps": 1,
+    }  # fmt: skip
     with on_device(x_E):
-        _matvec[(triton.cdiv(rows, channels),)](
-            weight.packed.reshape(-1).view(torch.int32), book, weight.scales,
-            weight.scale_code if weight.scale_code is not None else book,
-            weight.scale_of_scales if weight.scale_of_scales is not None else book,
-            weight.offset if weight.offset is not None else book,
-            x_E, y, rows, width // 8,
-            DOUBLE=weight.scale_code is not None, BLOCK_WORDS=weight.block // 8, SCALE_BLOCK=weight.scale_block,
-            CHANNELS=channels, LANES=LANES, num_warps=1,
-        )  # fmt: skip
-    return y
+        if activation is not None:
+            _gated[(triton.cdiv(rows[0], channels),)](matrices, ends.addends, x_E, ends.xa, ends.y, **meta)
+        else:
+            grid = (sum(triton.cdiv(count, channels) for count in rows),)
+            _linears[grid](matrices, ends.addends, x_E, ends.xa, ends.residual, ends.y, **meta)
+    return ends.y
