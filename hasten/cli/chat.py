@@ -47,9 +47,9 @@ class Chat:
         left = settings.max_seq_length - len(prompt)
         if left < 1:
             raise InputError(
-                f"the conversation has {len(prompt)} tokens with this message, which was not added; the model was loaded for "
-                f"{settings.max_seq_length}, and nothing is cut off silently. /reset starts a new conversation, or start again with "
-                f"a larger --max-seq-length."
+                f"the conversation has {len(prompt)} tokens with this message, which was not added; the model was "
+                f"loaded for {settings.max_seq_length}, and nothing is cut off silently. /reset starts a new "
+                "conversation, or start again with a larger --max-seq-length."
             )
         most = min(settings.max_new_tokens, left)
         given = answer(used.model, used.tokenizer, prompt, most, settings.sampling)

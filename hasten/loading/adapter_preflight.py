@@ -25,9 +25,8 @@ class CheckedAdapter:
 def preflight(folder_or_id: str, options: LoadOptions) -> CheckedAdapter:
     """Returns the adapter of a folder or hub repository once it fits the base that `options` name.
 
-    Raises CheckpointError for missing, unexpected or misshapen tensors, for another vocabulary than the base's, and where the base is an
-    adapter itself.
-    """
+    Raises CheckpointError for missing, unexpected or misshapen tensors, for another vocabulary than the base's, and
+    where the base is an adapter itself."""
     folder = adapter.fetch(folder_or_id, options.token, None)
     check_adapter_files(folder)
     base = resolve(options)

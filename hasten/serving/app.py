@@ -24,7 +24,7 @@ from hasten.serving.worker import Busy, Unavailable
 LARGEST_BODY = 2**24
 """Bytes of a call."""
 CLIENT_CLOSED = 499
-"""Status of a call whose client has gone; nobody reads it."""
+"""Status of a call whose client has gone, for the log."""
 
 
 class Answer:
@@ -91,9 +91,9 @@ class EventStream(StreamingResponse):
 def create_app(service: Service, api_key: str | None = None, hosts: Sequence[str] | None = None) -> FastAPI:
     """Returns the application. Starts the service's worker with the server, and ends it with the server.
 
-    api_key: what calls must send as a bearer token; None = nothing. hosts: names of this server that a call's Host header may have, so that
-    a web page cannot reach a server on loopback under a name of its own (DNS rebinding); None = any.
-    """
+    api_key: what calls must send as a bearer token; None = nothing. hosts: names of this server that a call's Host
+    header may have, so that a web page cannot reach a server on loopback under a name of its own (DNS rebinding); None
+    = any."""
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -102,7 +102,7 @@ def create_app(service: Service, api_key: str | None = None, hosts: Sequence[str
         await run_in_threadpool(service.worker.close)
 
     async def admit(call: Request) -> None:
-        name = urlsplit(f"//{call.headers.get('host', '')}").hostname
+        name = _host_name(call.headers.get("host", ""))
         if hosts is not None and name not in hosts:
             raise ApiError(403, f"this server answers calls to {' and '.join(hosts)}, not to {name}", "wrong_host")
         given = call.headers.get("authorization", "").encode("latin-1")  # the bytes that were sent
@@ -186,6 +186,14 @@ async def _left(call: Request) -> None:
     """Returns when the client has closed the connection."""
     while (await call.receive())["type"] != "http.disconnect":
         pass
+
+
+def _host_name(header: str) -> str | None:
+    """Returns the Host header without its port, None where it is not one."""
+    try:
+        return urlsplit(f"//{header}").hostname
+    except ValueError:
+        return None
 
 
 def _check_name(service: Service, name: str) -> None:

@@ -1,7 +1,7 @@
 """The messages of the OpenAI protocol: request bodies, errors, choices and chunks.
 
-A field that is not implemented is an error unless its value asks for nothing; so is a field that the protocol does not have.
-"""
+A field that is not implemented is an error unless its value asks for nothing; so is a field that the protocol does not
+have."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
@@ -69,7 +69,7 @@ class CallBody(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0)
-    repetition_penalty: float | None = Field(None, gt=0)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     seed: int | None = Field(None, ge=-(2**62), le=2**62)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -79,7 +79,8 @@ class CallBody(BaseModel):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     def check(self) -> None:
-        """Raises ApiError for fields that are not implemented or not known, and for combinations that the protocol refuses."""
+        """Raises ApiError for fields that are not implemented or not known, and for combinations that the protocol
+        refuses."""
         for name, value in (self.model_extra or {}).items():
             if value is None or name in WITHOUT_EFFECT:
                 continue
@@ -90,6 +91,10 @@ class CallBody(BaseModel):
                 raise ApiError(400, f"{name} is not supported; leave it out", "unsupported_parameter", name)
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options needs stream=true", param="stream_options")
+
+    def sequences(self) -> int:
+        """Returns how many answers are asked for."""
+        return self.n or 1
 
     def answer_limit(self) -> int | None:
         """Returns the most new tokens; None = as many as the model's length allows."""
@@ -103,7 +108,8 @@ class TextPart(BaseModel):
 
 
 class Message(BaseModel):
-    """developer: OpenAI's newer name of system. Other fields, which clients send back with an assistant's message, must be empty."""
+    """developer: OpenAI's newer name of system. Other fields, which clients send back with an assistant's message, must
+    be empty."""
 
     model_config = ConfigDict(strict=True, extra="allow")
     role: Literal["system", "developer", "user", "assistant"]
@@ -146,6 +152,9 @@ class CompletionBody(CallBody):
         if isinstance(self.prompt, str):
             return [self.prompt]
         return [self.prompt] if isinstance(self.prompt[0], int) else self.prompt  # pyright: ignore[reportReturnType]
+
+    def sequences(self) -> int:
+        return super().sequences() * len(self.prompts())
 
     def answer_limit(self) -> int | None:
         return 16 if self.max_tokens is None else self.max_tokens  # the protocol's default

@@ -1,4 +1,5 @@
-"""Runs the HTTP server. The address is taken before the model is loaded, so that a port in use is an error of seconds."""
+"""Runs the HTTP server. The address is taken before the model is loaded, so that a port in use is an error of
+seconds."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def require_extra() -> None:
 
 
 def bind(host: str, port: int, has_key: bool) -> socket.socket:
-    """Takes an address. port: 0 = any free one. Raises InputError where it cannot be had, and warns where other machines can reach it."""
+    """Takes an address. port: 0 = any free one. Raises InputError where it cannot be had, and warns where other
+    machines can reach it."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         taken = socket.create_server((host, port), family=family)

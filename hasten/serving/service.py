@@ -19,7 +19,8 @@ from hasten.state import causal_lm_of
 
 @dataclass
 class Service:
-    """name: of the model in the protocol. defaults: of sampling parameters that a call leaves out. eos: ids that end an answer.
+    """name: of the model in the protocol. defaults: of sampling parameters that a call leaves out. eos: ids that end an
+    answer.
 
     note: how requests are decoded. created: seconds since 1970.
     """
@@ -37,7 +38,8 @@ class Service:
         self._decode = decoder(copy.deepcopy(self.tokenizer))
 
     def warm_up(self) -> None:
-        """Queues a request of two tokens, whose steps compile kernels and capture the CUDA graph before the first client's."""
+        """Queues a request of two tokens, whose steps compile kernels and capture the CUDA graph before the first
+        client's."""
         limits = Limits(2 if self.capacity > 2 else 1)
         self.worker.submit([Request([min(self.eos, default=0)], limits, Sampling(), TextStream(self._decode))])
 
@@ -47,8 +49,10 @@ class Service:
         return self.worker.runner.capacity
 
     def encode(self, body: ChatBody | CompletionBody) -> list[list[int]]:
-        """Returns the ids of each prompt. Raises ApiError for a conversation that the template does not take, an empty prompt and unknown
-        ids."""
+        """Returns the ids of each prompt. Raises ApiError for a conversation that the template does not take, an empty
+        prompt and unknown ids."""
+        if body.sequences() > self.worker.waiting:
+            raise ApiError(400, f"{body.sequences()} sequences were asked for; one call may have {self.worker.waiting}")
         with self._encoding:
             if isinstance(body, ChatBody):
                 try:
@@ -68,21 +72,18 @@ class Service:
     def requests(
         self, body: CallBody, prompts: Sequence[list[int]], deliver: Callable[[int], Callable[[Piece], None]]
     ) -> list[Request]:
-        """Returns the requests of a call, `n` for each prompt. deliver: number of a request -> what its pieces are handed to.
+        """Returns the requests of a call, `n` for each prompt. deliver: number of a request -> what its pieces are
+        handed to.
 
-        Raises ApiError where a prompt, or a prompt and the new tokens asked for, is longer than the model was loaded for.
-        """
-        count, sampling = body.n or 1, self._sampling(body)
-        if count * len(prompts) > self.worker.waiting:
-            raise ApiError(
-                400, f"{count * len(prompts)} sequences were asked for; one call may have {self.worker.waiting}"
-            )
+        Raises ApiError where a prompt, or a prompt and the new tokens asked for, is longer than the model was loaded
+        for."""
+        sampling = self._sampling(body)
         stops = body.stops()
         eos = self.eos | self._special(stops)
         made = []
         for prompt in prompts:
             limits = Limits(self._most(len(prompt), body.answer_limit()), eos)
-            for number in range(count):
+            for number in range(body.n or 1):
                 own = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + number)
                 text = TextStream(self._decode, stops)
                 made.append(Request(prompt, limits, own, text, deliver(len(made))))
@@ -94,9 +95,9 @@ class Service:
         if prompt + wanted > self.capacity:
             raise ApiError(
                 400,
-                f"the prompt has {prompt} tokens and at least {wanted} new ones are asked for; this model was loaded for sequences of "
-                f"{self.capacity}. Shorten the prompt, lower max_tokens, or start the server with a larger --max-seq-length; nothing is "
-                "truncated silently.",
+                f"the prompt has {prompt} tokens and at least {wanted} new ones are asked for; this model was loaded "
+                f"for sequences of {self.capacity}. Shorten the prompt, lower max_tokens, or start the server with a "
+                "larger --max-seq-length; nothing is truncated silently.",
                 "context_length_exceeded",
             )
         return self.capacity - prompt if asked is None else asked
@@ -106,7 +107,8 @@ class Service:
         return replace(self.defaults, **{n: getattr(body, n) for n in names if getattr(body, n) is not None})
 
     def _special(self, stops: Sequence[str]) -> frozenset[int]:
-        """Returns the ids of stop strings that are special tokens: they are no part of the text, in which stop strings are looked for."""
+        """Returns the ids of stop strings that are special tokens: they are no part of the text, in which stop strings
+        are looked for."""
         special = {str(token): index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         return frozenset(special[stop] for stop in stops if stop in special)
 
@@ -116,9 +118,8 @@ def open_service(
 ) -> Service:
     """Returns the service of a loaded model, whose worker has not been started.
 
-    model: a causal LM or a PeftModel of hasten, in evaluation mode. rows: sequences that are decoded together. waiting: the most requests in
-    the queue. devices: kinds of devices for continuous batching.
-    """
+    model: a causal LM or a PeftModel of hasten, in evaluation mode. rows: sequences that are decoded together. waiting:
+    the most requests in the queue. devices: kinds of devices for continuous batching."""
     config = causal_lm_of(model).generation_config
     runner, note = choose_runner(model, rows, devices)
     ends = [tokenizer.eos_token_id, config.eos_token_id]

@@ -12,7 +12,8 @@ from hasten.state import causal_lm_of
 
 
 class StockRunner:
-    """The interface of `DecodeBatch` with a single row, which is free between two calls: `admit` returns when the request has ended."""
+    """The interface of `DecodeBatch` with a single row, which is free between two calls: `admit` returns when the
+    request has ended."""
 
     def __init__(self, model: Any) -> None:
         """model: a causal LM or a PeftModel, loaded by hasten."""
@@ -27,7 +28,7 @@ class StockRunner:
         """Generates; the request receives each token as it comes. Raises what `generate` raises."""
         sampling, device = request.sampling, self._model.device
         draws = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
-        asked = {"do_sample": True, **draws} if sampling.temperature > 0 else {"do_sample": False}
+        asked = {"do_sample": False} if sampling.is_greedy else {"do_sample": True, **draws}
         ids = torch.tensor([request.prompt], device=device)
         eos = sorted(request.limits.eos)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):

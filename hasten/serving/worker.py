@@ -27,7 +27,8 @@ class Unavailable(HastenError):
 
 
 class Runner(Protocol):
-    """What decodes: `DecodeBatch` or `StockRunner`. capacity: tokens of a sequence. free: rows that a request can enter."""
+    """What decodes: `DecodeBatch` or `StockRunner`. capacity: tokens of a sequence. free: rows that a request can
+    enter."""
 
     @property
     def capacity(self) -> int: ...

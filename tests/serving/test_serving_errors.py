@@ -54,6 +54,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"top_p": 0}, "top_p: "),
     ({"top_k": -1}, "top_k: "),
     ({"repetition_penalty": 0}, "repetition_penalty: "),
+    ({"repetition_penalty": 1e-40}, "repetition_penalty: "),
     ({"max_tokens": 0}, "max_tokens: "),
     ({"max_tokens": 2.5}, "max_tokens: "),
     ({"n": 0}, "n: "),
@@ -117,6 +118,7 @@ def test_fields_that_ask_for_nothing_are_taken(url: str) -> None:
         (PATHS[1], {"model": NAME, "prompt": [5, 400]}, "the tokenizer has ids 0 to 261, not 400"),
         (PATHS[1], {"model": NAME, "prompt": [-1]}, "not -1"),
         (PATHS[1], {"model": NAME, "prompt": 5}, "prompt"),
+        (PATHS[1], {"model": NAME, "prompt": ["a"] * 5}, "5 sequences were asked for; one call may have 4"),
         (PATHS[1], {"model": NAME, "prompt": "x", "echo": True}, "echo is not supported"),
         (PATHS[1], {"model": NAME, "prompt": "x" * 256, "max_tokens": 1}, "the prompt has 257 tokens"),
         (PATHS[1], "{", "JSON"),
@@ -168,8 +170,9 @@ def test_a_server_on_loopback_answers_to_its_own_names_only() -> None:
         port, call = url.rpartition(":")[2], {"model": NAME, "prompt": "x", "max_tokens": 1}
         for name in (f"localhost:{port}", f"[::1]:{port}", "127.0.0.1"):
             assert post(url, PATHS[1], call, Host=name)[0] == 200
-        status, answer = post(url, PATHS[1], call, Host=f"rebound.example:{port}")
-        assert status == 403 and answer["error"]["code"] == "wrong_host"
+        for name in (f"rebound.example:{port}", "localhost.example", "[::1", ""):
+            status, answer = post(url, PATHS[1], call, Host=name)
+            assert status == 403 and answer["error"]["code"] == "wrong_host"
 
 
 def test_a_tokenizer_without_chat_template_serves_completions() -> None:

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+COLDEST = 1e-5
+"""Temperatures below it are greedy decoding: logits divided by them can overflow."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -25,6 +28,10 @@ class Sampling:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < COLDEST
 
     def generator(self, device: torch.device) -> torch.Generator:
         """Returns a new generator, seeded."""
@@ -47,7 +54,7 @@ class Sampler:
             penalties[row] = sampling.repetition_penalty
         self.penalises = any(penalty != 1.0 for penalty in penalties)
         self._penalty_B1 = torch.tensor(penalties, device=device)[:, None]
-        drawn = [(row, *one) for row, one in rows.items() if one[0].temperature > 0]
+        drawn = [(row, *one) for row, one in rows.items() if not one[0].is_greedy]
         cut = [one for one in drawn if one[1].top_k > 0 or one[1].top_p < 1]
         free = [one for one in drawn if one not in cut]
         self._groups = [_Group.of(group, device) for group in (free, cut) if group]

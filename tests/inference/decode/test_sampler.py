@@ -69,6 +69,13 @@ def test_a_seed_repeats_and_none_does_not() -> None:
     assert len({chosen({0: Sampling(1.0)}, scores)[0] for _ in range(8)}) > 1
 
 
+def test_a_temperature_that_logits_cannot_be_divided_by_is_greedy() -> None:
+    scores = logits(2)
+    for temperature in (1e-45, 1e-40, 1e-6, 1e-5):
+        sampled = {row: Sampling(temperature, top_k=3 * row, seed=1) for row in range(2)}
+        assert chosen(sampled, scores) == scores.argmax(-1).tolist(), temperature
+
+
 def test_the_repetition_penalty_is_transformers() -> None:
     scores, ids = logits(3), torch.tensor([[1, 4, 4], [2, 0, 7], [3, 3, 3]])
     before = scores.clone()
