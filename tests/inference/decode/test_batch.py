@@ -76,10 +76,10 @@ def test_rows_serve_many_requests_and_nothing_grows() -> None:
         idle = batch._rows.index(None)
         batch.advance()
         assert int(batch._cache.slots_B[idle]) <= 1
-    assert len(batch._cache._blocks) == 1
+    assert len(batch._cache.view(0).blocks) == 1
     run(batch, [])
     assert long.tokens == stocks(stock_model(), long)
-    assert not batch._cache._blocks and batch.free == 2
+    assert not batch._cache.view(0).blocks and batch.free == 2
 
 
 def test_sampled_tokens_are_those_of_each_request_alone() -> None:
