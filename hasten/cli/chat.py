@@ -94,7 +94,7 @@ class Chat:
 
 
 def read_lines() -> Iterator[str]:
-    """Yields the lines of stdin, with a prompt at a terminal. Ends at the end of the input and at an interrupt.
+    """Yields the lines of stdin, with a prompt at a terminal. Ends at the end of the input.
 
     Raises InputError for a line that is not text.
     """
@@ -109,9 +109,10 @@ def read_lines() -> Iterator[str]:
             line = input("> ") if at_terminal else sys.stdin.readline()
         except EOFError:
             return
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # meant for an answer that ended just before
             typer.echo()
-            return
+            note("/exit ends the chat")
+            continue
         except UnicodeDecodeError as error:
             raise InputError(f"a line of the input is not text ({error}); save it as UTF-8") from error
         if not line and not at_terminal:

@@ -161,17 +161,17 @@ def test_lines_come_from_a_pipe_and_from_a_terminal(monkeypatch: pytest.MonkeyPa
         def isatty(self) -> bool:
             return True
 
-    for end in (EOFError, KeyboardInterrupt):
-        typed: Iterator[str] = iter(["one", "two"])
+    typed: Iterator[Any] = iter(["one", KeyboardInterrupt, "two", EOFError])
 
-        def read(prompt: str, typed: Iterator[str] = typed, end: type[BaseException] = end) -> str:
-            for line in typed:
-                return line
-            raise end
+    def read(prompt: str) -> str:
+        line = next(typed)
+        if isinstance(line, str):
+            return line
+        raise line
 
-        monkeypatch.setattr(sys, "stdin", Terminal())
-        monkeypatch.setattr("builtins.input", read)
-        assert list(read_lines()) == ["one", "two"]
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr("builtins.input", read)
+    assert list(read_lines()) == ["one", "two"]
 
 
 def call(*args: object, lines: str = "") -> Any:
