@@ -1,6 +1,6 @@
 """The KV cache of one batch: blocks of tokens, allocated as the sequences grow and never copied."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,26 +55,34 @@ class KVCache:
         return CacheView(blocks, self._tables[layer], self.slots_B, self.starts_B, self._counts)
 
     def row(self, index: int) -> "CacheRow":
-        """Returns the part of one sequence, for a forward of that sequence alone. Valid until blocks are added or freed."""
-        shape = self.shape
-        offset = index * shape.heads * BLOCK * shape.channels * shape.dtype.itemsize
-        part = slice(index, index + 1)
-        blocks = [block[:, :, part] for block in self._blocks]
-        return CacheRow(blocks, self._tables + offset, self.slots_B[part], self.starts_B[part])
+        """Returns the part of one sequence, for a forward of that sequence alone."""
+        return CacheRow(self, index)
 
 
 @dataclass(frozen=True)
 class CacheRow:
-    """One sequence of a `KVCache`, as views of the cache's blocks (layers, 2, 1, K, BLOCK, D). tables: (layers, blocks) int64, the
-    addresses of the views. slots_B, starts_B: (1,), views as well."""
+    """One sequence of a `KVCache`, through views of its blocks. slots_B, starts_B: (1,), views as well."""
 
-    blocks: list[torch.Tensor]
-    tables: torch.Tensor
-    slots_B: torch.Tensor
-    starts_B: torch.Tensor
+    cache: KVCache
+    index: int
+
+    @property
+    def slots_B(self) -> torch.Tensor:
+        return self.cache.slots_B[self._part]
+
+    @property
+    def starts_B(self) -> torch.Tensor:
+        return self.cache.starts_B[self._part]
+
+    @property
+    def _part(self) -> slice:
+        return slice(self.index, self.index + 1)
 
     def view(self, layer: int) -> CacheView:
-        return CacheView([block[layer] for block in self.blocks], self.tables[layer], self.slots_B, self.starts_B)
+        whole = self.cache.view(layer)
+        blocks = [block[:, self._part] for block in whole.blocks]
+        offset = self.index * blocks[0].stride(1) * blocks[0].itemsize
+        return replace(whole, blocks=blocks, table=whole.table + offset, slots_B=self.slots_B, starts_B=self.starts_B)
 
 
 def shape_for(model: Any, batch: int) -> CacheShape:
