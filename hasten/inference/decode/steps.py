@@ -1,0 +1,71 @@
+"""Keeps the steps of a model, one per batch bucket: what a CUDA graph has baked in decides whether a step can be used again."""
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+
+from hasten.inference.decode.cache import CacheShape, KVCache
+from hasten.inference.decode.servable import fingerprint
+from hasten.inference.decode.step import DecodeStep
+from hasten.overlays import AttentionOverlay
+from hasten.overlays.precision import compute_dtype
+
+MOST = 16
+"""Captured steps of a model; the one that was not used for longest goes."""
+SMALL = 16
+"""Sequences up to which a bucket is a power of two."""
+
+
+def bucket(sequences: int) -> int:
+    """Returns the batch size whose step serves `sequences`: 1, 2, 4, 8, 16, then two per power of two (24, 32, 48, 64, ...)."""
+    power = 1 << (sequences - 1).bit_length()
+    return power if power <= SMALL or sequences > power * 3 // 4 else power * 3 // 4
+
+
+class Steps:
+    """Steps and their caches. Graphs of one model share a memory pool: one runs at a time, and nothing of it is read after the
+    next has run."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple[Any, ...], tuple[KVCache, DecodeStep]] = OrderedDict()
+        self._pool: Any = None
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def take(self, model: Any, sequences: int, tokens: int, dtype: torch.dtype | None) -> tuple[KVCache, DecodeStep]:
+        """Returns the cache, empty, and the step for a call of `sequences`, each of up to `tokens`. dtype: of the cache, None =
+        that of the keys."""
+        key = (bucket(sequences), dtype, fingerprint(model))
+        found = self._kept.pop(key, None)
+        if found is None or found[0].shape.capacity < tokens:
+            found = self._made(model, key[0], tokens, dtype)
+        self._kept[key] = found
+        while len(self._kept) > MOST:
+            self._kept.popitem(last=False)
+        return found
+
+    def clear(self) -> None:
+        """Frees the graphs and their memory."""
+        self._kept.clear()
+        self._pool = None
+
+    def _made(self, model: Any, batch: int, tokens: int, dtype: torch.dtype | None) -> tuple[KVCache, DecodeStep]:
+        attentions = [module for module in model.modules() if isinstance(module, AttentionOverlay)]
+        weight, first = model.get_input_embeddings().weight, attentions[0]
+        usual = model.overlay_config.max_seq_length or model.config.get_text_config().max_position_embeddings
+        shape = CacheShape(
+            layers=max(attention.layer_idx for attention in attentions) + 1,
+            batch=batch,
+            heads=first.k_proj.out_features // first.head_dim,
+            channels=first.head_dim,
+            capacity=max(usual, tokens),
+            dtype=compute_dtype(weight) if dtype is None else dtype,
+            device=weight.device,
+        )
+        if shape.device.type == "cuda" and self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        with torch.inference_mode(False):  # a later call outside of inference mode writes into these tensors
+            cache = KVCache(shape)
+            return cache, DecodeStep(model, cache, self._pool)
