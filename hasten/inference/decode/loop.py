@@ -3,7 +3,6 @@
 B sequences, W positions of the prompt, V entries of the vocabulary.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +11,6 @@ from transformers.generation import (
     GenerateDecoderOnlyOutput,
     LogitsProcessorList,
     MaxLengthCriteria,
-    PrefixConstrainedLogitsProcessor,
     StoppingCriteriaList,
 )
 
@@ -21,7 +19,7 @@ from hasten.inference.decode.prefix import append, load
 from hasten.inference.decode.prompt import Fed, fed, run_prompt
 from hasten.inference.decode.step import DecodeStep
 from hasten.inference.decode.steps import Steps
-from hasten.inference.decode.stops import LAG, StopWatch
+from hasten.inference.decode.stops import StopWatch, lag_for
 from hasten.overlays.precision import compute_dtype
 
 
@@ -106,7 +104,7 @@ def _run(model: Any, cache: KVCache, step: DecodeStep, asked: Asked, prompt: Fed
     copies = bool(len(asked.processors)) or sequences.scores is not None or sequences.logits is not None
     checks = StoppingCriteriaList(one for one in asked.criteria if type(one) is not MaxLengthCriteria)
     has_eos = any(hasattr(one, "eos_token_id") for one in checks)
-    lag = 0 if _watches(asked.processors) or _watches(checks) else LAG
+    lag = lag_for(device, (*asked.processors, *checks))
     watch = StopWatch(device, asked.streamer, lag, draws=config.do_sample)
     running = torch.ones(batch, dtype=torch.bool, device=device)
     cache.reserve(prompt.slots)
@@ -119,10 +117,7 @@ def _run(model: Any, cache: KVCache, step: DecodeStep, asked: Asked, prompt: Fed
         for record, one in ((sequences.scores, scores), (sequences.logits, logits)):
             if record is not None:
                 record.append(one)
-        if config.do_sample:
-            token = torch.multinomial(scores.softmax(-1), 1)[:, 0]
-        else:
-            token = scores.argmax(-1)
+        token = torch.multinomial(scores.softmax(-1), 1)[:, 0] if config.do_sample else scores.argmax(-1)
         if has_eos:
             token = torch.where(running, token, pad)
         found = sequences.add(token, length)
@@ -139,11 +134,3 @@ def _run(model: Any, cache: KVCache, step: DecodeStep, asked: Asked, prompt: Fed
             step.run()
             logits = step.logits_BV[:batch]
     return sequences, watch.finish() or limit
-
-
-def _watches(called: Iterable[Any]) -> bool:
-    """Returns whether code of the user runs at each step, which must not see a step too many."""
-    return any(
-        type(one).__module__.partition(".")[0] != "transformers" or isinstance(one, PrefixConstrainedLogitsProcessor)
-        for one in called
-    )
