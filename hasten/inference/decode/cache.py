@@ -5,12 +5,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn import functional as F
 
-from hasten.ops.decode_attention import BLOCK, CacheView, write_cache
+from hasten.ops.decode_attention import BLOCK, LARGEST, CacheView, write_cache
 
 
 @dataclass(frozen=True)
 class CacheShape:
-    """batch: sequences. capacity: most tokens per sequence. channels: of a head."""
+    """batch: sequences. capacity: most tokens per sequence. channels: of a head. dtype: of the blocks; int8 and float8_e4m3fn are
+    quantised, with a scale per token and head."""
 
     layers: int
     batch: int
@@ -30,9 +31,12 @@ class KVCache:
 
     def __init__(self, shape: CacheShape) -> None:
         self.shape = shape
-        self._blocks: list[list[torch.Tensor]] = [[] for _ in range(shape.layers)]
-        count = -(-shape.capacity // BLOCK)
-        self._tables = torch.zeros(shape.layers, count, dtype=torch.int64, device=shape.device)
+        self._is_quantised = shape.dtype in LARGEST
+        self._blocks, self._scales = ([[] for _ in range(shape.layers)] for _ in range(2))
+        self._tables, self._scale_tables = (
+            torch.zeros(shape.layers, -(-shape.capacity // BLOCK), dtype=torch.int64, device=shape.device)
+            for _ in range(2)
+        )
         self.slots_B, self.starts_B = (
             torch.zeros(shape.batch, dtype=torch.int32, device=shape.device) for _ in range(2)
         )
@@ -40,20 +44,36 @@ class KVCache:
     def reserve(self, tokens: int) -> None:
         """Allocates blocks until each sequence can hold `tokens`. Nothing that is cached moves."""
         shape = self.shape
-        while (count := len(self._blocks[0])) * BLOCK < tokens:
-            size = (2, shape.batch, shape.heads, BLOCK, shape.channels)
-            for blocks in self._blocks:
-                blocks.append(torch.empty(size, dtype=shape.dtype, device=shape.device))
-            addresses = [blocks[count].data_ptr() for blocks in self._blocks]
-            self._tables[:, count] = torch.tensor(addresses, dtype=torch.int64).to(shape.device)
+        size = (2, shape.batch, shape.heads, BLOCK, shape.channels)
+        while len(self._blocks[0]) * BLOCK < tokens:
+            self._append(self._blocks, self._tables, size, shape.dtype)
+            if self._is_quantised:
+                self._append(self._scales, self._scale_tables, size[:-1], torch.float32)
+
+    def _append(
+        self, kept: list[list[torch.Tensor]], tables: torch.Tensor, size: tuple[int, ...], dtype: torch.dtype
+    ) -> None:
+        count, device = len(kept[0]), self.shape.device
+        for blocks in kept:
+            blocks.append(torch.empty(size, dtype=dtype, device=device))
+        addresses = [blocks[count].data_ptr() for blocks in kept]
+        tables[:, count] = torch.tensor(addresses, dtype=torch.int64).to(device)
 
     def release(self) -> None:
         """Frees the blocks."""
-        for blocks in self._blocks:
-            blocks.clear()
+        for layer in range(self.shape.layers):
+            self.free(layer)
+
+    def free(self, layer: int) -> None:
+        """Frees the blocks of one layer; the others stay readable."""
+        self._blocks[layer].clear()
+        self._scales[layer].clear()
 
     def view(self, layer: int) -> CacheView:
-        return CacheView(self._blocks[layer], self._tables[layer], self.slots_B, self.starts_B)
+        view = CacheView(self._blocks[layer], self._tables[layer], self.slots_B, self.starts_B)
+        if not self._is_quantised:
+            return view
+        return replace(view, scales=self._scales[layer], scale_table=self._scale_tables[layer])
 
     def begin(self, tokens: int, starts_B: torch.Tensor | None, batch: int) -> None:
         """Sets the counters of a call of `batch` sequences with `tokens` in the cache. starts_B: None = no padding."""
@@ -64,23 +84,21 @@ class KVCache:
     def load(self, layer: int, keys_BKSD: torch.Tensor, values_BKSD: torch.Tensor, end: int) -> None:
         """Copies S tokens of a layer to the slots before `end`, which must be reserved. The slots before those are zeroed: a
         window hides them, and kernels multiply what is hidden by 0."""
-        for block in self._blocks[layer]:
+        for block in (*self._blocks[layer], *self._scales[layer]):
             block.zero_()
         first = torch.full_like(self.slots_B, end - keys_BKSD.shape[2])
         view = replace(self.view(layer), slots_B=first)
         write_cache(*(self.padded(x.transpose(1, 2)) for x in (keys_BKSD, values_BKSD)), view)
 
     def read(self, layer: int, batch: int, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns keys and values (batch, K, end - first, D) of a layer's slots first .. end - 1, copied."""
-        skipped = first // BLOCK
-        used = self._blocks[layer][skipped : -(-end // BLOCK)]
-        both = torch.cat([block[:, :batch] for block in used], dim=3)
-        keys, values = both[:, :, :, first - skipped * BLOCK : end - skipped * BLOCK].unbind(0)
+        """Returns keys and values (batch, K, end - first, D) of a layer's slots first .. end - 1, copied; in fp32 if they are
+        quantised."""
+        used = slice(first // BLOCK, -(-end // BLOCK))
+        both = torch.cat([block[:, :batch] for block in self._blocks[layer][used]], dim=3)
+        if self._is_quantised:
+            both = both.float() * torch.cat([one[:, :batch] for one in self._scales[layer][used]], dim=3)[..., None]
+        keys, values = both[:, :, :, first - used.start * BLOCK : end - used.start * BLOCK].unbind(0)
         return keys, values
-
-    def free(self, layer: int) -> None:
-        """Frees the blocks of one layer; the others stay readable."""
-        self._blocks[layer].clear()
 
     def padded(self, x: torch.Tensor) -> torch.Tensor:
         """Appends zeros to the first dimension, up to `shape.batch` sequences."""

@@ -8,13 +8,15 @@ import copy
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers.generation import StoppingCriteriaList, StopStringCriteria
 
+from hasten.errors import OptionError
 from hasten.inference.decode.loop import Asked, decode
-from hasten.inference.decode.servable import unserved
+from hasten.inference.decode.servable import cache_dtype, unserved
 from hasten.inference.decode.steps import Steps
 from hasten.inference.generate import asked, generate
 from hasten.options import LoadOptions
@@ -29,19 +31,20 @@ class DecodeEngine:
 
     name = "hasten"
 
-    def __init__(self, devices: Collection[str] = ("cuda",)) -> None:
-        """devices: kinds of devices that are served; on a CPU steps run eagerly, slower than transformers' own loop."""
-        self._devices = tuple(devices)
+    def __init__(self, devices: Collection[str] = ("cuda",), cache: torch.dtype | None = None) -> None:
+        """devices: kinds of devices that are served; on a CPU steps run eagerly, slower than transformers' own loop. cache: dtype
+        of the KV cache where a call asks for none, int8 or float8_e4m3fn; None = that of the keys."""
+        self._devices, self._cache = tuple(devices), cache
         self._steps = Steps()
         self._lock = threading.RLock()
         self._is_running = False
         self._done: torch.cuda.Event | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DecodeEngine":
-        return DecodeEngine(self._devices)  # graphs belong to the model whose weights they read
+        return DecodeEngine(self._devices, self._cache)  # graphs belong to the model whose weights they read
 
-    def __reduce__(self) -> tuple[type["DecodeEngine"], tuple[tuple[str, ...]]]:
-        return DecodeEngine, (self._devices,)
+    def __reduce__(self) -> tuple[type["DecodeEngine"], tuple[Any, ...]]:
+        return DecodeEngine, (self._devices, self._cache)
 
     @property
     def captured(self) -> int:
@@ -52,31 +55,39 @@ class DecodeEngine:
         return []
 
     def generate(self, model: Any, call: GenerateCall) -> Any:
-        """Returns what transformers' `generate` returns. Raises InputError, see `inference.generate`."""
+        """Returns what transformers' `generate` returns. Raises InputError, see `inference.generate`, and OptionError for a quantised
+        cache of hasten's in a call that transformers' own loop must serve."""
         with self._lock:
+            dtype = cache_dtype(model, call)
             reason = "a call of this model is running" if self._is_running else unserved(model, call, self._devices)
-            state_of(model).notes["generation"] = [
-                f"engine: {'transformers, since ' + reason if reason else self.name}"
-            ]
+            if dtype is not None and reason is not None:
+                raise OptionError("generate", [f"the quantised cache was asked for, but {reason}. Leave cache_config out"])
+            self._note(model, reason)
             if reason is None:
                 self._is_running = True
                 try:
-                    return self._serve(model, call)
+                    return self._serve(model, call, dtype)
                 finally:
                     self._is_running = False
         return generate(model, call.stock, *call.args, **call.kwargs)
 
-    def _serve(self, model: Any, call: GenerateCall) -> Any:
-        args, kwargs = _with_stop_strings(model, call)
+    def _note(self, model: Any, reason: str | None) -> None:
+        note = f"engine: {'transformers, since ' + reason if reason else self.name}"
+        if reason is not None and self._cache is not None:
+            note += "; its keys and values are not quantised"
+        state_of(model).notes["generation"] = [note]
+
+    def _serve(self, model: Any, call: GenerateCall, dtype: torch.dtype | None) -> Any:
+        streamer, given = call.kwargs.get("streamer"), call.kwargs.get("past_key_values") is not None
+        if dtype is not None:
+            call = _without(model, call, ("cache_implementation", "cache_config"))
+        call = _with_stop_strings(model, call)
 
         def loop(model: Any, input_ids: torch.Tensor, prepared: dict[str, Any]) -> Any:
-            given = call.kwargs.get("past_key_values") is not None
             with self._in_order(model.device):
-                return decode(
-                    model, self._steps, Asked(input_ids, prepared, call.kwargs.get("streamer"), own_cache=given)
-                )
+                return decode(model, self._steps, Asked(input_ids, prepared, streamer, dtype or self._cache, given))
 
-        return generate(model, call.stock, *args, **kwargs, custom_generate=_as_function(loop))
+        return generate(model, call.stock, *call.args, **call.kwargs, custom_generate=_as_function(loop))
 
     @contextmanager
     def _in_order(self, device: torch.device) -> Iterator[None]:
@@ -94,24 +105,30 @@ class DecodeEngine:
                 self._done.record()
 
 
-def _with_stop_strings(model: Any, call: GenerateCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Returns the call's arguments with `stop_strings` as a criterion: transformers does not pass the tokenizer on to a decoding
-    loop that it is given."""
-    args, kwargs = call.args, dict(call.kwargs)
-    strings, tokenizer = asked(model, call, "stop_strings"), kwargs.get("tokenizer")
+def _with_stop_strings(model: Any, call: GenerateCall) -> GenerateCall:
+    """Returns the call with `stop_strings` as a criterion: transformers does not pass the tokenizer on to a decoding loop that it
+    is given."""
+    strings, tokenizer = asked(model, call, "stop_strings"), call.kwargs.get("tokenizer")
     if strings is None or tokenizer is None:
-        return args, kwargs
+        return call
     criterion = StopStringCriteria(tokenizer=tokenizer, stop_strings=strings)
-    kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), criterion])
-    kwargs.pop("stop_strings", None)
+    criteria = StoppingCriteriaList([*(call.kwargs.get("stopping_criteria") or ()), criterion])
+    call = replace(call, kwargs={**call.kwargs, "stopping_criteria": criteria})
+    return _without(model, call, ("stop_strings",))
+
+
+def _without(model: Any, call: GenerateCall, names: Collection[str]) -> GenerateCall:
+    """Returns the call without these generation parameters, whether they come by name or from a generation config."""
+    args, kwargs = call.args, {name: value for name, value in call.kwargs.items() if name not in names}
     config = args[1] if len(args) > 1 else kwargs.get("generation_config")
     if config is not None:
-        config = copy.deepcopy(config)
-        config.stop_strings = None
-        args, kwargs["generation_config"] = args[:1], config
-    if model.generation_config.stop_strings is not None:
-        kwargs["stop_strings"] = None
-    return args, kwargs
+        args, kwargs["generation_config"] = args[:1], copy.deepcopy(config)
+    for name in names:
+        if config is not None:
+            setattr(kwargs["generation_config"], name, None)
+        if getattr(model.generation_config, name) is not None:  # it would fill the gap
+            kwargs[name] = None
+    return replace(call, args=args, kwargs=kwargs)
 
 
 def _as_function(loop: Callable[..., Any]) -> Callable[..., Any]:

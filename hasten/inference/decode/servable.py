@@ -8,6 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.generation import GenerationMixin, MaxLengthCriteria
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
+from hasten.errors import OptionError
 from hasten.inference.decode.prefix import unserved_cache
 from hasten.inference.generate import asked
 from hasten.overlays import AttentionOverlay, BackboneOverlay, HeadOverlay
@@ -50,6 +51,10 @@ ARGUMENTS = frozenset(
     }
 )
 """Arguments of `generate` that the engine serves, besides generation parameters."""
+QUANTISED = {"hasten-int8": torch.int8, "hasten-fp8": torch.float8_e4m3fn}
+"""Backends of `cache_implementation="quantized"` that the engine serves -> the dtype of its cache."""
+QUANTISED_DEVICES = ("cpu",)
+"""Kinds of devices whose kernels read quantised caches."""
 PACKAGES = ("torch", "transformers", "peft", "hasten", "bitsandbytes")
 """Whose modules are captured: in a graph, Python code of a forward runs once."""
 PREPARED = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
@@ -63,8 +68,13 @@ def unserved(model: Any, call: GenerateCall, devices: Collection[str]) -> str | 
         known = name in ARGUMENTS or name in vars(model.generation_config)
         if not known and value is not None and value is not False:
             return f"{name} was given"
+    quantised = cache_dtype(model, call)
+    if quantised is not None and model.device.type not in QUANTISED_DEVICES:
+        return f"its kernels read no quantised cache on {model.device.type} yet"
     for name, served in MODES.items():
         value = asked(model, call, name)
+        if name == "cache_implementation" and quantised is not None:
+            continue
         if value not in (None, False, served):
             return f"{name}={value!r} was asked for"
     if asked(model, call, "use_cache") is False:
@@ -72,6 +82,18 @@ def unserved(model: Any, call: GenerateCall, devices: Collection[str]) -> str | 
     if any(isinstance(one, MaxLengthCriteria) for one in call.kwargs.get("stopping_criteria") or ()):
         return "a MaxLengthCriteria was given"
     return _unserved_model(model, devices) or _unserved_prefix(model, call)
+
+
+def cache_dtype(model: Any, call: GenerateCall) -> torch.dtype | None:
+    """Returns the dtype of the quantised cache that the call asks for by a backend of hasten, None without one. Raises
+    OptionError for settings that the backend does not have."""
+    config = asked(model, call, "cache_config") or {}
+    backend = config.get("backend") if isinstance(config, dict) else None
+    if asked(model, call, "cache_implementation") != "quantized" or backend not in QUANTISED:
+        return None
+    if others := sorted(set(config) - {"backend"}):
+        raise OptionError("generate", [f"cache_config={config!r}: backend {backend!r} has no {', '.join(others)}; leave it out"])
+    return QUANTISED[backend]
 
 
 def _unserved_model(model: Any, served: Collection[str]) -> str | None:
