@@ -61,7 +61,9 @@ class DecodeEngine:
             dtype = cache_dtype(model, call)
             reason = "a call of this model is running" if self._is_running else unserved(model, call, self._devices)
             if dtype is not None and reason is not None:
-                raise OptionError("generate", [f"the quantised cache was asked for, but {reason}. Leave cache_config out"])
+                raise OptionError(
+                    "generate", [f"the quantised cache was asked for, but {reason}. Leave cache_config out"]
+                )
             self._note(model, reason)
             if reason is None:
                 self._is_running = True

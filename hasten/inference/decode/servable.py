@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 from transformers.generation import GenerationMixin, MaxLengthCriteria
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
@@ -14,7 +15,7 @@ from hasten.inference.generate import asked
 from hasten.overlays import AttentionOverlay, BackboneOverlay, HeadOverlay
 from hasten.overlays.base import runs_overlay
 from hasten.state import GenerateCall
-from hasten.weights import hooks_on_every_module, is_watched, needs_own_forward
+from hasten.weights import hooks_on_every_module, needs_own_forward
 from hasten.weights.own_forward import runs_forward_of
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -92,7 +93,9 @@ def cache_dtype(model: Any, call: GenerateCall) -> torch.dtype | None:
     if asked(model, call, "cache_implementation") != "quantized" or backend not in QUANTISED:
         return None
     if others := sorted(set(config) - {"backend"}):
-        raise OptionError("generate", [f"cache_config={config!r}: backend {backend!r} has no {', '.join(others)}; leave it out"])
+        raise OptionError(
+            "generate", [f"cache_config={config!r}: backend {backend!r} has no {', '.join(others)}; leave it out"]
+        )
     return QUANTISED[backend]
 
 
@@ -142,15 +145,35 @@ def _unserved_attention(model: Any) -> str | None:
 
 
 def _unserved_module(model: Any) -> str | None:
-    """A graph runs the Python code of a forward once, so nobody may watch or replace one. accelerate's mixed precision replaces
-    the model's own, which changes only dtypes."""
+    """A graph runs the Python code of a forward once, so no code of the user may watch or replace one."""
     for name, module in model.named_modules():
-        is_autocast = module is model and "_original_forward" in vars(model)
-        if (module._forward_hooks or module._forward_pre_hooks) if is_autocast else is_watched(module):
+        if _runs_more(module, module is model):
             return f"{name or 'the model'} has forward hooks or a forward of its own"
-        if not runs_forward_of(type(module), PACKAGES):
-            return f"{name} is a {type(module).__name__}, a class of other code"
+        kind = type(module)
+        is_container = kind.forward is nn.Module.forward and kind.__module__.startswith("torch.")
+        if not is_container and not runs_forward_of(kind, PACKAGES):
+            return f"{name} is a {kind.__name__}, a class of other code"
     return None
+
+
+def _runs_more(module: nn.Module, is_model: bool) -> bool:
+    """Returns whether a call of the module runs more than its class's forward. What trainers add does nothing here: hooks that ask
+    for gradients of the embedding's output (activation checkpointing), hasten's counter of training tokens, and accelerate's
+    mixed precision around the model's forward, which only casts."""
+    own = vars(module)
+    if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+        hooks = (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values())
+        if not all(_is_of_a_trainer(hook) for hook in hooks):
+            return True
+    if "forward" in own and not (is_model and "_original_forward" in own):
+        return True
+    return "_call_impl" in own or own.get("_compiled_call_impl") is not None
+
+
+def _is_of_a_trainer(hook: Any) -> bool:
+    package = getattr(hook, "__module__", "").partition(".")[0]
+    asks_for_gradients = getattr(hook, "__name__", "").startswith("make_inputs_require_grad")
+    return package == "hasten" or (package in ("transformers", "peft") and asks_for_gradients)
 
 
 def _unserved_prefix(model: Any, call: GenerateCall) -> str | None:

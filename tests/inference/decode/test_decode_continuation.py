@@ -131,7 +131,12 @@ def test_stock_continues_what_the_engine_left() -> None:
             results.append(model(ids[:, 16:], past_key_values=copy.deepcopy(first.past_key_values)).logits)
         results.append(
             model.generate(
-                ids, past_key_values=first.past_key_values, use_cache=True, prefill_chunk_size=4, max_new_tokens=4, **GREEDY
+                ids,
+                past_key_values=first.past_key_values,
+                use_cache=True,
+                prefill_chunk_size=4,
+                max_new_tokens=4,
+                **GREEDY,
             )
         )
     torch.testing.assert_close(results[2], results[0], rtol=3e-5, atol=3e-5)
@@ -189,9 +194,7 @@ def test_padding_between_turns_goes_to_transformers() -> None:
         mask[:, :11] = batch["attention_mask"]
         mask[1, 12:16] = 0
         results.append(
-            model.generate(
-                ids, attention_mask=mask, past_key_values=first.past_key_values, max_new_tokens=4, **GREEDY
-            )
+            model.generate(ids, attention_mask=mask, past_key_values=first.past_key_values, max_new_tokens=4, **GREEDY)
         )
     assert torch.equal(*results) and "padding between tokens" in engine_note(ours)
 
