@@ -1,5 +1,6 @@
 """One decoding step as a CUDA graph: forward of one token per sequence, greedy choice, and the cache's counters."""
 
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,9 @@ from hasten.inference.decode.context import CachedAttention
 
 WARM_UPS = 2
 """Steps before the capture: Triton compiles its kernels and cuBLAS takes its workspace."""
+
+CAPTURES = threading.Lock()
+"""Held while a step is captured: torch empties its memory cache before a capture, which it must not do during another one."""
 
 
 class DecodeStep:
@@ -66,8 +70,9 @@ class DecodeStep:
                     tensor.copy_(value)
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # Other threads (a trainer's data loader, another model) may allocate meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        # Other threads (a trainer's data loader, another model) may allocate meanwhile. torch's own capture stream is one for the
+        # process and its first device.
+        with CAPTURES, torch.cuda.graph(graph, self._pool, stream, "thread_local"):
             self.logits_BV = self._forward()
         self._graph = graph
 

@@ -51,6 +51,17 @@ def engine_note(model: Any) -> str:
 
 
 @contextmanager
+def uninitialised_is_nan() -> Iterator[None]:
+    """Fills newly allocated memory with NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(1).isnan()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@contextmanager
 def fed_tokens(model: Any) -> Iterator[list[int]]:
     """Tokens per sequence of every forward inside the block. Not a hook: those send the call to transformers."""
     counts: list[int] = []

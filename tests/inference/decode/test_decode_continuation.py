@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from decode_kit import both, engine_note, fed_tokens, prompts, served
+from decode_kit import both, engine_note, fed_tokens, prompts, served, uninitialised_is_nan
 from transformers import DynamicCache, StaticCache
 
 from hasten.families import FAMILIES
@@ -107,6 +107,19 @@ def test_ragged_batch_with_only_the_new_tokens_and_the_whole_mask() -> None:
     assert torch.equal(found.sequences, wanted.sequences)
     real = torch.cat((mask, torch.ones(3, 4, dtype=torch.long)), dim=1).bool()
     same_cache(found.past_key_values, wanted.past_key_values, real)
+
+
+def test_what_a_window_has_left_out_is_not_read() -> None:
+    """Slots before it are nowhere in transformers' cache; hidden ones are still multiplied by 0."""
+    stock, ours = served("mistral")
+    results = []
+    with uninitialised_is_nan():
+        for model in (stock, ours):
+            first = model.generate(**prompts(lengths=(40,)), max_new_tokens=3, return_dict_in_generate=True, **GREEDY)
+            assert first.past_key_values.layers[0].keys.shape[2] == 7
+            ids = longer(first.sequences, 3)
+            results.append(model.generate(ids, past_key_values=first.past_key_values, max_new_tokens=5, **GREEDY))
+    assert torch.equal(*results) and engine_note(ours) == "engine: hasten"
 
 
 def test_a_cropped_cache() -> None:

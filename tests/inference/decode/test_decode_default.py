@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 
 from hasten.inference import engine, engine_of, for_inference
 from hasten.inference.decode import DecodeEngine
+from hasten.inference.decode.servable import fingerprint
 from hasten.inference.engine import StockEngine
 from hasten.methods import CausalLMMethods
 from hasten.options import LoadOptions
@@ -253,6 +254,49 @@ def test_adapters_that_change_are_read() -> None:
         same()
     same()
     assert len({results[index] for index in (0, 1, 2, 3, 5)}) == 5  # merging changes no token
+
+
+def test_what_a_graph_has_baked_in() -> None:
+    """Each change of these makes another step; values in place, which a graph reads, do not."""
+    _, ours = served("llama")
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    peft = get_peft_model(ours, config)
+    peft.add_adapter("other", config)
+    layer = ours.model.layers[0].self_attn.q_proj
+    seen = [fingerprint(ours)]
+
+    def changes(what: str) -> None:
+        now = fingerprint(ours)
+        assert now not in seen, what
+        assert hash(now) == hash(fingerprint(ours))
+        seen.append(now)
+
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.add_(0.01)
+    ours.train()
+    assert fingerprint(ours) == seen[0]
+    peft.set_adapter("other")
+    changes("the adapter")
+    ours.lm_head._active_adapter = ["default"]
+    changes("the adapter of a module that is saved whole")
+    layer.scale_layer(0.5)
+    changes("a scale")
+    with peft.disable_adapter():
+        changes("no adapter")
+    layer.merge()
+    changes("a merged layer")
+    layer.lora_A["other"].weight.data = layer.lora_A["other"].weight.data.clone()
+    changes("the address of a weight")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        changes("autocast")
+    ours.forward = functools.partial(ours.forward)
+    changes("a forward of its own")
+    kind = type(ours.model.norm)
+    ours.model.norm.__class__ = type(kind.__name__, (kind,), {})
+    changes("a class")
+    other = served("llama")[1]
+    assert fingerprint(other) != fingerprint(served("llama")[1])
 
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning:peft.peft_model")
