@@ -194,18 +194,22 @@ def test_threads_and_models_do_not_mix() -> None:
     cases = [(models[index % 2], prompts(lengths=(3 + index, 9), seed=index)) for index in range(4)]
     expected = [model.generate(**batch, **GREEDY) for model, batch in cases]
     found: list[list[torch.Tensor]] = [[] for _ in cases]
+    notes: set[str] = set()
     start = threading.Barrier(len(cases))
 
     def run(index: int) -> None:
         model, batch = cases[index]
         start.wait()
-        found[index] = [model.generate(**batch, **GREEDY) for _ in range(6)]
+        for _ in range(6):
+            found[index].append(model.generate(**batch, **GREEDY))
+            notes.add(engine_note(model))
 
     threads = [threading.Thread(target=run, args=(index,)) for index in range(len(cases))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    assert notes == {"engine: hasten"}
     for wanted, results in zip(expected, found, strict=True):
         assert len(results) == 6 and all(torch.equal(one, wanted) for one in results)
 
