@@ -39,7 +39,7 @@ def run(folder: Path, hasten: bool, mode: Any = False, adapter: Any = None, **ch
         "gradient_checkpointing": bool(mode),
         **changes,
     }
-    trainer = grpo(model, preferences(8).select_columns("prompt"), folder, reward, **settings)
+    trainer: Any = grpo(model, preferences(8).select_columns("prompt"), folder, reward, **settings)
     losses = curve(trainer)
     base = causal_lm_of(trainer.model)
     assert base.training and all(module.training for module in trainer.model.modules())

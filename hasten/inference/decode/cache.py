@@ -88,7 +88,7 @@ class KVCache:
             block.zero_()
         first = torch.full_like(self.slots_B, end - keys_BKSD.shape[2])
         view = replace(self.view(layer), slots_B=first)
-        write_cache(*(self.padded(x.transpose(1, 2)) for x in (keys_BKSD, values_BKSD)), view)
+        write_cache(self.padded(keys_BKSD.transpose(1, 2)), self.padded(values_BKSD.transpose(1, 2)), view)
 
     def read(self, layer: int, batch: int, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns keys and values (batch, K, end - first, D) of a layer's slots first .. end - 1, copied; in fp32 if they are

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from transformers.generation import (
     GenerateDecoderOnlyOutput,
-    LogitsProcessorList,
     MaxLengthCriteria,
     StoppingCriteriaList,
 )
@@ -40,11 +39,13 @@ class Asked:
         return self.prepared["generation_config"]
 
     @property
-    def processors(self) -> LogitsProcessorList:
+    def processors(self) -> Any:
+        """A LogitsProcessorList."""
         return self.prepared["logits_processor"]
 
     @property
-    def criteria(self) -> StoppingCriteriaList:
+    def criteria(self) -> Any:
+        """A StoppingCriteriaList."""
         return self.prepared["stopping_criteria"]
 
     @property
@@ -73,24 +74,26 @@ class _Sequences:
 
 def decode(model: Any, steps: Steps, asked: Asked) -> Any:
     """Returns what transformers' `generate` returns: ids (B, W + new) or a `GenerateDecoderOnlyOutput`."""
-    limit = max(int(asked.criteria.max_length or 0), asked.input_ids.shape[1] + 1)
+    batch, width = asked.input_ids.shape
+    limit = max(int(asked.criteria.max_length or 0), width + 1)
     prompt = fed(asked.input_ids, asked.prepared, asked.keeps_cache)
-    cache, step = steps.take(model, len(asked.input_ids), limit - prompt.dropped, asked.dtype)
+    cache, step = steps.take(model, batch, prompt.slots + limit - width, asked.dtype)
     try:
         sequences, end = _run(model, cache, step, asked, prompt, limit)
         past = None
         if asked.keeps_cache:
             past = asked.prepared["past_key_values"]
             dtype = compute_dtype(model.get_input_embeddings().weight)
-            append(past, cache, len(sequences.ids_BW), prompt.slots + end - asked.input_ids.shape[1] - 1, dtype)
+            append(past, cache, batch, prompt.slots + end - width - 1, dtype)
     finally:
         cache.release()
     if asked.streamer is not None:
         asked.streamer.end()
-    ids, new = sequences.ids_BW[:, :end].clone(), end - asked.input_ids.shape[1]
+    ids = sequences.ids_BW[:, :end].clone()
     if not asked.config.return_dict_in_generate:
         return ids
-    scores, logits = (None if one is None else tuple(one[:new]) for one in (sequences.scores, sequences.logits))
+    records = (sequences.scores, sequences.logits)
+    scores, logits = (None if one is None else tuple(one[: end - width]) for one in records)
     return GenerateDecoderOnlyOutput(sequences=ids, scores=scores, logits=logits, past_key_values=past)  # pyright: ignore
 
 
@@ -98,11 +101,12 @@ def _run(model: Any, cache: KVCache, step: DecodeStep, asked: Asked, prompt: Fed
     """Returns the sequences and the length at which the last one stopped."""
     config, ids = asked.config, asked.input_ids
     batch, width, device = *ids.shape, ids.device
-    pad = None if config._pad_token_tensor is None else config._pad_token_tensor.to(device)
-    records = (config.return_dict_in_generate and wanted for wanted in (config.output_scores, config.output_logits))
-    sequences = _Sequences(ids.long(), *([] if wanted else None for wanted in records))
-    copies = bool(len(asked.processors)) or sequences.scores is not None or sequences.logits is not None
-    checks = StoppingCriteriaList(one for one in asked.criteria if type(one) is not MaxLengthCriteria)
+    pad: Any = None if config._pad_token_tensor is None else config._pad_token_tensor.to(device)
+    is_dictionary = config.return_dict_in_generate
+    scored, recorded = (is_dictionary and wanted for wanted in (config.output_scores, config.output_logits))
+    sequences = _Sequences(ids.long(), [] if scored else None, [] if recorded else None)
+    copies = bool(len(asked.processors) or scored or recorded)
+    checks: Any = StoppingCriteriaList(one for one in asked.criteria if type(one) is not MaxLengthCriteria)
     has_eos = any(hasattr(one, "eos_token_id") for one in checks)
     lag = lag_for(device, (*asked.processors, *checks))
     watch = StopWatch(device, asked.streamer, lag, draws=config.do_sample)
@@ -112,8 +116,9 @@ def _run(model: Any, cache: KVCache, step: DecodeStep, asked: Asked, prompt: Fed
         load(asked.prepared["past_key_values"], cache)
     logits, slots = run_prompt(model, cache, step, prompt), prompt.slots
     for length in range(width + 1, limit + 1):
-        logits, before = logits.to(device, copy=copies), sequences.ids_BW[:, : length - 1]
-        scores = asked.processors(before if lag else before.contiguous(), logits)
+        scores = logits = logits.to(device, copy=copies)
+        if len(asked.processors):
+            scores = asked.processors(sequences.ids_BW[:, : length - 1].contiguous(), logits)
         for record, one in ((sequences.scores, scores), (sequences.logits, logits)):
             if record is not None:
                 record.append(one)

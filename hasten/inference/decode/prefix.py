@@ -17,12 +17,12 @@ def unserved_cache(past: Any, windows: list[int | None], sequences: int) -> str 
     tokens. sequences: of the call."""
     if type(past) is not DynamicCache or past.offloading:
         return f"past_key_values is a {type(past).__name__}{' with offloading' if type(past) is DynamicCache else ''}"
-    tokens = int(past.get_seq_length())
+    tokens, layers = int(past.get_seq_length()), list[Any](past.layers)
     if not tokens:
         return None
-    if len(past.layers) != len(windows):
-        return f"past_key_values has {len(past.layers)} layers, the model {len(windows)}"
-    for layer, window in zip(past.layers, windows, strict=True):
+    if len(layers) != len(windows):
+        return f"past_key_values has {len(layers)} layers, the model {len(windows)}"
+    for layer, window in zip(layers, windows, strict=True):
         needed = tokens if window is None else min(tokens, window - 1)
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or getattr(layer, "record_past", False):
             return f"past_key_values has layers of type {type(layer).__name__}"
@@ -36,7 +36,7 @@ def unserved_cache(past: Any, windows: list[int | None], sequences: int) -> str 
 def load(past: DynamicCache, cache: KVCache) -> None:
     """Copies the keys and values into the cache, whose blocks are reserved."""
     end = int(past.get_seq_length())
-    for index, layer in enumerate(past.layers):
+    for index, layer in enumerate(list[Any](past.layers)):
         keys, values = (x.to(cache.shape.device) for x in (layer.keys, layer.values))
         cache.load(index, keys[:, :, -end:], values[:, :, -end:], end)
 

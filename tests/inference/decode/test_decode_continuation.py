@@ -122,6 +122,24 @@ def test_what_a_window_has_left_out_is_not_read() -> None:
     assert torch.equal(*results) and engine_note(ours) == "engine: hasten"
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_past_a_block_and_the_context(whole: bool) -> None:
+    """A prefix that nearly fills the first block of a model of 128 positions."""
+    stock, ours = served("llama", num_hidden_layers=2)
+    results = []
+    for model in (stock, ours):
+        cache = DynamicCache(config=model.config)
+        first = model.generate(**prompts(lengths=(246,)), max_new_tokens=5, past_key_values=cache, **GREEDY)
+        ids = longer(first, 4)
+        mask = torch.ones_like(ids)
+        asked = ids if whole else ids[:, 250:]
+        results.append(
+            model.generate(asked, attention_mask=mask, past_key_values=cache, max_new_tokens=9, **GREEDY)[:, -9:]
+        )
+        assert cache.get_seq_length() == 263
+    assert torch.equal(*results) and engine_note(ours) == "engine: hasten"
+
+
 def test_a_cropped_cache() -> None:
     stock, ours = served("llama")
     results = []

@@ -155,7 +155,7 @@ def test_stop_strings(where: str) -> None:
     tokenizer = tiny_tokenizer()
     batch = {name: x % 262 for name, x in prompts().items()}
     free = stock.generate(**batch, max_new_tokens=20, do_sample=False, eos_token_id=None)
-    texts = [[tokenizer.decode([token]) for token in row[13:]] for row in free.tolist()]
+    texts: Any = [[tokenizer.decode([token]) for token in row[13:]] for row in free.tolist()]
     strings = [next(text for text in row if text.isascii() and text) for row in texts]
     results = []
     for model in (stock, ours):
