@@ -15,7 +15,6 @@ from hasten.overlays import AttentionOverlay, BackboneOverlay, HeadOverlay
 from hasten.overlays.base import runs_overlay
 from hasten.state import GenerateCall
 from hasten.weights import hooks_on_every_module, needs_own_forward
-from hasten.weights.own_forward import runs_forward_of
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose frequencies do not depend on how long the sequence is."""
@@ -149,18 +148,24 @@ def _unserved_attention(model: Any) -> str | None:
 
 def _unserved_module(model: Any) -> str | None:
     """A graph runs the Python code of a forward once, so no code of the user may watch or replace one."""
+    known: set[type[nn.Module]] = set()
     for module in modules_of(model):
-        kind = type(module)
-        is_container = kind.forward is nn.Module.forward and kind.__module__.startswith("torch.")
-        reason = None
+        kind, reason = type(module), None
         if _runs_more(module, module is model):
             reason = "has forward hooks or a forward of its own"
-        elif not is_container and not runs_forward_of(kind, PACKAGES):
-            reason = f"is a {kind.__name__}, a class of other code"
+        elif kind not in known:
+            known.add(kind)
+            if any(package_of(one) not in PACKAGES for one in (kind.forward, kind.__call__)):
+                reason = f"is a {kind.__name__}, a class of other code"
         if reason is not None:
             name = next(name for name, one in model.named_modules() if one is module)
             return f"{name or 'the model'} {reason}"
     return None
+
+
+def package_of(code: Any) -> str:
+    """Returns the name of the package that defines a function or a class, "" if it is unknown."""
+    return (getattr(code, "__module__", None) or "").partition(".")[0]
 
 
 def _runs_more(module: nn.Module, is_model: bool) -> bool:
@@ -178,7 +183,7 @@ def _runs_more(module: nn.Module, is_model: bool) -> bool:
 
 
 def _is_of_a_trainer(hook: Any) -> bool:
-    package = getattr(hook, "__module__", "").partition(".")[0]
+    package = package_of(hook)
     asks_for_gradients = getattr(hook, "__name__", "").startswith("make_inputs_require_grad")
     return package == "hasten" or (package in ("transformers", "peft") and asks_for_gradients)
 

@@ -124,8 +124,14 @@ def test_what_only_transformers_serves_raises(other: dict[str, Any]) -> None:
 
 def test_transformers_backends_stay_transformers() -> None:
     stock, ours = served("llama")
-    results = [m.generate(**prompts(), max_new_tokens=4, do_sample=False, **asked("fp8")) for m in (stock, ours)]
-    assert torch.equal(*results) and "cache_implementation='quantized'" in engine_note(ours)
+    results: list[Any] = []
+    for model in (stock, ours):
+        try:
+            results.append(model.generate(**prompts(), max_new_tokens=4, do_sample=False, **asked("fp8")))
+        except ValueError as error:  # older transformers have no such backend
+            results.append(str(error))
+    assert results[0] == results[1] if isinstance(results[0], str) else torch.equal(*results)
+    assert "cache_implementation='quantized'" in engine_note(ours)
     assert torch.equal(*both(stock, ours, **prompts(), max_new_tokens=4, cache_implementation="dynamic"))
 
 
