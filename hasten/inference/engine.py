@@ -1,14 +1,17 @@
-"""Chooses the engine that `model.generate` calls. One file per engine; `engine_of(model)` is the one in use.
+"""Chooses the engine that `model.generate` calls: `DecodeEngine` for a model on a GPU, else `StockEngine`.
 
-At present only `StockEngine`: transformers' `generate` behind a length check and left-padding. A decode engine of
-hasten's own, or vLLM's, implements the same `hasten.state.Engine` and is set as `state_of(model).engine`.
+`StockEngine` is transformers' `generate` behind a length check and left-padding. Another engine (vLLM's) implements the same
+`hasten.state.Engine` and is set as `state_of(model).engine`.
 """
 
 from typing import Any
 
+import torch
+
+from hasten.inference.decode import DecodeEngine
 from hasten.inference.generate import generate
 from hasten.options import LoadOptions
-from hasten.state import Engine, GenerateCall, find_state
+from hasten.state import Engine, GenerateCall, causal_lm_of, find_state
 
 
 class StockEngine:
@@ -28,7 +31,17 @@ class StockEngine:
 STOCK = StockEngine()
 
 
+DECODED = ("cuda",)
+"""Kinds of devices on which a model gets a `DecodeEngine` of its own."""
+
+
 def engine_of(model: Any) -> Engine:
-    """Returns the engine chosen for the model, else `StockEngine`."""
+    """Returns the engine that was chosen for the model. Without one, chooses a `DecodeEngine` for a model on a GPU, which stays with
+    the model; elsewhere `StockEngine`."""
     state = find_state(model)
-    return STOCK if state is None or state.engine is None else state.engine
+    if state is None:
+        return STOCK
+    if state.engine is None and causal_lm_of(model).device.type in DECODED:
+        in_fp8 = state.load_options is not None and state.load_options.float8_kv_cache
+        state.engine = DecodeEngine(DECODED, cache=torch.float8_e4m3fn if in_fp8 else None)
+    return STOCK if state.engine is None else state.engine

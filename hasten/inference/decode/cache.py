@@ -1,17 +1,20 @@
-"""The KV cache of one batch: blocks of tokens, allocated as the sequences grow and never copied."""
+"""The KV cache of one batch: blocks of tokens per layer, allocated as the sequences grow and never copied."""
 
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
-from hasten.ops.decode_attention import BLOCK, CacheView
+from hasten.ops.decode_attention import BLOCK, LARGEST, CacheView, write_cache
+from hasten.overlays import AttentionOverlay
 from hasten.overlays.precision import compute_dtype
 
 
 @dataclass(frozen=True)
 class CacheShape:
-    """capacity: most tokens per sequence. channels: of a head."""
+    """batch: sequences. capacity: most tokens per sequence. channels: of a head. dtype: of the blocks; int8 and float8_e4m3fn are
+    quantised, with a scale per token and head."""
 
     layers: int
     batch: int
@@ -24,13 +27,19 @@ class CacheShape:
 
 class KVCache:
     """Keys and values of all layers. slots_B: (B,) int32, cached tokens, padding included. starts_B: (B,) int32, padding on the
-    left of each sequence. The addresses of these tensors and of the tables never change, so that CUDA graphs read them."""
+    left of each sequence. The addresses of these tensors and of the tables never change, so that CUDA graphs read them.
+
+    A call may have fewer sequences than `shape.batch`. The others are empty: `slots_B` starts at 0, so that they read only what
+    they write themselves."""
 
     def __init__(self, shape: CacheShape) -> None:
         self.shape = shape
-        self._blocks: list[torch.Tensor] = []
-        count = -(-shape.capacity // BLOCK)
-        self._tables = torch.zeros(shape.layers, count, dtype=torch.int64, device=shape.device)
+        self._is_quantised = shape.dtype in LARGEST
+        self._blocks, self._scales = ([[] for _ in range(shape.layers)] for _ in range(2))
+        self._tables, self._scale_tables = (
+            torch.zeros(shape.layers, -(-shape.capacity // BLOCK), dtype=torch.int64, device=shape.device)
+            for _ in range(2)
+        )
         self.slots_B, self.starts_B = (
             torch.zeros(shape.batch, dtype=torch.int32, device=shape.device) for _ in range(2)
         )
@@ -39,24 +48,70 @@ class KVCache:
     def reserve(self, tokens: int) -> None:
         """Allocates blocks until each sequence can hold `tokens`. Nothing that is cached moves."""
         shape = self.shape
-        while len(self._blocks) * BLOCK < tokens:
-            size = (shape.layers, 2, shape.batch, shape.heads, BLOCK, shape.channels)
-            block = torch.empty(size, dtype=shape.dtype, device=shape.device)
-            addresses = [layer.data_ptr() for layer in block]
-            self._tables[:, len(self._blocks)] = torch.tensor(addresses, dtype=torch.int64).to(shape.device)
-            self._blocks.append(block)
+        size = (2, shape.batch, shape.heads, BLOCK, shape.channels)
+        while len(self._blocks[0]) * BLOCK < tokens:
+            self._append(self._blocks, self._tables, size, shape.dtype)
+            if self._is_quantised:
+                self._append(self._scales, self._scale_tables, size[:-1], torch.float32)
+
+    def _append(
+        self, kept: list[list[torch.Tensor]], tables: torch.Tensor, size: tuple[int, ...], dtype: torch.dtype
+    ) -> None:
+        count, device = len(kept[0]), self.shape.device
+        for blocks in kept:
+            blocks.append(torch.empty(size, dtype=dtype, device=device))
+        addresses = [blocks[count].data_ptr() for blocks in kept]
+        tables[:, count] = torch.tensor(addresses, dtype=torch.int64).to(device)
 
     def release(self) -> None:
         """Frees the blocks."""
-        self._blocks.clear()
+        for layer in range(self.shape.layers):
+            self.free(layer)
+
+    def free(self, layer: int) -> None:
+        """Frees the blocks of one layer; the others stay readable."""
+        self._blocks[layer].clear()
+        self._scales[layer].clear()
 
     def view(self, layer: int) -> CacheView:
-        blocks = [block[layer] for block in self._blocks]
-        return CacheView(blocks, self._tables[layer], self.slots_B, self.starts_B, self._counts)
+        view = CacheView(self._blocks[layer], self._tables[layer], self.slots_B, self.starts_B, self._counts)
+        if not self._is_quantised:
+            return view
+        return replace(view, scales=self._scales[layer], scale_table=self._scale_tables[layer])
 
     def row(self, index: int) -> "CacheRow":
         """Returns the part of one sequence, for a forward of that sequence alone."""
         return CacheRow(self, index)
+
+    def begin(self, tokens: int, starts_B: torch.Tensor | None, batch: int) -> None:
+        """Sets the counters of a call of `batch` sequences with `tokens` in the cache. starts_B: None = no padding."""
+        for counter, value in ((self.slots_B, tokens), (self.starts_B, 0 if starts_B is None else starts_B)):
+            counter.zero_()
+            counter[:batch] = value
+
+    def load(self, layer: int, keys_BKSD: torch.Tensor, values_BKSD: torch.Tensor, end: int) -> None:
+        """Copies S tokens of a layer to the slots before `end`, which must be reserved. The slots before those are zeroed: a
+        window hides them, and kernels multiply what is hidden by 0."""
+        for block in (*self._blocks[layer], *self._scales[layer]):
+            block.zero_()
+        first = torch.full_like(self.slots_B, end - keys_BKSD.shape[2])
+        view = replace(self.view(layer), slots_B=first)
+        write_cache(self.padded(keys_BKSD.transpose(1, 2)), self.padded(values_BKSD.transpose(1, 2)), view)
+
+    def read(self, layer: int, batch: int, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns keys and values (batch, K, end - first, D) of a layer's slots first .. end - 1, copied; in fp32 if they are
+        quantised."""
+        used = slice(first // BLOCK, -(-end // BLOCK))
+        both = torch.cat([block[:, :batch] for block in self._blocks[layer][used]], dim=3)
+        if self._is_quantised:
+            both = both.float() * torch.cat([one[:, :batch] for one in self._scales[layer][used]], dim=3)[..., None]
+        keys, values = both[:, :, :, first - used.start * BLOCK : end - used.start * BLOCK].unbind(0)
+        return keys, values
+
+    def padded(self, x: torch.Tensor) -> torch.Tensor:
+        """Appends zeros to the first dimension, up to `shape.batch` sequences."""
+        missing = self.shape.batch - len(x)
+        return F.pad(x, (*(0, 0) * (x.ndim - 1), 0, missing)) if missing else x
 
 
 @dataclass(frozen=True)
@@ -78,24 +133,30 @@ class CacheRow:
     def _part(self) -> slice:
         return slice(self.index, self.index + 1)
 
+    def padded(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
     def view(self, layer: int) -> CacheView:
         whole = self.cache.view(layer)
-        blocks = [block[:, self._part] for block in whole.blocks]
-        offset = self.index * blocks[0].stride(1) * blocks[0].itemsize
-        return replace(whole, blocks=blocks, table=whole.table + offset, slots_B=self.slots_B, starts_B=self.starts_B)
+        blocks, scales = ([block[:, self._part] for block in kept] for kept in (whole.blocks, whole.scales))
+        tables = []
+        for first, table in ((blocks, whole.table), (scales, whole.scale_table)):
+            tables.append(table + self.index * first[0].stride(1) * first[0].itemsize if first else table)
+        return CacheView(blocks, tables[0], self.slots_B, self.starts_B, None, scales, tables[1])
 
 
-def shape_for(model: Any, batch: int) -> CacheShape:
-    """Returns the shape of the cache of `batch` sequences of a causal LM with hasten's overlays."""
-    config = model.config.get_text_config()
-    attention = next(m for m in model.modules() if hasattr(m, "k_proj"))
-    weight = model.get_input_embeddings().weight
+def shape_for(model: Any, batch: int, tokens: int = 0, dtype: torch.dtype | None = None) -> CacheShape:
+    """Returns the shape of the cache of `batch` sequences, each of up to `tokens`, of a causal LM with hasten's overlays. dtype: None =
+    that of the keys."""
+    attentions = [module for module in model.modules() if isinstance(module, AttentionOverlay)]
+    weight, first = model.get_input_embeddings().weight, attentions[0]
+    usual = model.overlay_config.max_seq_length or model.config.get_text_config().max_position_embeddings
     return CacheShape(
-        layers=config.num_hidden_layers,
+        layers=max(attention.layer_idx for attention in attentions) + 1,
         batch=batch,
-        heads=attention.k_proj.out_features // attention.head_dim,
-        channels=attention.head_dim,
-        capacity=model.overlay_config.max_seq_length or config.max_position_embeddings,
-        dtype=compute_dtype(weight),
+        heads=first.k_proj.out_features // first.head_dim,
+        channels=first.head_dim,
+        capacity=max(usual, tokens),
+        dtype=compute_dtype(weight) if dtype is None else dtype,
         device=weight.device,
     )

@@ -1,13 +1,13 @@
 """The attention context over a `KVCache`: the prompt by `ops.attention`, new tokens by `ops.decode_attention`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 
 from hasten.inference.decode.cache import CacheRow, KVCache
 from hasten.ops.attention import attention
-from hasten.ops.decode_attention import NewToken, attend_new_token, decode_attention, write_cache
+from hasten.ops.decode_attention import MAX_NEW_TOKENS, NewToken, attend_new_token, decode_attention, write_cache
 from hasten.ops.lora import HeadsConfig
 from hasten.overlays.context import QKV, AttentionContext
 from hasten.overlays.precision import compute_dtype
@@ -29,13 +29,21 @@ class CachedAttention(AttentionContext):
         dtype = compute_dtype(qkv[2])
         q, k, v = (x.to(dtype) for x in qkv)
         view = self.cache.view(module.layer_idx)
-        write_cache(k, v, view)
+        write_cache(self.cache.padded(k), self.cache.padded(v), view)
         if self.prompt:
             return attention(q, k, v, config.scale, config.window, config.softcap, self.spans_BT3), None
-        return decode_attention(q, view, config.scale, config.window, config.softcap), None
+        parts = [
+            decode_attention(
+                part, replace(view, slots_B=view.slots_B + index * MAX_NEW_TOKENS) if index else view,
+                config.scale, config.window, config.softcap,
+            )
+            for index, part in enumerate(self.cache.padded(q).split(MAX_NEW_TOKENS, dim=1))
+        ]  # fmt: skip
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return out[: len(q)], None
 
     def takes_projections(self, hidden_states: torch.Tensor) -> bool:
-        return not self.prompt and hidden_states.shape[1] == 1
+        return not self.prompt and hidden_states.shape[:2] == (len(self.cache.slots_B), 1)
 
     def attend_projections(self, module: Any, qkv: QKV, heads: HeadsConfig) -> torch.Tensor:
         config = module.overlay_config

@@ -4,125 +4,133 @@ transformers' `generate` takes a decoding loop (`custom_generate`). So arguments
 criteria and streamers are transformers' own, with their own semantics.
 """
 
-from collections.abc import Callable, Collection
-from functools import partial
+import copy
+import threading
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
+from transformers.generation import StoppingCriteriaList, StopStringCriteria
 
-from hasten.inference.decode.cache import KVCache, shape_for
-from hasten.inference.decode.context import CachedAttention
-from hasten.inference.decode.servable import fingerprint, unserved
-from hasten.inference.decode.step import DecodeStep
-from hasten.inference.generate import generate
-from hasten.ops.attention import row_spans
+from hasten.errors import OptionError
+from hasten.inference.decode.loop import Asked, decode
+from hasten.inference.decode.servable import cache_dtype, unserved
+from hasten.inference.decode.steps import Steps
+from hasten.inference.generate import asked, generate
 from hasten.options import LoadOptions
 from hasten.state import GenerateCall, state_of
 
-STOP_LAG = 8
-"""Steps between two looks at whether every sequence has stopped: each look makes the host wait for the GPU."""
-
 
 class DecodeEngine:
-    """Serves greedy decoding and sampling of one model; hands every other call to transformers' own `generate`."""
+    """Serves greedy decoding and sampling of one model; hands every other call to transformers' own `generate`.
+
+    One call runs at a time: other threads wait, and a call from within a call (a criterion that generates) is transformers' own.
+    """
 
     name = "hasten"
 
-    def __init__(self, devices: Collection[str] = ("cuda",)) -> None:
-        """devices: kinds of devices that are served; on a CPU steps run eagerly, slower than transformers' own loop."""
-        self._devices = tuple(devices)
-        self._steps: dict[Any, tuple[Any, KVCache, DecodeStep]] = {}
+    def __init__(self, devices: Collection[str] = ("cuda",), cache: torch.dtype | None = None) -> None:
+        """devices: kinds of devices that are served; on a CPU steps run eagerly, slower than transformers' own loop. cache: dtype
+        of the KV cache where a call asks for none, int8 or float8_e4m3fn; None = that of the keys."""
+        self._devices, self._cache = tuple(devices), cache
+        self._steps = Steps()
+        self._lock = threading.RLock()
+        self._is_running = False
+        self._done: torch.cuda.Event | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DecodeEngine":
-        return DecodeEngine(self._devices)  # graphs belong to the model whose weights they read
+        return DecodeEngine(self._devices, self._cache)  # graphs belong to the model whose weights they read
 
-    def __reduce__(self) -> tuple[type["DecodeEngine"], tuple[tuple[str, ...]]]:
-        return DecodeEngine, (self._devices,)
+    def __reduce__(self) -> tuple[type["DecodeEngine"], tuple[Any, ...]]:
+        return DecodeEngine, (self._devices, self._cache)
+
+    @property
+    def captured(self) -> int:
+        """Steps that are kept, one per batch bucket and state of the weights."""
+        return len(self._steps)
 
     def check(self, options: LoadOptions) -> list[str]:
         return []
 
     def generate(self, model: Any, call: GenerateCall) -> Any:
-        """Returns what transformers' `generate` returns. Raises InputError, see `inference.generate`."""
-        reason = unserved(model, call, self._devices)
-        state_of(model).notes["generation"] = [f"engine: {'transformers, since ' + reason if reason else self.name}"]
-        if reason is not None:
-            return generate(model, call.stock, *call.args, **call.kwargs)
-        loop = partial(self._decode, call.kwargs.get("streamer"))
+        """Returns what transformers' `generate` returns. Raises InputError, see `inference.generate`, and OptionError for a quantised
+        cache of hasten's in a call that transformers' own loop must serve."""
+        with self._lock:
+            dtype = cache_dtype(model, call)
+            reason = "a call of this model is running" if self._is_running else unserved(model, call, self._devices)
+            if dtype is not None and reason is not None:
+                raise OptionError(
+                    "generate", [f"the quantised cache was asked for, but {reason}. Leave cache_config out"]
+                )
+            self._note(model, reason)
+            if reason is None:
+                self._is_running = True
+                try:
+                    return self._serve(model, call, dtype)
+                finally:
+                    self._is_running = False
+        return generate(model, call.stock, *call.args, **call.kwargs)
+
+    def _note(self, model: Any, reason: str | None) -> None:
+        note = f"engine: {'transformers, since ' + reason if reason else self.name}"
+        if reason is not None and self._cache is not None:
+            note += "; its keys and values are not quantised"
+        state_of(model).notes["generation"] = [note]
+
+    def _serve(self, model: Any, call: GenerateCall, dtype: torch.dtype | None) -> Any:
+        streamer, given = call.kwargs.get("streamer"), call.kwargs.get("past_key_values") is not None
+        if dtype is not None:
+            call = _without(model, call, ("cache_implementation", "cache_config"))
+        call = _with_stop_strings(model, call)
+
+        def loop(model: Any, input_ids: torch.Tensor, prepared: dict[str, Any]) -> Any:
+            with self._in_order(model.device):
+                return decode(model, self._steps, Asked(input_ids, prepared, streamer, dtype or self._cache, given))
+
         return generate(model, call.stock, *call.args, **call.kwargs, custom_generate=_as_function(loop))
 
-    def _decode(self, streamer: Any, model: Any, input_ids: torch.Tensor, prepared: dict[str, Any]) -> Any:
-        config, processors = prepared["generation_config"], prepared["logits_processor"]
-        criteria, limit = prepared["stopping_criteria"], int(prepared["stopping_criteria"].max_length)
-        batch, width = input_ids.shape
-        cache, step = self._step_for(model, batch)
-        ids = input_ids.new_empty(batch, limit)
-        ids[:, :width] = input_ids
-        has_eos = any(hasattr(one, "eos_token_id") for one in criteria)
-        running = torch.ones(batch, dtype=torch.bool, device=ids.device)
-        stopped = torch.zeros(
-            limit + 1, dtype=torch.bool, device=ids.device
-        )  # at each length, whether every sequence had
-        try:
-            cache.reserve(limit)
-            logits = _read_prompt(model, cache, step, input_ids, prepared)
-            for length in range(width + 1, limit + 1):
-                scores = processors(ids[:, : length - 1], logits.clone() if len(processors) else logits)
-                token = torch.multinomial(scores.softmax(-1), 1)[:, 0] if config.do_sample else scores.argmax(-1)
-                if has_eos:
-                    token = torch.where(running, token, config._pad_token_tensor.to(token.device))
-                ids[:, length - 1] = token
-                if streamer is not None:
-                    streamer.put(token.cpu())
-                running &= ~criteria(ids[:, :length], None)
-                stopped[length] = ~running.any()
-                look = streamer is not None or (length - width) % STOP_LAG == 0
-                if length == limit or (look and bool(stopped[length])):
-                    break
-                step.token_B1.copy_(token[:, None])
-                step.run()
-                logits = step.logits_BV
-        finally:
-            cache.release()
-        if streamer is not None:
-            streamer.end()
-        # A look that came late ran some steps too many.
-        return ids[:, : int(stopped[: length + 1].long().argmax()) or length]
-
-    def _step_for(self, model: Any, batch: int) -> tuple[KVCache, DecodeStep]:
-        """The cache and the step of this batch size; made anew where anything that a graph has baked in has changed."""
-        baked = fingerprint(model)
-        found = self._steps.get(batch)
-        if found is not None and found[0] == baked:
-            found[1].slots_B.zero_()
-            return found[1:]
-        cache = KVCache(shape_for(model, batch))
-        step = DecodeStep(model, cache)
-        self._steps[batch] = (baked, cache, step)
-        return cache, step
+    @contextmanager
+    def _in_order(self, device: torch.device) -> Iterator[None]:
+        """Lets the GPU finish the call before this one, which may have run on another stream, before the block's work starts."""
+        if device.type != "cuda":
+            yield
+            return
+        with torch.cuda.device(device):
+            if self._done is not None:
+                torch.cuda.current_stream().wait_event(self._done)
+            try:
+                yield
+            finally:
+                self._done = torch.cuda.Event()
+                self._done.record()
 
 
-def _read_prompt(
-    model: Any, cache: KVCache, step: DecodeStep, input_ids: torch.Tensor, prepared: dict[str, Any]
-) -> torch.Tensor:
-    """Runs the prompt and leaves its keys and values in the cache. Returns the next token's logits (B, V), fp32."""
-    batch, width = input_ids.shape
-    mask, positions = prepared.get("attention_mask"), prepared.get("position_ids")
-    spans = None
-    cache.starts_B.zero_()
-    if mask is not None:
-        spans = row_spans((batch, width, input_ids.device), mask, None, None)
-        cache.starts_B.copy_(width - mask.sum(1))
-    if positions is None:
-        positions = torch.arange(width, device=input_ids.device).expand(batch, -1) - cache.starts_B[:, None]
-        positions = positions.clamp_min(0)
-    context = CachedAttention(cache, prompt=True, spans_BT3=spans)
-    outputs = model(
-        input_ids=input_ids, position_ids=positions, attention_context=context, use_cache=False, logits_to_keep=1
-    )
-    cache.slots_B.fill_(width)
-    step.position_B1.copy_(positions[:, -1:] + 1)
-    return outputs.logits[:, -1].float()
+def _with_stop_strings(model: Any, call: GenerateCall) -> GenerateCall:
+    """Returns the call with `stop_strings` as a criterion: transformers does not pass the tokenizer on to a decoding loop that it
+    is given."""
+    strings, tokenizer = asked(model, call, "stop_strings"), call.kwargs.get("tokenizer")
+    if strings is None or tokenizer is None:
+        return call
+    criterion = StopStringCriteria(tokenizer=tokenizer, stop_strings=strings)
+    criteria = StoppingCriteriaList([*(call.kwargs.get("stopping_criteria") or ()), criterion])
+    call = replace(call, kwargs={**call.kwargs, "stopping_criteria": criteria})
+    return _without(model, call, ("stop_strings",))
+
+
+def _without(model: Any, call: GenerateCall, names: Collection[str]) -> GenerateCall:
+    """Returns the call without these generation parameters, whether they come by name or from a generation config."""
+    args, kwargs = call.args, {name: value for name, value in call.kwargs.items() if name not in names}
+    config = args[1] if len(args) > 1 else kwargs.get("generation_config")
+    if config is not None:
+        args, kwargs["generation_config"] = args[:1], copy.deepcopy(config)
+    for name in names:
+        if config is not None:
+            setattr(kwargs["generation_config"], name, None)
+        if getattr(model.generation_config, name) is not None:  # it would fill the gap
+            kwargs[name] = None
+    return replace(call, args=args, kwargs=kwargs)
 
 
 def _as_function(loop: Callable[..., Any]) -> Callable[..., Any]:

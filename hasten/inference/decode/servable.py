@@ -3,11 +3,18 @@
 from collections.abc import Collection
 from typing import Any
 
+import torch
+from torch import nn
+from transformers.generation import GenerationMixin, MaxLengthCriteria
+from transformers.integrations.fsdp import is_fsdp_managed_module
+
+from hasten.errors import OptionError
+from hasten.inference.decode.prefix import unserved_cache
 from hasten.inference.generate import asked
 from hasten.overlays import AttentionOverlay, BackboneOverlay, HeadOverlay
 from hasten.overlays.base import runs_overlay
 from hasten.state import GenerateCall
-from hasten.weights.own_forward import needs_own_forward
+from hasten.weights import hooks_on_every_module, needs_own_forward
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose frequencies do not depend on how long the sequence is."""
@@ -15,48 +22,95 @@ MODES = {
     "num_beams": 1,
     "prompt_lookup_num_tokens": None,
     "assistant_early_exit": None,
+    "is_assistant": False,
+    "use_mtp": False,
     "penalty_alpha": None,
     "dola_layers": None,
     "output_attentions": False,
     "output_hidden_states": False,
-    "return_dict_in_generate": False,
-    "cache_implementation": None,
+    "cache_implementation": "dynamic",
     "prefill_chunk_size": None,
     "constraints": None,
     "force_words_ids": None,
+    "token_healing": False,
 }
 """Generation parameters -> the value that the engine serves (None, False and 1 count as not asked for)."""
-ARGUMENTS = (
-    "past_key_values",
-    "assistant_model",
-    "custom_generate",
-    "inputs_embeds",
-    "negative_prompt_ids",
-    "token_type_ids",
-    "synced_gpus",
+ARGUMENTS = frozenset(
+    {
+        "inputs",
+        "input_ids",
+        "attention_mask",
+        "generation_config",
+        "logits_processor",
+        "stopping_criteria",
+        "prefix_allowed_tokens_fn",
+        "streamer",
+        "tokenizer",
+        "past_key_values",
+    }
 )
-"""Arguments of `generate` that transformers' own loop serves."""
+"""Arguments of `generate` that the engine serves, besides generation parameters."""
+QUANTISED = {"hasten-int8": torch.int8, "hasten-fp8": torch.float8_e4m3fn}
+"""Backends of `cache_implementation="quantized"` that the engine serves -> the dtype of its cache."""
+QUANTISED_DEVICES = ("cpu",)
+"""Kinds of devices whose kernels read quantised caches."""
+PACKAGES = ("torch", "transformers", "peft", "hasten", "bitsandbytes")
+"""Whose modules are captured: in a graph, Python code of a forward runs once."""
+ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
+"""Attributes of PEFT's modules that decide what their forward computes."""
+PREPARED = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 
 
 def unserved(model: Any, call: GenerateCall, devices: Collection[str]) -> str | None:
     """Returns why transformers' own loop must run, None if the engine serves the call. devices: kinds that it serves."""
-    for name in ARGUMENTS:
-        if call.kwargs.get(name) is not None:
-            return f"{name} was given"
     if len(call.args) > 2:
         return "positional arguments beyond the prompt and the generation config were given"
+    for name, value in call.kwargs.items():
+        known = name in ARGUMENTS or name in vars(model.generation_config)
+        if not known and value is not None and value is not False:
+            return f"{name} was given"
+    quantised = cache_dtype(model, call)
+    if quantised is not None and model.device.type not in QUANTISED_DEVICES:
+        return f"its kernels read no quantised cache on {model.device.type} yet"
     for name, served in MODES.items():
         value = asked(model, call, name)
+        if name == "cache_implementation" and quantised is not None:
+            continue
         if value not in (None, False, served):
             return f"{name}={value!r} was asked for"
     if asked(model, call, "use_cache") is False:
         return "use_cache=False was asked for"
-    return _unserved_model(model, devices)
+    if any(isinstance(one, MaxLengthCriteria) for one in call.kwargs.get("stopping_criteria") or ()):
+        return "a MaxLengthCriteria was given"
+    return _unserved_model(model, devices) or _unserved_prefix(model, call)
+
+
+def cache_dtype(model: Any, call: GenerateCall) -> torch.dtype | None:
+    """Returns the dtype of the quantised cache that the call asks for by a backend of hasten, None without one. Raises
+    OptionError for settings that the backend does not have."""
+    config = asked(model, call, "cache_config") or {}
+    backend = config.get("backend") if isinstance(config, dict) else None
+    if asked(model, call, "cache_implementation") != "quantized" or backend not in QUANTISED:
+        return None
+    if others := sorted(set(config) - {"backend"}):
+        raise OptionError(
+            "generate", [f"cache_config={config!r}: backend {backend!r} has no {', '.join(others)}; leave it out"]
+        )
+    return QUANTISED[backend]
 
 
 def _unserved_model(model: Any, served: Collection[str]) -> str | None:
     if not isinstance(model, HeadOverlay) or not runs_overlay(model.model, BackboneOverlay):
         return "not every part of the model runs hasten's overlay"
+    own = [
+        name
+        for name in PREPARED
+        if name in vars(model) or getattr(type(model), name) is not getattr(GenerationMixin, name)
+    ]
+    if own:
+        return f"the model has its own {own[0]}"
+    if is_fsdp_managed_module(model) or hooks_on_every_module():
+        return "FSDP manages the model" if is_fsdp_managed_module(model) else "hooks of all modules are registered"
     config = model.config.get_text_config()
     parameters = getattr(config, "rope_parameters", None) or {}
     kinds = {
@@ -64,27 +118,126 @@ def _unserved_model(model: Any, served: Collection[str]) -> str | None:
     }
     if not kinds <= set(ROPE_TYPES):
         return f"RoPE of type {', '.join(sorted(kinds - set(ROPE_TYPES)))} depends on the length"
-    devices = {parameter.device for parameter in model.parameters()}
+    return _unserved_weights(model, served) or _unserved_attention(model) or _unserved_module(model)
+
+
+def _unserved_weights(model: Any, served: Collection[str]) -> str | None:
+    devices, kinds = set(), set()
+    for module in modules_of(model):
+        for parameter in vars(module)["_parameters"].values():
+            if parameter is not None:
+                devices.add(parameter.device)
+                kinds.add(type(parameter))
     if len(devices) > 1:
         return f"the model is on {len(devices)} devices"
     if devices and next(iter(devices)).type not in served:
         return "the model is not on a GPU"
+    wrapped = sorted(kind.__name__ for kind in kinds if hasattr(kind, "__tensor_flatten__"))
+    return f"weights are of type {wrapped[0]}" if wrapped else None
+
+
+def _unserved_attention(model: Any) -> str | None:
+    shapes = set()
     for layer in model.model.layers:
         attention = layer.self_attn
         if not runs_overlay(attention, AttentionOverlay) or needs_own_forward(attention):
             return "an attention does not run hasten's overlay"
-    hooked = [name for name, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks]
-    return f"{hooked[0] or 'the model'} has forward hooks" if hooked else None
+        shapes.add((attention.k_proj.out_features, attention.v_proj.out_features, attention.head_dim))
+    return "layers have keys of different shapes" if len(shapes) > 1 else None
+
+
+def _unserved_module(model: Any) -> str | None:
+    """A graph runs the Python code of a forward once, so no code of the user may watch or replace one."""
+    known: set[type[nn.Module]] = set()
+    for module in modules_of(model):
+        kind, reason = type(module), None
+        if _runs_more(module, module is model):
+            reason = "has forward hooks or a forward of its own"
+        elif kind not in known:
+            known.add(kind)
+            if any(package_of(one) not in PACKAGES for one in (kind.forward, kind.__call__)):
+                reason = f"is a {kind.__name__}, a class of other code"
+        if reason is not None:
+            name = next(name for name, one in model.named_modules() if one is module)
+            return f"{name or 'the model'} {reason}"
+    return None
+
+
+def package_of(code: Any) -> str:
+    """Returns the name of the package that defines a function or a class, "" if it is unknown."""
+    return (getattr(code, "__module__", None) or "").partition(".")[0]
+
+
+def _runs_more(module: nn.Module, is_model: bool) -> bool:
+    """Returns whether a call of the module runs more than its class's forward. What trainers add does nothing here: hooks that ask
+    for gradients of the embedding's output (activation checkpointing), hasten's counter of training tokens, and accelerate's
+    mixed precision around the model's forward, which only casts."""
+    own = vars(module)
+    if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+        hooks = (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values())
+        if not all(_is_of_a_trainer(hook) for hook in hooks):
+            return True
+    if "forward" in own and not (is_model and "_original_forward" in own):
+        return True
+    return "_call_impl" in own or own.get("_compiled_call_impl") is not None
+
+
+def _is_of_a_trainer(hook: Any) -> bool:
+    package = package_of(hook)
+    asks_for_gradients = getattr(hook, "__name__", "").startswith("make_inputs_require_grad")
+    return package == "hasten" or (package in ("transformers", "peft") and asks_for_gradients)
+
+
+def _unserved_prefix(model: Any, call: GenerateCall) -> str | None:
+    past = call.kwargs.get("past_key_values")
+    if past is None:
+        return None
+    ids = next(
+        (v for v in (*call.args[:1], call.kwargs.get("inputs"), call.kwargs.get("input_ids")) if v is not None), None
+    )
+    mask = call.kwargs.get("attention_mask")
+    if not isinstance(ids, torch.Tensor):
+        return "past_key_values was given without a prompt"
+    windows = [layer.self_attn.overlay_config.window for layer in model.model.layers]
+    sequences = len(ids) * (asked(model, call, "num_return_sequences") or 1)
+    if reason := unserved_cache(past, windows, sequences):
+        return reason
+    is_whole = mask is None or mask.shape == ids.shape
+    if is_whole and ids.shape[1] <= int(past.get_seq_length()):
+        return "past_key_values holds the whole prompt"
+    padded_inside = mask is not None and bool((mask[:, 1:] < mask[:, :-1]).any())
+    return "there is padding between tokens" if padded_inside else None
 
 
 def fingerprint(model: Any) -> tuple[Any, ...]:
     """Everything that a captured step has baked in: addresses and layouts of the weights, the classes that run, the adapters
-    that are active and their scales."""
-    weights = tuple((p.data_ptr(), p.dtype, p.shape) for p in model.parameters())
-    buffers = tuple(b.data_ptr() for b in model.buffers())
-    adapters = tuple(
-        (tuple(m.active_adapters), tuple(sorted(m.scaling.items())), m.disable_adapters, tuple(m.merged_adapters))
-        for m in model.modules()
-        if hasattr(m, "active_adapters") and hasattr(m, "scaling")
-    )
-    return weights, buffers, adapters, tuple(map(type, model.modules()))
+    that are active and their scales, autocast."""
+    found: list[Any] = []
+    for module in modules_of(model):
+        found.append(type(module))
+        own = vars(module)
+        for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
+            if tensor is not None:
+                found += (tensor.data_ptr(), tensor.dtype, tensor.shape)
+        for name in ADAPTERS:
+            value = own.get(name)
+            found.append(
+                tuple(value.items()) if isinstance(value, dict) else tuple(value) if isinstance(value, list) else value
+            )
+    kind = model.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    forward = vars(model).get("forward")
+    return id(model), getattr(forward, "__func__", id(forward)), autocast, *found
+
+
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """Returns `model.modules()` in any order, several times as fast: thousands of modules are walked before each call."""
+    seen, found, left = {id(model)}, [], [model]
+    while left:
+        module = left.pop()
+        found.append(module)
+        for child in vars(module)["_modules"].values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                left.append(child)
+    return found

@@ -1,5 +1,9 @@
 """One decoding step as a CUDA graph: forward of one token per sequence, greedy choice, and the cache's counters."""
 
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,14 +14,19 @@ from hasten.inference.decode.context import CachedAttention
 WARM_UPS = 2
 """Steps before the capture: Triton compiles its kernels and cuBLAS takes its workspace."""
 
+CAPTURES = threading.Lock()
+"""Held while a step is captured: torch empties its memory cache before a capture, which it must not do during another one."""
+
 
 class DecodeStep:
     """token_B1, position_B1: (B, 1) int64, read by the next step; a step leaves the greedy choice and the next position there.
     logits_BV: (B, V) fp32, of the last step. On a CPU steps run eagerly."""
 
-    def __init__(self, model: Any, cache: KVCache) -> None:
+    def __init__(self, model: Any, cache: KVCache, pool: Any = None) -> None:
+        """pool: the memory pool of the graph (`torch.cuda.graph_pool_handle`), None = its own."""
         shape = cache.shape
-        self._model, self._cache = model, cache
+        self._model = weakref.ref(model)  # the model holds its engine, and so this step
+        self._cache, self._pool = cache, pool
         self._context = CachedAttention(cache, prompt=False)
         self._graph: torch.cuda.CUDAGraph | None = None
         self.token_B1, self.position_B1 = (
@@ -30,13 +39,15 @@ class DecodeStep:
         if self._graph is not None:
             self._graph.replay()
         elif self._cache.shape.device.type == "cuda":
-            self._capture()
+            with _fresh_casts():
+                self._capture()
             self.run()
         else:
             self.logits_BV = self._forward()
 
     def _forward(self) -> torch.Tensor:
-        outputs = self._model(
+        model: Any = self._model()
+        outputs = model(
             input_ids=self.token_B1, position_ids=self.position_B1, attention_context=self._context, use_cache=False
         )
         logits = outputs.logits[:, -1].float()
@@ -59,6 +70,19 @@ class DecodeStep:
                     tensor.copy_(value)
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Other threads (a trainer's data loader, another model) may allocate meanwhile. torch's own capture stream is one for the
+        # process and its first device.
+        with CAPTURES, torch.cuda.graph(graph, self._pool, stream, "thread_local"):
             self.logits_BV = self._forward()
         self._graph = graph
+
+
+@contextmanager
+def _fresh_casts() -> Iterator[None]:
+    """Keeps autocast from reusing casts of weights, which do not outlive the autocast block but would be in the graph."""
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)

@@ -8,7 +8,7 @@ addresses on the device, and the numbers of cached tokens are read there. So one
 B sequences, T new tokens (1 to 16), S splits, H query heads, K key/value heads, D channels of a head.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +21,8 @@ from hasten.ops.rope import QKNorm, qk_rope
 BLOCK = 256
 """Tokens per block of the cache."""
 MAX_NEW_TOKENS = 16
+LARGEST: Mapping[torch.dtype, float] = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+"""Dtypes of a quantised cache -> the number that the largest channel of a key or value becomes."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,18 @@ class CacheView:
     table: (capacity,) int64, their addresses, on the device; the first len(blocks) entries are valid.
     slots_B: (B,) int32, tokens in the cache before this forward. starts_B: (B,) int32, the first slot that is not padding.
     counts: (B * K,) int32, zeros, in which the programs of one launch count; None = allocated at each call.
+    scales: of a quantised cache (blocks in a dtype of `LARGEST`), tensors (2, B, K, BLOCK) fp32, one per block: a key or value is
+    blocks[...] * scales[...], so every token and head has its own. Empty = not quantised. scale_table: their addresses.
     """
 
     blocks: Sequence[torch.Tensor]
     table: torch.Tensor
     slots_B: torch.Tensor
     starts_B: torch.Tensor
+
     counts: torch.Tensor | None = None
+    scales: Sequence[torch.Tensor] = ()
+    scale_table: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -58,12 +65,13 @@ class NewToken:
 
 
 def write_cache(k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, cache: CacheView, backend: Backend | None = None) -> None:
-    """Writes keys and values (B, T, K, D) of new tokens to slots slots_B .. slots_B + T - 1, in the blocks' dtype."""
-    if backend_for(k_BTKD, backend) == "triton":
+    """Writes keys and values (B, T, K, D) of new tokens to slots slots_B .. slots_B + T - 1, in the blocks' dtype,
+    with their scales."""
+    if _backend(k_BTKD, cache, backend) == "triton":
         from hasten.ops.decode_attention.kernels import write
 
         return write.write_cache(k_BTKD, v_BTKD, cache)
-    return reference.write_cache(k_BTKD, v_BTKD, cache)
+    return reference.write_cache(k_BTKD, v_BTKD, cache, LARGEST)
 
 
 def decode_attention(
@@ -79,7 +87,7 @@ def decode_attention(
     q_BTHD: (B, T, H, D) with T <= MAX_NEW_TOKENS, after RoPE. scale, window, softcap: as in `ops.attention`. Returns (B, T, H, D) in q's dtype, contiguous; 0 for a query
     without a visible key (padding). No gradients.
     """
-    if backend_for(q_BTHD, backend) == "triton":
+    if _backend(q_BTHD, cache, backend) == "triton":
         from hasten.ops.decode_attention.kernels import attend
 
         return attend.decode_attention(q_BTHD, cache, scale, window, softcap)
@@ -100,10 +108,17 @@ def attend_new_token(
     Returns (B, 1, H, D) in q's dtype, contiguous. No gradients. Where padding goes beyond the new token (starts_B > slots_B), the
     result is 0.
     """
-    if backend_for(token.q_B1HD, backend) == "triton":
+    if _backend(token.q_B1HD, cache, backend) == "triton":
         from hasten.ops.decode_attention.kernels import new_token
 
         return new_token.attend_new_token(token, cache, scale, window, softcap)
     q, k = qk_rope(token.q_B1HD, token.k_B1KD, token.position, token.rotation, token.fp32, token.qk_norm, "reference")
-    reference.write_cache(k, token.v_B1KD, cache)
+    reference.write_cache(k, token.v_B1KD, cache, LARGEST)
     return reference.decode_attention(q, cache, scale, window, softcap)
+
+
+def _backend(x: torch.Tensor, cache: CacheView, backend: Backend | None) -> Backend:
+    chosen = backend_for(x, backend)
+    if chosen == "triton" and cache.scales:
+        raise NotImplementedError("the kernels read no quantised cache yet; use backend='reference'")
+    return chosen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,20 +13,42 @@ if TYPE_CHECKING:
     from hasten.ops.decode_attention import CacheView
 
 
-def write_cache(k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, cache: CacheView) -> None:
-    size = cache.blocks[0].shape[3]
+def quantised(x: torch.Tensor, dtype: torch.dtype, largest: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns x (..., D) as `dtype` and its scales (...), fp32: the largest channel becomes `largest`."""
+    scale = x.float().abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny) / largest
+    scaled = x.float() / scale[..., None]
+    return (scaled if dtype.is_floating_point else scaled.round()).to(dtype), scale
+
+
+def write_cache(
+    k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, cache: CacheView, largest: Mapping[torch.dtype, float]
+) -> None:
+    size, dtype = cache.blocks[0].shape[3], cache.blocks[0].dtype
+    both, scales = torch.stack((k_BTKD, v_BTKD)), None
+    if cache.scales:
+        both, scales = quantised(both, dtype, largest[dtype])
     for b, slot in enumerate(cache.slots_B.tolist()):
         for t in range(k_BTKD.shape[1]):
             block, row = divmod(slot + t, size)
-            cache.blocks[block][0, b, :, row] = k_BTKD[b, t]
-            cache.blocks[block][1, b, :, row] = v_BTKD[b, t]
+            cache.blocks[block][:, b, :, row] = both[:, b, t]
+            if scales is not None:
+                cache.scales[block][:, b, :, row] = scales[:, b, t]
+
+
+def read_cache(cache: CacheView) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns keys and values (B, K, capacity, D), in fp32 if they are quantised, else as they are stored."""
+    both = torch.cat(list(cache.blocks), dim=3)
+    if cache.scales:
+        both = both.float() * torch.cat(list(cache.scales), dim=3)[..., None]
+    keys, values = both.unbind(0)
+    return keys, values
 
 
 def decode_attention(
     q_BTHD: torch.Tensor, cache: CacheView, scale: float, window: int | None, softcap: float | None
 ) -> torch.Tensor:
     tokens = q_BTHD.shape[1]
-    keys, values = torch.cat(list(cache.blocks), dim=3).unbind(0)  # (B, K, capacity, D)
+    keys, values = read_cache(cache)
     q, k, v = at_least_fp32(q_BTHD), at_least_fp32(keys), at_least_fp32(values)
     scores = torch.einsum("btkgd,bksd->bkgts", q.unflatten(2, (k.shape[1], -1)), k) * scale
     if softcap is not None:

@@ -4,34 +4,9 @@ from typing import Any
 
 import pytest
 import torch
+from decode_kit import LENGTHS, engine_note, prompts, served
 
 from hasten.families import FAMILIES
-from hasten.inference.decode import DecodeEngine
-from hasten.methods import CausalLMMethods
-from hasten.patching import apply
-from hasten.state import state_of
-from hasten.testing.tiny import tiny_model
-
-LENGTHS = (5, 11, 1)
-
-
-def served(family: str) -> tuple[Any, Any]:
-    """(stock, the same model on the engine)."""
-    stock, ours = (tiny_model(family, amplify=2.0).eval() for _ in range(2))
-    apply(ours, methods=CausalLMMethods)
-    state_of(ours).engine = DecodeEngine(devices=("cpu", "cuda"))
-    return stock, ours
-
-
-def prompts(side: str) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    width = max(LENGTHS)
-    ids, mask = torch.zeros(3, width, dtype=torch.long), torch.zeros(3, width, dtype=torch.long)
-    for row, length in enumerate(LENGTHS):
-        place = slice(width - length, None) if side == "left" else slice(0, length)
-        ids[row, place] = torch.randint(6, 280, (length,), generator=generator)
-        mask[row, place] = 1
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -42,7 +17,7 @@ def test_greedy_tokens_are_stocks(family: str) -> None:
     expected = stock.generate(**batch, **asked)
     for _ in range(2):  # the second call reuses the step
         assert torch.equal(ours.generate(**batch, **asked), expected)
-    assert state_of(ours).notes["generation"] == ["engine: hasten"]
+    assert engine_note(ours) == "engine: hasten"
     alone = batch["input_ids"][1:2, -LENGTHS[1] :]
     assert torch.equal(ours.generate(alone, **asked), stock.generate(alone, **asked))
     right = ours.generate(**prompts("right"), **asked)
@@ -81,7 +56,7 @@ def test_processors_and_streamers_are_transformers_own() -> None:
     heard: list[Streamer] = [Streamer(), Streamer()]
     results = [m.generate(ids, **asked, streamer=s) for m, s in zip((stock, ours), heard, strict=True)]
     assert torch.equal(*results) and heard[0].seen == heard[1].seen
-    assert state_of(ours).notes["generation"] == ["engine: hasten"]
+    assert engine_note(ours) == "engine: hasten"
 
 
 def test_sampling_draws_from_the_same_distribution_with_the_same_seed() -> None:
@@ -96,7 +71,12 @@ def test_sampling_draws_from_the_same_distribution_with_the_same_seed() -> None:
 
 @pytest.mark.parametrize(
     "asked",
-    [{"num_beams": 2}, {"return_dict_in_generate": True}, {"use_cache": False}, {"prompt_lookup_num_tokens": 3}],
+    [
+        {"num_beams": 2},
+        {"return_dict_in_generate": True, "output_hidden_states": True},
+        {"use_cache": False},
+        {"prompt_lookup_num_tokens": 3},
+    ],
     ids=str,
 )
 def test_what_is_not_served_goes_to_transformers(asked: dict[str, Any]) -> None:
@@ -105,7 +85,7 @@ def test_what_is_not_served_goes_to_transformers(asked: dict[str, Any]) -> None:
     results = [model.generate(ids, max_new_tokens=5, do_sample=False, **asked) for model in (stock, ours)]
     found = [getattr(result, "sequences", result) for result in results]
     assert torch.equal(*found)
-    assert state_of(ours).notes["generation"][0].startswith("engine: transformers, since ")
+    assert engine_note(ours).startswith("engine: transformers, since ")
 
 
 def test_changed_weights_are_read() -> None:

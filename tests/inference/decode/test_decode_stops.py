@@ -1,0 +1,86 @@
+"""A look that comes late changes nothing of a call: not its tokens, scores, cache, stream or random numbers."""
+
+from typing import Any
+
+import pytest
+import torch
+from decode_kit import both, prompts, served
+from transformers import LogitsProcessor, StoppingCriteria, TopKLogitsWarper
+from transformers.generation import EosTokenCriteria, PrefixConstrainedLogitsProcessor
+from transformers.generation.streamers import BaseStreamer
+
+from hasten.inference.decode import loop
+from hasten.inference.decode.stops import LAG, StopWatch, lag_for
+
+
+class Recorder(BaseStreamer):
+    def __init__(self) -> None:
+        self.given: list[Any] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.given.append(value.tolist())
+
+    def end(self) -> None:
+        self.given.append("end")
+
+
+@pytest.mark.parametrize("lag", [1, 2, 7])
+@pytest.mark.parametrize("how", [{"do_sample": False}, {"do_sample": True, "top_k": 5}], ids=str)
+def test_late_looks_change_nothing(lag: int, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "lag_for", lambda *_: lag)
+    stock, ours = served("llama")
+    asked = {
+        **prompts(),
+        "max_new_tokens": 9,
+        "pad_token_id": 0,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+    }
+    ends = set()
+    for eos in (None, *(list(range(first, 288, 3)) for first in range(3)), list(range(0, 288, 2)), list(range(288))):
+        heard, states = [Recorder(), Recorder()], []
+        results = []
+        for model, streamer in zip((stock, ours), heard, strict=True):
+            torch.manual_seed(4)
+            results.append(model.generate(**asked, **how, eos_token_id=eos, streamer=streamer))
+            states.append(torch.get_rng_state())
+        wanted, found = results
+        assert torch.equal(found.sequences, wanted.sequences) and len(found.scores) == len(wanted.scores)
+        assert found.past_key_values.get_seq_length() == wanted.past_key_values.get_seq_length()
+        assert heard[0].given == heard[1].given
+        assert torch.equal(*states)
+        ends.add(found.sequences.shape[1])
+    assert len(ends) > 2  # some calls stop early, at different lengths
+
+
+def test_streams_while_later_steps_run() -> None:
+    heard = Recorder()
+    watch = StopWatch(torch.device("cpu"), heard, lag=2, draws=False)
+    for length in range(5):
+        assert not watch.add(torch.tensor([True]), torch.tensor([length]), length)
+        assert len(heard.given) == max(0, length - 1)
+    assert watch.finish() == 4 and heard.given == [[0], [1], [2], [3], [4]]
+    assert StopWatch(torch.device("cpu"), None, lag=2, draws=False).finish() is None
+
+
+def test_who_may_see_a_step_too_many() -> None:
+    class Processor(LogitsProcessor):
+        pass
+
+    class Criterion(StoppingCriteria):
+        pass
+
+    gpu, own = torch.device("cuda", 0), [TopKLogitsWarper(3), EosTokenCriteria(torch.tensor([2]))]
+    assert lag_for(gpu, own) == LAG and lag_for(torch.device("cpu"), own) == 0
+    for one in (Processor(), Criterion(), PrefixConstrainedLogitsProcessor(lambda *_: [1], 1)):
+        assert lag_for(gpu, [*own, one]) == 0
+
+
+def test_without_a_criterion_nothing_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise AssertionError("looked")
+
+    stock, ours = served("llama")
+    monkeypatch.setattr(StopWatch, "add", fail)
+    asked = {**prompts(), "max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(*both(stock, ours, **asked))
