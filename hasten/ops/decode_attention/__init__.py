@@ -67,7 +67,7 @@ class NewToken:
 def write_cache(k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, cache: CacheView, backend: Backend | None = None) -> None:
     """Writes keys and values (B, T, K, D) of new tokens to slots slots_B .. slots_B + T - 1, in the blocks' dtype,
     with their scales."""
-    if _backend(k_BTKD, cache, backend) == "triton":
+    if backend_for(k_BTKD, backend) == "triton":
         from hasten.ops.decode_attention.kernels import write
 
         return write.write_cache(k_BTKD, v_BTKD, cache)
@@ -87,7 +87,7 @@ def decode_attention(
     q_BTHD: (B, T, H, D) with T <= MAX_NEW_TOKENS, after RoPE. scale, window, softcap: as in `ops.attention`. Returns (B, T, H, D) in q's dtype, contiguous; 0 for a query
     without a visible key (padding). No gradients.
     """
-    if _backend(q_BTHD, cache, backend) == "triton":
+    if backend_for(q_BTHD, backend) == "triton":
         from hasten.ops.decode_attention.kernels import attend
 
         return attend.decode_attention(q_BTHD, cache, scale, window, softcap)
@@ -108,17 +108,10 @@ def attend_new_token(
     Returns (B, 1, H, D) in q's dtype, contiguous. No gradients. Where padding goes beyond the new token (starts_B > slots_B), the
     result is 0.
     """
-    if _backend(token.q_B1HD, cache, backend) == "triton":
+    if backend_for(token.q_B1HD, backend) == "triton":
         from hasten.ops.decode_attention.kernels import new_token
 
         return new_token.attend_new_token(token, cache, scale, window, softcap)
     q, k = qk_rope(token.q_B1HD, token.k_B1KD, token.position, token.rotation, token.fp32, token.qk_norm, "reference")
     reference.write_cache(k, token.v_B1KD, cache, LARGEST)
     return reference.decode_attention(q, cache, scale, window, softcap)
-
-
-def _backend(x: torch.Tensor, cache: CacheView, backend: Backend | None) -> Backend:
-    chosen = backend_for(x, backend)
-    if chosen == "triton" and cache.scales:
-        raise NotImplementedError("the kernels read no quantised cache yet; use backend='reference'")
-    return chosen

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from device_kit import DEVICE
+from device_kit import DEVICE, ON_GPU
 from ops_kit import both, poisoned_memory
 
 from hasten.ops import NormConfig, QKNorm, qk_rope
-from hasten.ops.decode_attention import CacheView, NewToken, attend_new_token, decode_attention, write_cache
+from hasten.ops.decode_attention import LARGEST, CacheView, NewToken, attend_new_token, decode_attention, write_cache
 
 
 @dataclass(frozen=True)
@@ -219,3 +219,59 @@ def test_counts_are_left_at_zero(backend: Any) -> None:
     first = attend_new_token(token, cache, 0.3, backend=backend)
     assert cache.counts is not None and not bool(cache.counts.any())
     assert torch.equal(attend_new_token(token, cache, 0.3, backend=backend), first)
+
+
+def needs_a_gpu(dtype: torch.dtype, backend: str) -> None:
+    if dtype.is_floating_point and backend == "triton" and not ON_GPU:
+        pytest.skip("Triton's interpreter loses the carry of a mantissa that rounds up when it converts to FP8")
+
+
+def quantised_cache(sizes: Case, dtype: torch.dtype) -> CacheView:
+    """The cache of `cache_of`, quantised by the reference; unwritten slots hold codes of garbage and NaN scales."""
+    cache, keys, values = cache_of(sizes, torch.float32)
+    blocks = [torch.full(block.shape, 100, device=DEVICE, dtype=torch.float32).to(dtype) for block in cache.blocks]
+    scales = [torch.full(block.shape[:-1], float("nan"), device=DEVICE) for block in cache.blocks]
+    tables = [torch.tensor([one.data_ptr() for one in kept], device=DEVICE) for kept in (blocks, scales)]
+    made = CacheView(blocks, tables[0], torch.zeros_like(cache.slots_B), cache.starts_B, None, scales, tables[1])
+    longest = max(sizes.lengths)
+    if longest:
+        write_cache(keys[:, :longest], values[:, :longest], made, "reference")
+    return replace(made, slots_B=cache.slots_B)
+
+
+@both
+@pytest.mark.parametrize("dtype", LARGEST, ids=str)
+@pytest.mark.parametrize("case", ["one token", "ragged", "window", "long", "an empty cache"])
+def test_a_quantised_cache(backend: Any, case: str, dtype: torch.dtype) -> None:
+    """Codes and scales are the reference's; attention is that over the dequantised cache."""
+    needs_a_gpu(dtype, backend)
+    sizes = CASES[case]
+    mine, theirs = quantised_cache(sizes, dtype), quantised_cache(sizes, dtype)
+    batch = len(sizes.lengths)
+    k, v = (torch.randn(batch, sizes.new, sizes.kv, sizes.dim, device=DEVICE) for _ in range(2))
+    q = torch.randn(batch, sizes.new, sizes.heads, sizes.dim, device=DEVICE)
+    with poisoned_memory():
+        write_cache(k, v, mine, backend)
+        out = decode_attention(q, mine, 0.3, sizes.window, sizes.softcap, backend)
+    write_cache(k, v, theirs, "reference")
+    for name in ("blocks", "scales"):
+        for one, other in zip(getattr(mine, name), getattr(theirs, name), strict=True):
+            torch.testing.assert_close(
+                one.float(), other.float(), rtol=0.13, atol=1.0 if name == "blocks" else 0.0, equal_nan=True
+            )
+    wanted = decode_attention(q, theirs, 0.3, sizes.window, sizes.softcap, "reference")
+    torch.testing.assert_close(out, wanted, rtol=2e-3, atol=2e-3)
+
+
+@both
+@pytest.mark.parametrize("dtype", LARGEST, ids=str)
+@pytest.mark.parametrize("case", ["one token", "ragged", "long"])
+def test_a_new_token_in_a_quantised_cache(backend: Any, case: str, dtype: torch.dtype) -> None:
+    needs_a_gpu(dtype, backend)
+    sizes = CASES[case]
+    token = token_of(sizes, {}, torch.float32)
+    found = []
+    for kind in (backend, "reference"):
+        cache = quantised_cache(sizes, dtype)
+        found.append(attend_new_token(token, cache, 0.3, sizes.window, sizes.softcap, kind))
+    torch.testing.assert_close(*found, rtol=2e-3, atol=2e-3)

@@ -16,7 +16,7 @@ import triton.language as tl
 from hasten.ops.attention.kernels.tiles import ScoreMaskConfig, dot, score, visible
 from hasten.ops.backend import on_device
 from hasten.ops.decode_attention.kernels.attend import KEYS, splits_for
-from hasten.ops.decode_attention.kernels.write import block_start
+from hasten.ops.decode_attention.kernels.write import block_start, scale_arguments, scales_start, store_token
 from hasten.ops.rope.function import rope_config
 
 if TYPE_CHECKING:
@@ -75,10 +75,10 @@ def _rotated(
 
 @triton.jit
 def _new_token(
-    q_ptr, k_ptr, v_ptr, out_ptr, wq_ptr, wk_ptr, cos_ptr, sin_ptr, table_ptr, like_ptr, slots_ptr, starts_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, wq_ptr, wk_ptr, cos_ptr, sin_ptr, table_ptr, like_ptr, scale_table_ptr, slots_ptr, starts_ptr,
     count_ptr, acc_ptr, top_ptr, total_ptr, stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_w, stride_rope,
-    stride_kv, K, D, eps, window, scale, cap,
-    GROUP: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ROPE: tl.constexpr, ROUND: tl.constexpr,
+    stride_kv, stride_scale, K, D, eps, window, scale, cap,
+    LARGEST: tl.constexpr, GROUP: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ROPE: tl.constexpr, ROUND: tl.constexpr,
     INTERLEAVED: tl.constexpr, NORM: tl.constexpr, LAYER: tl.constexpr, UNIT_OFFSET: tl.constexpr, FP32_WEIGHT: tl.constexpr,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, UPCAST: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -111,9 +111,11 @@ def _new_token(
             ROPE, ROUND, INTERLEAVED, NORM, LAYER, UNIT_OFFSET, FP32_WEIGHT,
         )  # fmt: skip
         v_new = tl.load(v_ptr + b * stride_vb + h * stride_vh + channel, mask=inside, other=0.0)
-        place = block_start(table_ptr, slot, like_ptr, BLOCK) + ((b * K + h) * BLOCK + slot % BLOCK) * D + channel
-        tl.store(place[None, :], k_new.to(like_ptr.dtype.element_ty), mask=inside[None, :])
-        tl.store(place + stride_kv, v_new.to(like_ptr.dtype.element_ty), mask=inside)
+        new_row = (b * K + h) * BLOCK + slot % BLOCK
+        place = block_start(table_ptr, slot, like_ptr, BLOCK) + new_row * D + channel
+        new_scale = scales_start(scale_table_ptr, slot, BLOCK) + new_row if LARGEST > 0 else slots_ptr
+        store_token(tl.sum(k_new.to(tl.float32), 0), place, new_scale, inside, LARGEST)
+        store_token(v_new, place + stride_kv, new_scale + stride_scale, inside, LARGEST)
         tl.debug_barrier()  # the threads of this program read it below
     acc = tl.zeros((ROWS, CHANNELS), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -124,7 +126,11 @@ def _new_token(
         place += (key % BLOCK)[:, None] * D + channel[None, :]
         written = (key <= slot)[:, None] & inside[None, :]
         k = tl.load(place, mask=written, other=0.0).to(q.dtype)
-        scores, _ = score(dot(q, tl.trans(k), UPCAST), scale, cap, SOFTCAP, EXACT)
+        products = dot(q, tl.trans(k), UPCAST)
+        if LARGEST > 0:
+            scale_place = scales_start(scale_table_ptr, tile * KEYS, BLOCK) + (b * K + h) * BLOCK + key % BLOCK
+            products *= tl.load(scale_place, mask=key <= slot, other=0.0)[None, :]
+        scores, _ = score(products, scale, cap, SOFTCAP, EXACT)
         seen = visible(slot + row[:, None] * 0, key[None, :], 0, window, WINDOW, False)
         scores = tl.where(seen & (key >= start)[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
@@ -132,6 +138,8 @@ def _new_token(
         p = tl.exp2(scores - shift[:, None])
         shrink = tl.exp2(top - shift)
         total = total * shrink + tl.sum(p, 1)
+        if LARGEST > 0:
+            p *= tl.load(scale_place + stride_scale, mask=key <= slot, other=0.0)[None, :]
         v = tl.load(place + stride_kv, mask=written, other=0.0).to(q.dtype)
         acc = acc * shrink[:, None] + dot(p.to(v.dtype), v, UPCAST)
         top = new_top
@@ -186,13 +194,14 @@ def attend_new_token(
     wq, wk = (
         (q, q) if token.qk_norm is None else (token.qk_norm.q_weight.contiguous(), token.qk_norm.k_weight.contiguous())
     )
+    scale_table, stride_scale, largest = scale_arguments(cache)
     with on_device(q):
         _new_token[(groups, splits)](
-            q, k, v, out, wq, wk, cos, sin, cache.table, first, cache.slots_B, cache.starts_B, count, acc, top, total,
+            q, k, v, out, wq, wk, cos, sin, cache.table, first, scale_table, cache.slots_B, cache.starts_B, count, acc, top, total,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], channels if token.qk_norm is not None and wq.dim() == 2 else 0,
-            0 if cos.shape[0] == 1 or token.position is None else cos.stride(0), first.stride(0), kv_heads, channels, rope.norm.eps,
+            0 if cos.shape[0] == 1 or token.position is None else cos.stride(0), first.stride(0), stride_scale, kv_heads, channels, rope.norm.eps,
             *config.arguments(),
-            GROUP=group, WINDOW=window is not None, SOFTCAP=softcap is not None, ROPE=token.position is not None,
+            LARGEST=largest, GROUP=group, WINDOW=window is not None, SOFTCAP=softcap is not None, ROPE=token.position is not None,
             ROUND=not token.fp32, INTERLEAVED=rope.interleaved, NORM=token.qk_norm is not None, LAYER=rope.norm.kind == "layer",
             UNIT_OFFSET=rope.norm.unit_offset, FP32_WEIGHT=rope.norm.fp32_weight,
             ROWS=max(16, triton.next_power_of_2(group)), CHANNELS=max(16, triton.next_power_of_2(channels)), BLOCK=first.shape[3],
