@@ -49,7 +49,7 @@ print(json.dumps({"before": before, "peak": peak[0], "after": own(), "held": mod
         ({"dtype": "bfloat16"}, 0.4),
         ({"dtype": "bfloat16", "load_in_8bit": True}, 0.6),
         ({"dtype": "bfloat16", "load_in_4bit": False}, 1.01),
-        ({"dtype": "float32", "load_in_4bit": False}, 2.01),
+        pytest.param({"dtype": "float32", "load_in_4bit": False}, 2.01, marks=pytest.mark.full),
     ],
     ids=["nf4", "int8", "dense", "dense, cast"],
 )

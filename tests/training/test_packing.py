@@ -150,7 +150,7 @@ def test_a_document_that_changes_leaves_the_others_logits_bit_for_bit(
             if b == "sdpa"
             for how in ("packing", "accumulated", "padding_free", "aligned")
         ),
-        (CAPPED, "triton", "packing"),
+        pytest.param(CAPPED, "triton", "packing", marks=pytest.mark.full),
     ],
     indirect=["backend"],
 )

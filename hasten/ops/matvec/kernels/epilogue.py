@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @triton.jit
 def lora_terms(row, inside, column, addend, xa_ptr, ranks, SPLITS: tl.constexpr, WIDTH: tl.constexpr):
-    """scale * b[row] * xa for the ranks of a LoRA, laid out like the products of `row` and WIDTH columns, to be summed with them.
+    """scale * b[row] * xa for the ranks of a LoRA, in the layout of the products of `row` and WIDTH columns, to be summed with them.
 
     column: 0 .. WIDTH - 1. addend: (bias, its length or 0, b, its rank or 0, scale, first entry of xa). ranks: of all linears together.
     A sum of its own over the ranks would need another exchange between the warps of each program.
