@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers_kit import exact_attention
 
 from hasten.families import FAMILIES
 from hasten.loading import load
@@ -35,6 +36,7 @@ def both(folder: Path, storage: str) -> tuple[Any, Any]:
         dtype=torch.bfloat16,
         quantization_config=BitsAndBytesConfig(**SETTINGS[storage]),
         device_map={"": "cpu"},
+        **exact_attention(folder),
     )
     asked = {"load_in_8bit": True} if storage == "int8" else {}
     options = LoadOptions.from_call(

@@ -13,6 +13,11 @@ from hasten.weights.formats.codes import codes_agree
 SCALE_BYTES = 4
 
 
+def _reduce(weight: Any) -> tuple[Any, ...]:
+    """Returns the parts of an Int8Params for pickle, in the order of its constructor."""
+    return type(weight), (weight.data, weight.requires_grad, weight.has_fp16_weights, weight.CB, weight.SCB)
+
+
 class INT8(WeightFormat):
     name = "int8"
     load_argument = "load_in_8bit"
@@ -21,6 +26,7 @@ class INT8(WeightFormat):
     fused = False
     package = "bitsandbytes"
     extra = "train"
+    reduce = staticmethod(_reduce)
 
     def matches(self, linear: nn.Module) -> bool:
         return type(linear._parameters.get("weight")).__name__ == "Int8Params"
