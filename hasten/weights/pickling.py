@@ -17,6 +17,7 @@ def register_pickling(model: nn.Module) -> None:
     defines its own `__reduce_ex__` keeps it."""
     for module in model.modules():
         found = find_format(module) if isinstance(module, nn.Linear) else None
+        reduce: Any = None if found is None else found.reduce
         kind: Any = type(module._parameters.get("weight"))
-        if found is not None and found.reduce is not None and kind.__reduce_ex__ is nn.Parameter.__reduce_ex__:
-            copyreg.pickle(kind, found.reduce)
+        if reduce is not None and kind.__reduce_ex__ is nn.Parameter.__reduce_ex__:
+            copyreg.pickle(kind, reduce)

@@ -63,7 +63,7 @@ def adapt(model: Any, method: str, adapters: dict[str, str]) -> Any:
         settings |= {"adapters": adapters}
         model.config.use_cache = False
     torch.manual_seed(0)
-    model = get_peft_model(model, config(task_type="CAUSAL_LM", **settings))
+    model = get_peft_model(model, config(task_type="CAUSAL_LM", **settings)).to(DEVICE)  # some stay on the CPU
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -128,7 +128,7 @@ def _check_exports(model: Any, method: str, base: Path, folder: Path, tuned: tor
     if method in ("XLORA", "MULTITASK_PROMPT_TUNING", "POLY"):
         return  # these need arguments of their own to load
     model.save_pretrained_merged(folder / "adapter", save_method="lora")
-    again = PeftModel.from_pretrained(stock(base), folder / "adapter").eval()
+    again = PeftModel.from_pretrained(stock(base), folder / "adapter").to(DEVICE).eval()
     with torch.no_grad():
         call = {"labels": LABELS} if method in LOGITS_NEEDED else {}
         got = again(input_ids=IDS, **call).logits[:, -24:]

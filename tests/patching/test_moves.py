@@ -116,6 +116,22 @@ def test_quantised_weights_are_copied_with_their_class(bits: str, how: str, fold
     assert torch.equal(_logits(twin), expected)
 
 
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_a_pickle_of_quantised_weights_is_pickled_again_in_another_process(
+    bits: str, folder: Path, tmp_path: Path
+) -> None:
+    model = _lora(folder, **{"load_in_4bit": False, bits: True, "dtype": None})
+    torch.save(model, tmp_path / "model.pt")
+    code = (
+        "import sys, torch; model = torch.load(sys.argv[1], weights_only=False); torch.save(model, sys.argv[1])\n"
+        "again = torch.load(sys.argv[1], weights_only=False)\n"
+        "print([type(p).__name__ for p in again.parameters()])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.pt")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str([type(p).__name__ for p in model.parameters()])
+
+
 NEAR = {
     "half": 2e-3,
     "bfloat16": 2 * torch.finfo(torch.bfloat16).eps if ON_GPU else 2e-3,

@@ -9,13 +9,9 @@ from torch import nn
 from hasten.ops.lora import Weight
 from hasten.weights.formats.base import LoadPlan, Matrix, WeightFormat, chunks, tensor_bytes
 from hasten.weights.formats.codes import codes_agree
+from hasten.weights.formats.pickles import reduce_int8_params
 
 SCALE_BYTES = 4
-
-
-def _reduce(weight: Any) -> tuple[Any, ...]:
-    """Returns the parts of an Int8Params for pickle, in the order of its constructor."""
-    return type(weight), (weight.data, weight.requires_grad, weight.has_fp16_weights, weight.CB, weight.SCB)
 
 
 class INT8(WeightFormat):
@@ -26,7 +22,7 @@ class INT8(WeightFormat):
     fused = False
     package = "bitsandbytes"
     extra = "train"
-    reduce = staticmethod(_reduce)
+    reduce = staticmethod(reduce_int8_params)
 
     def matches(self, linear: nn.Module) -> bool:
         return type(linear._parameters.get("weight")).__name__ == "Int8Params"

@@ -4,7 +4,6 @@ bitsandbytes is imported only when one of its layers is read or created.
 """
 
 import copy
-import copyreg
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -25,6 +24,7 @@ from hasten.weights.formats.base import (
     tensor_bytes,
 )
 from hasten.weights.formats.codes import codes_agree
+from hasten.weights.formats.pickles import reduce_params4bit
 from hasten.weights.own_forward import runs_forward_of
 
 BLOCK = 64
@@ -70,11 +70,6 @@ class PackedWeight(Weight):
         return matvecs_nf4(packed, x_E, xa_R, residual_O, activation)
 
 
-def _reduce(weight: Any) -> tuple[Any, ...]:
-    """Returns the parts of a Params4bit for pickle, whose state holds the codes and the scales."""
-    return copyreg.__newobj__, (type(weight),), weight.__getstate__()  # pyright: ignore[reportAttributeAccessIssue]
-
-
 class _FourBit(WeightFormat):
     """The common base of NF4 and FP4, which differ only in the code book; `name` selects it."""
 
@@ -82,7 +77,7 @@ class _FourBit(WeightFormat):
     bits: ClassVar[int] = 4
     package: ClassVar[str | None] = "bitsandbytes"
     extra: ClassVar[str | None] = "train"
-    reduce = staticmethod(_reduce)
+    reduce = staticmethod(reduce_params4bit)
 
     def matches(self, linear: nn.Module) -> bool:
         weight: Any = linear._parameters.get("weight")
