@@ -1,5 +1,7 @@
 """The device of the tests, and how near the kernels on it come to stock."""
 
+from typing import Any
+
 import torch
 
 from hasten.testing import relative_error
@@ -16,9 +18,10 @@ def matches(ours: torch.Tensor, stock: torch.Tensor, limit: float = LOGITS) -> b
     return relative_error(ours, stock) <= limit if ON_GPU else torch.equal(ours, stock)
 
 
-def assert_near(ours: torch.Tensor, stock: torch.Tensor, limit: float = LOGITS) -> None:
-    """Within torch.testing's tolerance on a CPU, and within a relative error of `limit` on a GPU."""
+def assert_near(ours: Any, stock: Any, limit: float = LOGITS, **tolerance: float) -> None:
+    """Within torch.testing's tolerance on a CPU, or `tolerance` (rtol and atol). Within a relative error of `limit` on a
+    GPU."""
     if ON_GPU:
         assert relative_error(ours, stock) <= limit
     else:
-        torch.testing.assert_close(ours, stock)
+        torch.testing.assert_close(ours, stock, **tolerance)  # pyright: ignore[reportArgumentType]

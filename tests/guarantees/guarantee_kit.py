@@ -1,6 +1,8 @@
 """Tiny checkpoints, loads and training runs for the tests of the guarantees, and processes that start fresh.
 
-`fresh` forks from a server that has imported the libraries and done nothing else: a fresh process without seconds of imports.
+`fresh` forks from a server that has imported the libraries and done nothing else: a fresh process without seconds of
+imports. On a GPU it starts an interpreter: a process cannot use CUDA where its parent has asked how many GPUs there are,
+which the imports do.
 """
 
 import contextlib
@@ -19,6 +21,7 @@ from datasets import Dataset
 from device_kit import DEVICE, ON_GPU
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer
+from transformers_kit import exact_attention
 from trl import SFTTrainer
 
 from hasten import FastLanguageModel, sft_config
@@ -46,7 +49,8 @@ def adapted(folder: Path | str, adapter: dict[str, Any] | None = None, **options
 
 def stock(folder: Path | str, **options: Any) -> Any:
     """The same checkpoint by plain transformers, in fp32, on the device of the tests."""
-    model = AutoModelForCausalLM.from_pretrained(str(folder), **{"dtype": torch.float32, **options})
+    options = {"dtype": torch.float32, **exact_attention(folder), **options}
+    model = AutoModelForCausalLM.from_pretrained(str(folder), **options)
     return model.eval().to(DEVICE)
 
 
@@ -116,6 +120,8 @@ def as_json(path: Path) -> Any:
 
 def processes() -> Any:
     """The context of fresh processes."""
+    if ON_GPU:
+        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context

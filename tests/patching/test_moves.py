@@ -15,11 +15,13 @@ import torch
 from device_kit import DEVICE, LOGITS, ON_GPU
 from transformers import AutoModelForCausalLM
 
-from hasten import FastLanguageModel
+from hasten import FastLanguageModel, report
 from hasten.patching import apply, is_patched, restore
 from hasten.state import state_of
 from hasten.testing import relative_error, tiny_model
 from hasten.testing.tiny import save_tiny
+from hasten.weights import dequantize
+from hasten.weights.formats import is_quantized
 
 IDS = torch.arange(6, 30).reshape(2, 12)
 
@@ -97,6 +99,37 @@ def test_a_copy_is_the_same_model(kind: str, how: str, folder: Path) -> None:
     if how != "copy":  # a shallow copy shares its submodules
         restore(twin)
         assert not is_patched(twin)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "torch.save", "pickle"])
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_quantised_weights_are_copied_with_their_class(bits: str, how: str, folder: Path) -> None:
+    """torch pickles a subclass of Parameter as a Parameter, which neither a fused op nor a merge can read."""
+    model = _lora(folder, **{"load_in_4bit": False, bits: True, "dtype": None})
+    expected = _logits(model)
+    twin = COPIES[how](model)
+    assert [type(p) for p in twin.parameters()] == [type(p) for p in model.parameters()]
+    pairs = [(a, b) for a, b in zip(model.modules(), twin.modules(), strict=True) if isinstance(a, torch.nn.Linear)]
+    quantised = [(a, b) for a, b in pairs if is_quantized(a)]
+    assert len(quantised) == 7 and all(torch.equal(dequantize(a), dequantize(b)) for a, b in quantised)
+    assert str(report(twin)) == str(report(model))
+    assert torch.equal(_logits(twin), expected)
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_a_pickle_of_quantised_weights_is_pickled_again_in_another_process(
+    bits: str, folder: Path, tmp_path: Path
+) -> None:
+    model = _lora(folder, **{"load_in_4bit": False, bits: True, "dtype": None})
+    torch.save(model, tmp_path / "model.pt")
+    code = (
+        "import sys, torch; model = torch.load(sys.argv[1], weights_only=False); torch.save(model, sys.argv[1])\n"
+        "again = torch.load(sys.argv[1], weights_only=False)\n"
+        "print([type(p).__name__ for p in again.parameters()])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.pt")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str([type(p).__name__ for p in model.parameters()])
 
 
 NEAR = {

@@ -24,6 +24,7 @@ from hasten.weights.formats.base import (
     tensor_bytes,
 )
 from hasten.weights.formats.codes import codes_agree
+from hasten.weights.formats.pickles import reduce_params4bit
 from hasten.weights.own_forward import runs_forward_of
 
 BLOCK = 64
@@ -76,6 +77,7 @@ class _FourBit(WeightFormat):
     bits: ClassVar[int] = 4
     package: ClassVar[str | None] = "bitsandbytes"
     extra: ClassVar[str | None] = "train"
+    reduce = staticmethod(reduce_params4bit)
 
     def matches(self, linear: nn.Module) -> bool:
         weight: Any = linear._parameters.get("weight")
