@@ -30,8 +30,8 @@ from hasten.ops.decode_attention import BLOCK, CacheView, decode_attention, writ
 from hasten.ops.host_rows import host_rows
 from hasten.ops.lora import DenseWeight, HeadsConfig, LoraLinear, lora_linears, lora_mlp, lora_qkv
 from hasten.ops.lora.kernels.lora_delta import MIN_WIDTH_BACKWARD, add_lora_delta, lora_delta_bwd
-from hasten.ops.matvec import matvec
-from hasten.ops.nf4 import NF4Weight, dequantize_nf4, matvec_nf4
+from hasten.ops.matvec import Part, matvecs, split_matvecs
+from hasten.ops.nf4 import NF4Weight, dequantize_nf4, matvecs_nf4
 
 
 def _draw(*shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -161,7 +161,11 @@ def _host_rows() -> None:
 def _decoding() -> None:
     """One token: matrix-vector products, and attention over a cache that reaches into a second block."""
     x = _draw(2112).detach()
-    matvec(_draw(5, 2112).detach(), x, "triton")
+    part = Part(_draw(5, 2112).detach(), _draw(5).detach(), _draw(5, 3).detach(), 0.5)
+    xa, residual = torch.rand(2, 6, device=DEVICE), _draw(10).detach()
+    matvecs([part, part], x, xa, residual, backend="triton")
+    matvecs([part, part], x, xa, activation="silu", backend="triton")
+    split_matvecs([part, part], x, 2, "triton")
     for double in (True, False):
         count = 3 * 2112 // 64
         codes = torch.randint(0, 256, (3 * 2112 // 2, 1), dtype=torch.uint8, device=DEVICE)
@@ -169,9 +173,9 @@ def _decoding() -> None:
         index = torch.randint(0, 256, (count,), dtype=torch.uint8, device=DEVICE)
         nested = (index, scale_code, torch.rand(1, device=DEVICE), torch.rand((), device=DEVICE))
         plain = (torch.rand(count, device=DEVICE), None, None, None)
-        matvec_nf4(
-            NF4Weight(codes, torch.rand(16, device=DEVICE), (3, 2112), *(nested if double else plain)), x, "triton"
-        )
+        weight = NF4Weight(codes, torch.rand(16, device=DEVICE), (3, 2112), *(nested if double else plain))
+        matvecs_nf4([Part(weight)] * 3, x, None, _draw(9).detach(), backend="triton")
+        matvecs_nf4([Part(weight)] * 2, x, activation="silu", backend="triton")
     blocks = [torch.randn(2, 2, 1, BLOCK, 80, device=DEVICE).to(DTYPE) for _ in range(2)]
     table = torch.tensor([block.data_ptr() for block in blocks], device=DEVICE)
     slots, starts = (torch.tensor(v, dtype=torch.int32, device=DEVICE) for v in ([BLOCK - 1, 3], [0, 5]))

@@ -23,7 +23,7 @@ FLOORS = [
     {"training"},
     {"methods", "estimation"},
     {"model"},
-    {"testing", "doctor", "unsloth_compat", "demo"},
+    {"testing", "doctor", "unsloth_compat", "demo", "serving"},
     {"cli"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

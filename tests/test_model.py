@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from device_kit import DEVICE, ON_GPU, assert_near, matches
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -12,7 +13,7 @@ import hasten
 from hasten import FastCohereModel, FastLanguageModel, FastLlamaModel, OptionError
 from hasten.testing import relative_error, save_tiny
 
-IDS = torch.arange(6, 30)[None]
+IDS = torch.arange(6, 30, device=DEVICE)[None]
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def test_trained_weights_have_the_promised_dtype(
     before = model.train()(IDS).logits
     model = FastLanguageModel.get_peft_model(model, r=4, target_modules=["q_proj", "embed_tokens", "lm_head"])
     after = model.train()(input_ids=IDS)
-    assert torch.equal(after.logits, before) and after.logits.dtype == torch.bfloat16
+    assert matches(after.logits, before, 2 * torch.finfo(torch.bfloat16).eps) and after.logits.dtype == torch.bfloat16
     model(input_ids=IDS, labels=IDS).loss.backward()
     wanted = torch.bfloat16 if precision is False else torch.float32
     for name, parameter in trained(model).items():
@@ -122,7 +123,7 @@ def test_tied_embeddings_stay_one_weight(gemma2: Path, tmp_path: Path) -> None:
     again = FastLanguageModel.from_pretrained(
         str(tmp_path / "adapter"), max_seq_length=64, dtype=torch.float32, load_in_4bit=False
     )[0]
-    torch.testing.assert_close(again.eval()(IDS).logits, logits)
+    assert_near(again.eval()(IDS).logits, logits)
     assert again.get_base_model().get_input_embeddings().weight is again.get_base_model().get_output_embeddings().weight
 
 
@@ -134,8 +135,8 @@ def test_loftq_repairs_what_quantising_broke_and_merges_to_what_was_trained(llam
     assert relative_error(logits, reference) < 0.9 * plain
     model.save_pretrained_merged(tmp_path / "merged")
     model.save_pretrained(tmp_path / "adapter")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    assert relative_error(merged(IDS).logits, logits) < 2e-5
+    merged: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert relative_error(merged.to(DEVICE)(IDS).logits, logits) < (1e-4 if ON_GPU else 2e-5)
     again = FastLanguageModel.from_pretrained(str(tmp_path / "adapter"), max_seq_length=64, dtype=torch.float32)[0]
     again.save_pretrained_merged(tmp_path / "again")
     files = [path / "model.safetensors" for path in (tmp_path / "merged", tmp_path / "again")]
@@ -169,7 +170,8 @@ def test_the_report_says_which_layers_leave_the_fused_path(llama: Path, argument
     model = FastLanguageModel.get_peft_model(dense(llama), r=4, target_modules=["q_proj"], **arguments)
     rows = {row.module.split()[0]: row for row in hasten.report(model).rows}
     assert rows["q_proj"].why == why and rows["q_proj"].count == 4
-    assert rows["k_proj"].why == "no adapter"
+    together = ON_GPU and why != "plain LoRA"  # where one op computes q, k and v
+    assert rows["k_proj"].why == (f"its sibling q_proj: {why}" if together else "no adapter")
 
 
 def test_layers_to_transform_rslora_and_any_lora_config_field(llama: Path) -> None:
@@ -186,7 +188,7 @@ def test_restore_gives_back_stock_types_and_patched_lends_overlays(llama: Path) 
     logits = model(IDS).logits
     hasten.restore(model)
     assert type(model).__module__.startswith("transformers.") and not hasattr(model, "save_pretrained_merged")
-    torch.testing.assert_close(model(IDS).logits, logits)
+    assert_near(model(IDS).logits, logits)
     with hasten.patched(model):
         assert "norm overlay" in str(hasten.report(model))
     assert "norm overlay" not in str(hasten.report(model))

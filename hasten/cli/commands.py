@@ -1,7 +1,5 @@
-"""The `hasten` command. Every command is a few lines on top of the library, and only this file prints."""
+"""The `hasten` command. Every command is a few lines on top of the library, and only this package prints."""
 
-import logging
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +10,9 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from hasten import __version__
-from hasten.cli.arguments import Checkpointing, Load, Method, ModelName, Optimizer, byte_count, finite
+from hasten.cli.arguments import Checkpointing, Load, Method, ModelName, Optimizer, byte_count
+from hasten.cli.console import load_model, quiet, say, show_error
+from hasten.cli.generation import generate, serve
 from hasten.cli.resume import RESUME_CHOICES, TrainCommand, resume_choice
 from hasten.errors import ExportError, HastenError
 from hasten.units import format_bytes
@@ -32,8 +32,7 @@ class Commands(TyperGroup):
         except HastenError as error:
             if ctx.params.get("debug"):
                 raise
-            said = Text.assemble((f"{type(error).__name__}: ", "bold red"), (str(error), "red"))
-            Console(stderr=True).print(said, soft_wrap=True)
+            show_error(error)
             raise typer.Exit(FAILED) from error
 
 
@@ -110,47 +109,8 @@ def train(
     say(f"model: {done.saved}\nmetrics and curve: {done.folder}")
 
 
-@app.command()
-def generate(
-    model: ModelName,
-    load: Load,
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One or more prompts.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, callback=finite, help="0 = greedy decoding.")] = 0.0,
-    raw: Annotated[bool, typer.Option(help="Continue the text as it is, without the chat template.")] = False,
-    max_seq_length: Annotated[
-        int, typer.Option(min=1, help="Longest sequence in tokens, prompt and answer together.")
-    ] = 2048,
-) -> None:
-    """Generate answers to prompts and print them token by token."""
-    quiet()
-    from transformers import TextStreamer
-
-    class Printer(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            typer.echo(text, nl=stream_end)
-
-    network, tokenizer = _load(model, load, max_seq_length)
-    network.for_inference()
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    for prompt in prompts:
-        if raw or not tokenizer.chat_template:
-            inputs = tokenizer(prompt, return_tensors="pt")
-        else:
-            inputs = tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-            )
-        network.generate(
-            input_ids=inputs["input_ids"].to(network.device),
-            attention_mask=inputs["attention_mask"].to(network.device),
-            max_new_tokens=max_new_tokens,
-            streamer=Printer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-            **sampling,
-        )
+app.command()(generate)
+app.command()(serve)
 
 
 @app.command()
@@ -181,7 +141,7 @@ def report(model: ModelName, load: Load) -> None:
     quiet()
     from hasten.patching import report as report_of
 
-    network, _ = _load(model, load, 2048)
+    network, _ = load_model(model, load, 2048)
     typer.echo(str(report_of(network)))
 
 
@@ -264,34 +224,3 @@ def _require_adapter(name: str, found: bool) -> None:
     """Raises ExportError where there is nothing to merge, since the result would be the base model unchanged."""
     if not found:
         raise ExportError(f"{name} has no adapter (adapter_config.json), so there is nothing to merge; pass an adapter")
-
-
-def say(text: str, style: str = "") -> None:
-    """Prints text as it is: brackets in a path are no markup, and ":name:" is no emoji."""
-    Console().print(Text(text, style), soft_wrap=True)
-
-
-def quiet() -> None:
-    """Silences progress bars and everything below errors in the libraries that a command uses."""
-    import transformers
-
-    from hasten.weights import formats
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore")
-    for package in formats.packages():
-        logging.getLogger(package).setLevel(logging.ERROR)
-    try:
-        import datasets
-    except ImportError:
-        return  # only `train` and `demo` need it, and report it if it is missing
-    datasets.disable_progress_bars()
-
-
-def _load(model: str, load: str, max_seq_length: int) -> tuple[Any, Any]:
-    from hasten.model import FastLanguageModel
-    from hasten.weights import formats
-
-    options: dict[str, Any] = {str(formats.by_choice(load).load_argument): True}
-    return FastLanguageModel.from_pretrained(model, max_seq_length, **options)

@@ -55,15 +55,9 @@ def attach(
         raise CheckpointError(
             f"{folder_or_id} cannot be attached: the model already has an adapter; load the base again"
         )
-    folder = _fetch(str(folder_or_id), token, revision)
+    folder = fetch(str(folder_or_id), token, revision)
     check_adapter_files(folder)
-    config = _read_config(folder)
-    found = _read_header(folder / WEIGHTS)
-    required, optional = _expected(causal_lm, config)
-    problems = _compare(found, required, optional)
-    if problems:
-        listed = "\n  ".join(problems)
-        raise CheckpointError(f"the adapter in {folder} does not fit this model, nothing was attached:\n  {listed}")
+    config = check_fits(causal_lm, folder)
     _warn_of_other_base(causal_lm, config)
     # PEFT initialises an adapter at random before it reads the weights; the caller's generators must not change.
     with seeded(0), parsing(f"The adapter in {folder}", CheckpointError, "Load the base model again, without it"):
@@ -75,7 +69,20 @@ def attach(
     return peft_model
 
 
-def _fetch(source: str, token: str | bool | None, revision: str | None) -> Path:
+def check_fits(causal_lm: Any, folder: Path) -> PeftConfig:
+    """Returns the adapter's config once its tensors are those of an adapter of this model, which may be on the meta device.
+
+    Raises CheckpointError with every missing, unexpected or misshapen tensor.
+    """
+    config = _read_config(folder)
+    problems = _compare(_read_header(folder / WEIGHTS), *_expected(causal_lm, config))
+    if problems:
+        listed = "\n  ".join(problems)
+        raise CheckpointError(f"the adapter in {folder} does not fit this model, nothing was attached:\n  {listed}")
+    return config
+
+
+def fetch(source: str, token: str | bool | None, revision: str | None) -> Path:
     """Returns the local folder with config and weights. No other file is fetched."""
     folder = Path(source)
     if not folder.is_dir():

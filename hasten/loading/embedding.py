@@ -52,8 +52,19 @@ def _on_host(stock: type[nn.Module]) -> type[nn.Module]:
     """Returns a subclass of `stock` and HostEmbedding, named as `stock`."""
     if stock is nn.Embedding:
         return HostEmbedding
-    names = {"__module__": stock.__module__, "__doc__": stock.__doc__}
+    names = {"__module__": stock.__module__, "__doc__": stock.__doc__, "__reduce_ex__": _reduce}
     return type(stock.__name__, (stock, HostEmbedding), names)  # pyright: ignore[reportGeneralTypeIssues]
+
+
+def _reduce(self: Any, protocol: Any) -> Any:
+    """Implements `__reduce_ex__`: unpickling derives the class from the stock one, since pickle finds only that under
+    its name."""
+    reduced = super(HostEmbedding, self).__reduce_ex__(protocol)
+    return _new, (type(self).__bases__[0],), *reduced[2:]
+
+
+def _new(stock: type[nn.Module]) -> Any:
+    return object.__new__(_on_host(stock))
 
 
 def keep_embedding_on_host(model: PreTrainedModel) -> str:

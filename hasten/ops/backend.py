@@ -16,9 +16,13 @@ _INTERPRETED: ContextVar[frozenset[str | None]] = ContextVar("interpreted", defa
 
 
 def backend_for(x: torch.Tensor, wanted: Backend | None = None, op: str | None = None) -> Backend:
-    """Returns `wanted` if given, else "triton" for a CUDA tensor and "reference" for any other (see `interpreted_kernels`)."""
+    """Returns `wanted` if given, else "triton" for a CUDA tensor and "reference" for any other (see `interpreted_kernels`).
+
+    The kernels accumulate in fp32, so fp64 always takes the reference."""
     if wanted is not None:
         return wanted
+    if x.dtype == torch.float64:
+        return "reference"
     if x.is_cuda:
         return "triton"
     if torch.compiler.is_compiling():  # Dynamo cannot trace ContextVar.get

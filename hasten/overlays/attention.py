@@ -11,7 +11,7 @@ from hasten.ops import NormConfig, NormInput, QKNorm
 from hasten.ops.lora import HeadsConfig
 from hasten.overlays.base import Overlay, runs_overlay
 from hasten.overlays.context import STOCK, AttentionContext
-from hasten.overlays.fused_linears import linear, qkv, qkv_through_norms
+from hasten.overlays.fused_linears import linear, projected, qkv, qkv_through_norms
 from hasten.overlays.norm import NormOverlay
 from hasten.weights import hooks_on_every_module, needs_own_forward
 
@@ -69,22 +69,29 @@ class AttentionOverlay(Overlay):
             )
         heads = HeadsConfig(self.head_dim, position, overlay_config.rotation, overlay_config.rope_fp32)
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        if rope_is_watched:
-            qkv_BTHD = qkv_through_norms(hidden_states, projections, heads, self._normed)
-        elif overlay_config.qk_norm is None:
-            qkv_BTHD = qkv(hidden_states, projections, self.training, heads, norm_input)
-        elif self._norms_can_fuse():
-            norms = QKNorm(self.q_norm.weight, self.k_norm.weight, overlay_config.qk_norm)
-            qkv_BTHD = qkv(hidden_states, projections, self.training, replace(heads, qk_norm=norms), norm_input)
-        else:
-            qkv_BTHD = qkv_through_norms(hidden_states, projections, heads, self._normed)
         context = STOCK if attention_context is None else attention_context
-        attended, weights = context.attend(self, qkv_BTHD, attention_mask, past_key_values, kwargs)
+        weights = None
+        if not rope_is_watched and context.takes_projections(hidden_states) and self._norms_can_fuse():
+            qkv_BTHD = projected(hidden_states, projections, self.training, self.head_dim)
+            attended = context.attend_projections(self, qkv_BTHD, replace(heads, qk_norm=self._qk_norm()))
+        else:
+            if rope_is_watched or not self._norms_can_fuse():
+                qkv_BTHD = qkv_through_norms(hidden_states, projections, heads, self._normed)
+            else:
+                heads = replace(heads, qk_norm=self._qk_norm())
+                qkv_BTHD = qkv(hidden_states, projections, self.training, heads, norm_input)
+            attended, weights = context.attend(self, qkv_BTHD, attention_mask, past_key_values, kwargs)
         attended = attended.reshape(*hidden_states.shape[:-1], -1)
         return linear(attended, self.o_proj, self.training, residual), weights
 
+    def _qk_norm(self) -> QKNorm | None:
+        config = self.overlay_config.qk_norm
+        return None if config is None else QKNorm(self.q_norm.weight, self.k_norm.weight, config)
+
     def _norms_can_fuse(self) -> bool:
-        """Returns whether the norms on queries and keys may be computed from their weights, without calling them."""
+        """Returns whether the norms on queries and keys, if there are any, may be computed from their weights, without calling them."""
+        if self.overlay_config.qk_norm is None:
+            return True
         if hooks_on_every_module():
             return False
         norms = (self.q_norm, self.k_norm)

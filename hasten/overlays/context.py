@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hasten.ops import attend
 from hasten.ops.attention import attention
+from hasten.ops.lora import HeadsConfig
 from hasten.overlays.precision import compute_dtype
 
 QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -48,6 +49,14 @@ class AttentionContext(ABC):
         attention.
         Returns (B, T, H, D) and the attention weights (B, H, T, S), or None where they are never materialised.
         """
+
+    def takes_projections(self, hidden_states: torch.Tensor) -> bool:
+        """Returns whether `attend_projections` runs in place of `attend` for these inputs (B, T, E) of an attention."""
+        return False
+
+    def attend_projections(self, module: Any, qkv: QKV, heads: HeadsConfig) -> torch.Tensor:
+        """Norms, rotates, updates the cache and attends. qkv: the projections, before q/k norm and RoPE. Returns (B, T, H, D)."""
+        raise NotImplementedError
 
     @abstractmethod
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Self:

@@ -59,6 +59,16 @@ def qkv(
     return *qk_rope(q, k, heads.position, heads.rotation, heads.fp32, heads.qk_norm), v
 
 
+def projected(
+    x: torch.Tensor, modules: tuple[Any, Any, Any], training: bool, dim: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Projects x (B, T, E) to q, k and v (B, T, H, D), without q/k norm and RoPE. dim: channels of a head."""
+    fused = fused_input(x, modules, training)
+    found = lora_linears(*fused) if fused is not None else tuple(module(x) for module in modules)
+    q, k, v = (part.unflatten(-1, (-1, dim)) for part in found)
+    return q, k, v
+
+
 def qkv_through_norms(
     x: torch.Tensor,
     modules: tuple[Any, Any, Any],

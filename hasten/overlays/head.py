@@ -16,7 +16,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hasten.ops.backend import backend_for
+from hasten.ops.lora import is_one_token
 from hasten.overlays.base import Overlay, with_oom_advice
+from hasten.overlays.fused_linears import linear
 from hasten.overlays.fused_loss import fused_loss
 from hasten.overlays.fused_output import FusedLossOutput
 from hasten.overlays.head_inputs import check_length, keep_positions
@@ -113,7 +115,8 @@ class HeadOverlay(Overlay):
         return result if wants_dict else result.to_tuple()
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = self.lm_head(hidden)
+        one_token = backend_for(hidden) == "triton" and is_one_token(hidden)
+        logits = linear(hidden, self.lm_head, self.training) if one_token else self.lm_head(hidden)
         if self.overlay_config.scale != 1.0:
             logits = logits * self.overlay_config.scale
         if self.overlay_config.softcap is not None:

@@ -185,7 +185,7 @@ def _parameters(matching: Matching) -> list[str]:
 def _of_parameters(matching: Matching) -> list[str]:
     matched = _parameters(matching)
     found = []
-    for name in matching.config.target_parameters or []:
+    for name in matching.asked.target_parameters or []:  # PEFT may add names that only some models have
         if not any(path == name or path.endswith(f".{name}") for path in matched):
             tails = sorted({".".join(p.split(".")[-2:]) for p, _ in matching.model.named_parameters()})
             found.append(f"target_parameters {name!r} matches no parameter of this model{_similar(name, tails)}")

@@ -5,6 +5,7 @@ from hasten.weights.linear import dequantize, holds, label_of, linear_bytes
 from hasten.weights.own_forward import hooks_on_every_module, is_watched, needs_own_forward
 from hasten.weights.packing import is_packed, pack_weights
 from hasten.weights.peft_layers import LoraPair, active_adapters, adapter_type, base_layer_of, read_lora, unwrap
+from hasten.weights.pickling import register_pickling
 from hasten.weights.reader import head_is_watched, read_head, read_linear
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "read_head",
     "read_linear",
     "read_lora",
+    "register_pickling",
     "unwrap",
 ]

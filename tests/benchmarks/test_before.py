@@ -27,6 +27,7 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path / "tree"
 
 
+@pytest.mark.full
 def test_two_trees_step_alike_in_processes_of_their_own(tree: Path, tmp_path: Path) -> None:
     write_apart("tiny", tmp_path)
     logs: dict[str, str] = {}

@@ -16,6 +16,7 @@ def test_every_launched_kernel_is_called(monkeypatch: pytest.MonkeyPatch) -> Non
     _every_launched_kernel_is_called(list(kernel_calls.CALLS), monkeypatch)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("tool", sanitize.NOT_UNDER)
 def test_what_a_tool_cannot_run_is_reached_another_way(tool: str, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [name for name in kernel_calls.CALLS if name not in sanitize.NOT_UNDER[tool]]

@@ -28,6 +28,7 @@ def steps(points: Path) -> Steps:
     return found
 
 
+@pytest.mark.full
 def test_points_and_a_series_on_a_cpu(tmp_path: Path, points: Path) -> None:
     """One process, one model, every row in the order given; more positions than the shape's own config has."""
     more = ["--variants", "hasten", "--shape", "tiny", "--points", "1:64,2:4096", "--series", "64,128,256"]

@@ -127,6 +127,7 @@ def test_memory_guesses_are_above_what_was_measured() -> None:
         assert gib <= jobs.memory_gib(jobs.JOBS[job], mode, variant)[1] <= 2.2 * gib, (job, mode, variant)
 
 
+@pytest.mark.full
 def test_a_real_worker_steps_and_says_what_it_was_asked(tmp_path: Path) -> None:
     """hasten and transformers, a tiny model on the CPU, through the processes that a GPU run uses."""
     write_apart("tiny", tmp_path)

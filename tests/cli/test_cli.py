@@ -29,7 +29,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_help_names_every_command() -> None:
     text = call("--help").output
-    for command in ("demo", "train", "generate", "merge", "report", "estimate", "doctor", "run"):
+    for command in ("demo", "train", "generate", "serve", "merge", "report", "estimate", "doctor", "run"):
         assert command in text
 
 

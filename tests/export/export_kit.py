@@ -75,7 +75,7 @@ def train(model: Any, seed: int = 0) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 size = 0.1 * parameter.float().std().nan_to_num() + 0.02
-                noise = torch.randn(parameter.shape, generator=generator) * size
+                noise = torch.randn(parameter.shape, generator=generator).to(parameter.device) * size
                 parameter.add_(noise.to(parameter.dtype))
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from device_kit import DEVICE, GRADIENTS, LOGITS, ON_GPU, assert_near
 from peft import PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft_kinds import KINDS
@@ -19,12 +20,12 @@ from hasten.testing import save_tiny
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 """PEFT warns of what these tests ask for on purpose."""
 
-IDS = torch.randint(6, 260, (2, 24), generator=torch.Generator().manual_seed(0))
-IDS[:, 10:12] = torch.tensor([7, 9])  # the tokens whose rows train
-LABELS = torch.where(torch.arange(24) < 3, -100, IDS)
+IDS = torch.randint(6, 260, (2, 24), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+IDS[:, 10:12] = torch.tensor([7, 9], device=DEVICE)  # the tokens whose rows train
+LABELS = torch.where(torch.arange(24, device=DEVICE) < 3, -100, IDS)
 METHODS = [kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING]
 MERGED = {"LORA", "ADALORA", "TRAINABLE_TOKENS"}
-TASKS = {"task_ids": torch.tensor([0, 1])}
+TASKS = {"task_ids": torch.tensor([0, 1], device=DEVICE)}
 CALLS: dict[str, dict[str, Any]] = {"POLY": TASKS, "MULTITASK_PROMPT_TUNING": TASKS}
 LOGITS_NEEDED = {"CPT"}
 """Methods whose PEFT code reads the logits of a training forward, which a fused loss never computes."""
@@ -45,7 +46,8 @@ def adapters(base: Path) -> dict[str, str]:
 
 
 def stock(base: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return model.to(DEVICE)
 
 
 def ours(base: Path) -> Any:
@@ -61,12 +63,12 @@ def adapt(model: Any, method: str, adapters: dict[str, str]) -> Any:
         settings |= {"adapters": adapters}
         model.config.use_cache = False
     torch.manual_seed(0)
-    model = get_peft_model(model, config(task_type="CAUSAL_LM", **settings))
+    model = get_peft_model(model, config(task_type="CAUSAL_LM", **settings)).to(DEVICE)  # some stay on the CPU
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
     return model
 
 
@@ -99,13 +101,14 @@ def test_method_trains_as_on_stock_and_is_merged_or_refused(
     if method in LOGITS_NEEDED:
         with pytest.raises(InputError, match="logits_to_keep"):
             step(model, method)
-        call = {"logits_to_keep": torch.arange(24 + KINDS[method].get("num_virtual_tokens", 4))}
+        call = {"logits_to_keep": torch.arange(24 + KINDS[method].get("num_virtual_tokens", 4), device=DEVICE)}
     loss, grads, logits = step(model, method, **call)
-    assert loss == pytest.approx(expected[0], rel=1e-5)
+    assert loss == pytest.approx(expected[0], rel=LOGITS if ON_GPU else 1e-5)
     assert set(grads) == set(expected[1])
+    floor = GRADIENTS * 1e-4 * max(float(grad.norm()) for grad in expected[1].values()) if ON_GPU else 1e-7
     for name, grad in grads.items():
-        assert (grad - expected[1][name]).norm() <= 2e-4 * expected[1][name].norm() + 1e-7, name
-    torch.testing.assert_close(logits, expected[2], rtol=1e-5, atol=1e-5)
+        assert (grad - expected[1][name]).norm() <= GRADIENTS * expected[1][name].norm() + floor, name
+    assert_near(logits, expected[2], rtol=1e-5, atol=1e-5)
     assert "lm_head" in str(hasten.report(model))
     _check_exports(model, method, base, tmp_path, logits[:, -24:])
 
@@ -115,7 +118,7 @@ def _check_exports(model: Any, method: str, base: Path, folder: Path, tuned: tor
         model.save_pretrained_merged(folder / "merged")
         with torch.no_grad():
             merged, untouched = stock(folder / "merged").eval()(IDS).logits, stock(base).eval()(IDS).logits
-        torch.testing.assert_close(merged, tuned, rtol=1e-4, atol=1e-4)
+        assert_near(merged, tuned, 1e-4, rtol=1e-4, atol=1e-4)
         assert (merged - untouched).abs().max() > 1e-2
     else:
         for way in ("merged_16bit", "merged_4bit"):
@@ -125,11 +128,11 @@ def _check_exports(model: Any, method: str, base: Path, folder: Path, tuned: tor
     if method in ("XLORA", "MULTITASK_PROMPT_TUNING", "POLY"):
         return  # these need arguments of their own to load
     model.save_pretrained_merged(folder / "adapter", save_method="lora")
-    again = PeftModel.from_pretrained(stock(base), folder / "adapter").eval()
+    again = PeftModel.from_pretrained(stock(base), folder / "adapter").to(DEVICE).eval()
     with torch.no_grad():
         call = {"labels": LABELS} if method in LOGITS_NEEDED else {}
         got = again(input_ids=IDS, **call).logits[:, -24:]
-    torch.testing.assert_close(got, tuned, rtol=1e-5, atol=1e-5)
+    assert_near(got, tuned, rtol=1e-5, atol=1e-5)
     if method not in ("LORA", "TRAINABLE_TOKENS"):
         with pytest.raises(CheckpointError, match=method):
             FastLanguageModel.from_pretrained(str(folder / "adapter"), load_in_4bit=False, max_seq_length=64)
@@ -145,7 +148,7 @@ def test_the_way_that_the_message_names_works(base: Path, tmp_path: Path, method
     model.merge_and_unload().save_pretrained_merged(tmp_path / "merged")
     with torch.no_grad():
         got = stock(tmp_path / "merged").eval()(IDS).logits
-    torch.testing.assert_close(got, tuned, rtol=1e-3, atol=1e-4)
+    assert_near(got, tuned, 2e-4, rtol=1e-3, atol=1e-4)
 
 
 def test_a_deleted_prompt_does_not_stay_in_the_way(base: Path, tmp_path: Path) -> None:

@@ -5,8 +5,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
 
 def lora(model: Any, r: int = 4, **kwargs: Any) -> Any:
     """PEFT's LoRA on all linears, with a B that is not zero."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from device_kit import DEVICE
 from transformers import StaticCache
 from transformers_kit import recompute
 
@@ -23,7 +24,6 @@ from hasten.patching import apply, plan, report, restore
 from hasten.patching.apply import put_overlay
 from hasten.testing import relative_error, tiny_model
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAMILIES = ["llama", "mistral", "qwen2", "gemma2", "gemma3_text", "cohere2"]
 SMALL = Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))
 LENGTHS = (9, 1, 14)

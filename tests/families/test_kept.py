@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from kernels_kit import DEVICE, lora
+from device_kit import DEVICE
+from kernels_kit import lora
 
 from hasten.patching import apply
 from hasten.testing import tiny_model

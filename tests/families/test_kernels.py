@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from kernels_kit import DEVICE, lora
+from device_kit import DEVICE
+from kernels_kit import lora
 from peft import LoraConfig, get_peft_model
 from transformers_kit import recompute
 

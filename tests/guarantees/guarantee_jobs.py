@@ -54,11 +54,12 @@ def train(path: Path, resume: bool = False, kill_at: int | None = None) -> None:
 
 
 def rank_of_ddp(rank: int, base: Path, folder: Path) -> None:
-    """Averages a rank's gradients over gloo; rank 0 saves them."""
+    """Averages a rank's gradients over gloo, on the CPU; rank 0 saves them."""
     _meet(rank, folder)
-    model, _ = adapted(base, {"init_lora_weights": False})
+    model, _ = adapted(base, {"init_lora_weights": False}, device_map="cpu")
     parallel = torch.nn.parallel.DistributedDataParallel(model.train())
-    parallel(input_ids=IDS[rank : rank + 1], labels=IDS[rank : rank + 1]).loss.backward()
+    ids = IDS[rank : rank + 1].cpu()
+    parallel(input_ids=ids, labels=ids).loss.backward()
     if rank == 0:
         torch.save({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, folder / "grads.pt")
         torch.save(distributed.get_world_size(), folder / "world.pt")
@@ -68,16 +69,16 @@ def rank_of_ddp(rank: int, base: Path, folder: Path) -> None:
 
 
 def rank_of_fsdp(rank: int, base: Path, folder: Path) -> None:
-    """One sharded step of SGD, whose adapter rank 0 saves by the names it has without sharding."""
+    """One sharded step of SGD on the CPU, whose adapter rank 0 saves by the names it has without sharding."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.fsdp import fully_shard
 
     mesh = _meet(rank, folder)
-    model, _ = adapted(base, {"init_lora_weights": False})
+    model, _ = adapted(base, {"init_lora_weights": False}, device_map="cpu")
     for layer in model.base_model.model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    one_step(model.train(), IDS[rank : rank + 1])
+    one_step(model.train(), IDS[rank : rank + 1].cpu())
     whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank == 0:
         torch.save({name: t for name, t in whole.items() if "lora_" in name}, folder / "adapter.pt")

@@ -1,6 +1,8 @@
 """Tiny checkpoints, loads and training runs for the tests of the guarantees, and processes that start fresh.
 
-`fresh` forks from a server that has imported the libraries and done nothing else: a fresh process without seconds of imports.
+`fresh` forks from a server that has imported the libraries and done nothing else: a fresh process without seconds of
+imports. On a GPU it starts an interpreter: a process cannot use CUDA where its parent has asked how many GPUs there are,
+which the imports do.
 """
 
 import contextlib
@@ -16,14 +18,18 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from device_kit import DEVICE, ON_GPU
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer
+from transformers_kit import exact_attention
 from trl import SFTTrainer
 
 from hasten import FastLanguageModel, sft_config
 
-IDS = torch.randint(6, 260, (2, 20), generator=torch.Generator().manual_seed(1))
+IDS = torch.randint(6, 260, (2, 20), generator=torch.Generator().manual_seed(1)).to(DEVICE)
 PROMPTS = [IDS[0, :3], IDS[0], IDS[1, :9], IDS[1, :1], IDS[0, 5:17], IDS[1, :5], IDS[1], IDS[0, :8]]
+SECONDS = 360 if ON_GPU else 120
+"""That a fresh process may take. On a GPU each compiles kernels."""
 PRELOADED = ["torch", "transformers", "peft", "trl", "datasets", "hasten.model", "hasten.training.job"]
 
 
@@ -42,13 +48,16 @@ def adapted(folder: Path | str, adapter: dict[str, Any] | None = None, **options
 
 
 def stock(folder: Path | str, **options: Any) -> Any:
-    """The same checkpoint by plain transformers, in fp32."""
-    return AutoModelForCausalLM.from_pretrained(str(folder), **{"dtype": torch.float32, **options}).eval()
+    """The same checkpoint by plain transformers, in fp32, on the device of the tests."""
+    options = {"dtype": torch.float32, **exact_attention(folder), **options}
+    model = AutoModelForCausalLM.from_pretrained(str(folder), **options)
+    return model.eval().to(DEVICE)
 
 
 @torch.no_grad()
 def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
-    return model.eval()(ids).logits.float()
+    """On the CPU, whatever the model's device."""
+    return model.eval()(ids.to(model.device)).logits.float().cpu()
 
 
 def settings(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -111,6 +120,8 @@ def as_json(path: Path) -> Any:
 
 def processes() -> Any:
     """The context of fresh processes."""
+    if ON_GPU:
+        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context
@@ -123,7 +134,7 @@ def fresh(*jobs: tuple[Callable[..., None], tuple[Any, ...]]) -> list[int]:
     for process in started:
         process.start()
     for process in started:
-        process.join(120)
+        process.join(SECONDS)
         if process.is_alive():
             process.kill()
             process.join()
@@ -132,7 +143,7 @@ def fresh(*jobs: tuple[Callable[..., None], tuple[Any, ...]]) -> list[int]:
 
 def _alone(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    faulthandler.dump_traceback_later(100, exit=True)  # says where a process hangs, before it is killed
+    faulthandler.dump_traceback_later(SECONDS - 20, exit=True)  # says where a process hangs, before it is killed
     function(*arguments)
 
 

@@ -122,10 +122,11 @@ def test_r27_the_oldest_and_the_newest_versions_are_pinned() -> None:
 def test_r28_everything_but_kernels_works_without_a_gpu(plain: Path, tmp_path: Path) -> None:
     """Without a GPU a model loads, trains and saves in plain torch, and errors keep the exception that caused them."""
     model, tokenizer = adapted(plain, device_map="cpu")
-    model.train()(IDS, labels=IDS).loss.backward()
+    ids = IDS.cpu()
+    model.train()(ids, labels=ids).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad) and model.device.type == "cpu"
     model.save_pretrained_merged(tmp_path / "out", tokenizer)
-    assert torch.equal(logits(stock(tmp_path / "out")), logits(model))
+    assert torch.equal(logits(stock(tmp_path / "out").cpu()), logits(model))
     broken = Path(shutil.copytree(plain, tmp_path / "broken"))
     (broken / "config.json").write_text("{")
     with pytest.raises(CheckpointError) as caught:
@@ -144,7 +145,8 @@ def test_r29_the_order_of_imports_does_not_matter(plain: Path) -> None:
     code = (
         "import sys, hasten; from hasten import FastLanguageModel as F; import trl, peft, transformers, torch\n"
         "m, _ = F.from_pretrained(sys.argv[1], 64, torch.float32, load_in_4bit=False)\n"
-        "print(float(m.eval()(torch.arange(6, 26)[None]).logits.double().sum()))"
+        "ids = torch.arange(6, 26, device=m.device)[None]\n"
+        "print(float(m.eval()(ids).logits.cpu().double().sum()))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(plain)], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -171,12 +171,12 @@ def test_r24_a_merge_is_whole_or_nothing(llama: Path, tmp_path: Path) -> None:
 
 
 def _measure_merge(base: Path, target: Path, shard: int) -> None:
-    """Exits with the peak of a merge above the model, in tenths of a shard."""
+    """Exits with the peak of a merge above the model, in tenths of a shard, plus 2 (1 = an exception)."""
     model, tokenizer = adapted(base, {"target_modules": ["q_proj"]})
     model.save_pretrained_merged(target / "warm", tokenizer, max_shard_size=shard)
     with peak_memory() as peak:
         model.save_pretrained_merged(target / "out", tokenizer, max_shard_size=shard)
-    sys.exit(min(255, 1 + 10 * peak.bytes // shard))
+    sys.exit(min(255, 2 + 10 * peak.bytes // shard))
 
 
 def test_r24_a_merge_needs_less_than_two_shards_of_memory(tmp_path: Path) -> None:
@@ -184,8 +184,8 @@ def test_r24_a_merge_needs_less_than_two_shards_of_memory(tmp_path: Path) -> Non
     sizes = {"hidden_size": 256, "intermediate_size": 4096, "num_hidden_layers": 6, "head_dim": 64}
     base = save_tiny(tmp_path / "base", "llama", max_shard_size="16MB", **sizes)
     assert sum(path.stat().st_size for path in base.glob("*.safetensors")) > 5 * 16e6
-    (tenths,) = fresh((_measure_merge, (base, tmp_path, 16 * 10**6)))
-    assert 0 < tenths < 20, f"{tenths / 10} shards"
+    (code,) = fresh((_measure_merge, (base, tmp_path, 16 * 10**6)))
+    assert 2 <= code < 22, f"{(code - 2) / 10} shards, or an exception"
 
 
 def test_r25_every_artefact_loads_everywhere(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cli_kit import read_metrics, write_job
+from device_kit import DEVICE, GRADIENTS, ON_GPU, matches
 from guarantee_jobs import KILLED, RANKS, SAVED, STEPS, job_file, one_step, rank_of_ddp, rank_of_fsdp, train
 from guarantee_kit import IDS, adapted, anonymous, as_json, fresh, load, logits, losses, read, same, stock, trainer
 from peft import LoraConfig, get_peft_model
@@ -37,12 +38,15 @@ def test_r18_the_loss_curve_is_that_of_transformers_and_peft(plain: Path, tmp_pa
     model, tokenizer = adapted(plain, {"r": 4})
     other = like(model, plain)
     how = {"max_steps": 50, "learning_rate": 5e-3, "seed": 3}
-    ours, theirs = trainer(model, tokenizer, rows(24), tmp_path, **how), hf(other, rows(24), tmp_path, **how)
+    ours, theirs = (
+        trainer(model, tokenizer, rows(24), tmp_path, **how),
+        hf(other, rows(24), tmp_path, use_cpu=not ON_GPU, **how),
+    )
     ours.train(), theirs.train()
     torch.testing.assert_close(losses(ours), losses(theirs), rtol=1e-4, atol=0)
     assert losses(ours)[-1] < losses(ours)[0]
     with torch.no_grad():
-        assert torch.equal(model.train()(IDS).logits, model.eval()(IDS).logits)
+        assert matches(model.train()(IDS).logits, model.eval()(IDS).logits)
 
 
 @pytest.fixture(scope="module")
@@ -118,12 +122,15 @@ def test_r38_activation_checkpointing_changes_no_number(plain: Path, dropout: fl
         how = {"lora_dropout": dropout, "init_lora_weights": False, "use_gradient_checkpointing": mode}
         model, _ = adapted(plain, how, use_gradient_checkpointing=mode)
         torch.manual_seed(7)
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
             loss = model.train()(IDS, labels=IDS).loss
         loss.backward()
         found.append((loss.detach(), gradients_of(model)))
     for loss, gradients in found[1:]:
-        assert torch.equal(loss, found[0][0]) and gradients_apart(gradients, found[0][1]) == 0
+        assert torch.equal(loss, found[0][0])
+        assert gradients_apart(gradients, found[0][1]) <= (
+            1e-5 if ON_GPU else 0
+        )  # torch's attention is not deterministic there
 
 
 @pytest.mark.parametrize("four", [False, True], ids=["dense", "NF4"])
@@ -140,7 +147,7 @@ def test_r39_any_dtypes_go_together(plain: Path, dtype: torch.dtype, four: bool)
                 float32_mixed_precision=wide,
             )
             for autocast in (False, True):  # of the base's dtype, as trainers set it
-                with torch.autocast("cpu", dtype if dtype.itemsize == 2 else torch.bfloat16, enabled=autocast):
+                with torch.autocast(DEVICE, dtype if dtype.itemsize == 2 else torch.bfloat16, enabled=autocast):
                     loss = model.train()(IDS, labels=IDS).loss
                 loss.backward()
                 assert math.isfinite(loss.detach())
@@ -160,7 +167,7 @@ def test_r40_memory_stays_flat(plain: Path) -> None:
         optimizer.zero_grad()
         if step % 20 == 19:
             logits(model)
-            seen.append(anonymous())
+            seen.append(anonymous() + torch.cuda.memory_allocated())
     assert max(seen[5:]) - seen[4] < 4 * 2**20, [round(size / 2**20, 1) for size in seen]
 
 
@@ -205,8 +212,9 @@ def test_r35_two_ranks_train_as_one_on_both_batches(plain: Path, tmp_path: Path)
     """Data-parallel ranks average to the gradients of one process on the joined batch."""
     assert fresh(*((rank_of_ddp, (rank, plain, tmp_path)) for rank in range(RANKS))) == [0, 0]
     assert torch.load(tmp_path / "world.pt", weights_only=True) == RANKS
-    model, _ = adapted(plain, {"init_lora_weights": False})
-    model.train()(IDS, labels=IDS).loss.backward()
+    model, _ = adapted(plain, {"init_lora_weights": False}, device_map="cpu")
+    ids = IDS.cpu()
+    model.train()(ids, labels=ids).loss.backward()
     found = torch.load(tmp_path / "grads.pt", weights_only=True)
     assert gradients_apart(found, gradients_of(model)) < 1e-5
 
@@ -214,8 +222,8 @@ def test_r35_two_ranks_train_as_one_on_both_batches(plain: Path, tmp_path: Path)
 def test_r36_sharded_training_saves_the_adapter_of_one_process(plain: Path, tmp_path: Path) -> None:
     """A model sharded by FSDP2 takes the step of one process, and its adapter is saved under the same names."""
     assert fresh(*((rank_of_fsdp, (rank, plain, tmp_path)) for rank in range(RANKS))) == [0, 0]
-    model, _ = adapted(plain, {"init_lora_weights": False})
-    one_step(model.train(), IDS)
+    model, _ = adapted(plain, {"init_lora_weights": False}, device_map="cpu")
+    one_step(model.train(), IDS.cpu())
     wanted = {name: p.detach() for name, p in model.named_parameters() if "lora_" in name}
     found = torch.load(tmp_path / "adapter.pt", weights_only=True)
     assert found.keys() == wanted.keys()
@@ -234,7 +242,7 @@ def test_r43_the_report_says_what_runs_and_why(tmp_path: Path) -> None:
         torch.manual_seed(5)
         one.train()(IDS, labels=IDS).loss.backward()
         seen.append(gradients_of(one))
-    assert gradients_apart(*seen) < 1e-4
+    assert gradients_apart(*seen) < (GRADIENTS if ON_GPU else 1e-4)
     table = report(model)
     unfused = [row for row in table.rows if "unfused" in row.runs]
     assert sum(row.count for row in unfused) == 14 and all("dropout" in row.why for row in unfused)

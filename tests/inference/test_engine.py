@@ -32,7 +32,7 @@ class Recording:
 def test_generate_calls_the_models_engine(tmp_path: Path) -> None:
     folder = str(save_tiny(tmp_path, "llama"))
     model, _ = FastLanguageModel.from_pretrained(folder, max_seq_length=64, load_in_4bit=False)
-    ids = torch.arange(6, 20)[None]
+    ids = torch.arange(6, 20, device=model.device)[None]
     assert isinstance(engine_of(model), DecodeEngine if model.device.type == "cuda" else StockEngine)
     expected = model.generate(ids, max_new_tokens=4, do_sample=False)
     engine: Engine = Recording()

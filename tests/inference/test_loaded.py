@@ -33,10 +33,10 @@ def test_batched_equals_alone(folder: Path, quantised: bool, adapter: bool) -> N
     FastLanguageModel.for_inference(model)
     alone = []
     for prompt in PROMPTS:
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
         alone.append(model.generate(input_ids=ids, max_new_tokens=16, do_sample=False, eos_token_id=None)[0, -16:])
     for side in ("left", "right"):
-        batch = tokenizer(PROMPTS, return_tensors="pt", padding=True, padding_side=side)
+        batch = tokenizer(PROMPTS, return_tensors="pt", padding=True, padding_side=side).to(model.device)
         got = model.generate(**batch, max_new_tokens=16, do_sample=False, eos_token_id=None)[:, -16:]
         assert torch.equal(got, torch.stack(alone)), side
 
@@ -46,7 +46,8 @@ def test_generating_does_not_change_4bit_weights(folder: Path) -> None:
     model, tokenizer = loaded(folder, load_in_4bit=True)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert any(name.endswith("weight.nested_absmax") for name in before)
-    FastLanguageModel.for_inference(model).generate(**tokenizer("abc", return_tensors="pt"), max_new_tokens=4)
+    inputs = tokenizer("abc", return_tensors="pt").to(model.device)
+    FastLanguageModel.for_inference(model).generate(**inputs, max_new_tokens=4)
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
@@ -54,7 +55,7 @@ def test_generating_does_not_change_4bit_weights(folder: Path) -> None:
 
 def test_what_the_model_was_loaded_for_is_its_limit(folder: Path) -> None:
     model, tokenizer = loaded(folder, load_in_4bit=False, max_seq_length=32)
-    batch = tokenizer(PROMPTS[0], return_tensors="pt")
+    batch = tokenizer(PROMPTS[0], return_tensors="pt").to(model.device)
     with pytest.raises(InputError, match="max_seq_length=32"):
         model.generate(**batch, max_new_tokens=32)
     assert model.generate(**batch, max_new_tokens=28, eos_token_id=None).shape[1] == 32
@@ -77,7 +78,7 @@ def test_beyond_the_checkpoints_context_equals_stock_with_the_same_rope(folder: 
 def test_tokenizer_and_configs_stay_as_they_were(folder: Path) -> None:
     model, tokenizer = loaded(folder, load_in_4bit=False)
     configs = (model.config.to_dict(), model.generation_config.to_dict())
-    batch = tokenizer(PROMPTS, return_tensors="pt", padding=True)
+    batch = tokenizer(PROMPTS, return_tensors="pt", padding=True).to(model.device)
     state = (tokenizer.padding_side, tokenizer.init_kwargs.copy(), tokenizer.backend_tokenizer.to_str())
     model.generate(**batch, max_new_tokens=4)
     assert state == (tokenizer.padding_side, tokenizer.init_kwargs, tokenizer.backend_tokenizer.to_str())

@@ -2,12 +2,14 @@
 
 import copy
 import itertools
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from device_kit import DEVICE, ON_GPU
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers_kit import recompute
@@ -31,23 +33,28 @@ def offloaded(name: str = "llama") -> tuple[Any, Any]:
     return model, stock
 
 
+def readable(table: torch.Tensor, ids: torch.Tensor, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(table, ids) where the backend reads them: a GPU reads pinned memory by ids of its own."""
+    return (table.pin_memory(), ids.to(DEVICE)) if ON_GPU and backend == "triton" else (table, ids)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_rows_are_the_tables(backend: Any, dtype: torch.dtype) -> None:
-    table = torch.randn(288, 1500).to(dtype)
-    rows = host_rows(table.requires_grad_(), IDS.expand(3, 2, 4)[:, ::2], backend)
-    assert torch.equal(rows, table[IDS.expand(3, 2, 4)[:, ::2]]) and not rows.requires_grad
-    assert host_rows(table, IDS[:0], backend).shape == (0, 4, 1500)
+    table, ids = readable(torch.randn(288, 1500).to(dtype), IDS, backend)
+    rows = host_rows(table.requires_grad_(), ids.expand(3, 2, 4)[:, ::2], backend)
+    assert torch.equal(rows.cpu(), table[IDS.expand(3, 2, 4)[:, ::2]]) and not rows.requires_grad
+    assert host_rows(table, ids[:0], backend).shape == (0, 4, 1500)
 
 
 def test_an_id_outside_of_the_table_shows() -> None:
-    table = torch.ones(5, 8)
-    rows = host_rows(table, torch.tensor([4, 5, -1]), "triton")
+    table, ids = readable(torch.ones(5, 8), torch.tensor([4, 5, -1]), "triton")
+    rows = host_rows(table, ids, "triton")
     assert bool((rows[0] == 1).all()) and bool(rows[1:].isnan().all())
     with pytest.raises(IndexError):
         host_rows(table, torch.tensor([5]), "reference")
     with pytest.raises(ValueError, match="pinned"):
-        host_rows(torch.ones(5, 16)[:, ::2], torch.tensor([1]), "triton")
+        host_rows(torch.ones(5, 16)[:, ::2], ids[:1], "triton")
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
@@ -113,9 +120,12 @@ def test_accelerates_hooks_call_the_new_forward() -> None:
         assert torch.equal(embedding(IDS), embedding.weight[IDS])
 
 
-def test_copies_stay_on_the_host_too() -> None:
-    model, stock = offloaded()
-    twin = copy.deepcopy(model)
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_stay_on_the_host_too(how: str, name: str) -> None:
+    model, stock = offloaded(name)
+    twin = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))  # noqa: S301
+    assert type(twin.get_input_embeddings()) is type(model.get_input_embeddings())
     assert isinstance(twin.get_input_embeddings(), HostEmbedding)
     assert torch.equal(twin(IDS).logits, stock(IDS).logits)
 

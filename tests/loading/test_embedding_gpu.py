@@ -120,14 +120,15 @@ def test_the_memory_is_given_back(tmp_path: Path) -> None:
     assert sizes[0] - sizes[1] >= 50000 * 64 * 2 * 0.99
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning")
 def test_the_host_never_waits_and_order_is_kept() -> None:
     """Ids that are made on the device just before, and an output that is overwritten just after, on a side stream too."""
     table = torch.randn(1000, 4096).bfloat16().pin_memory()
     ids = torch.randint(0, 1000, (4096,), device="cuda")
     host_rows(table, ids)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             torch.cuda._sleep(50_000_000)  # pyright: ignore[reportPrivateUsage]

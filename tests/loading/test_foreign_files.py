@@ -99,7 +99,9 @@ def logits(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("name", FILES)
 def test_a_mutated_file_is_refused_or_loads_as_stock(name: str, sharded: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(sharded, tmp_path / "copy"))
-    options = LoadOptions(model_name=str(folder), max_seq_length=64, load_in_4bit=False, dtype=torch.float32)
+    options = LoadOptions(
+        model_name=str(folder), max_seq_length=64, load_in_4bit=False, dtype=torch.float32, device_map="cpu"
+    )
     outcomes = {}
     for seed, content in mutations(sharded / name, FILES[name]):
         (folder / name).write_bytes(content)

@@ -45,13 +45,13 @@ def hub() -> Iterator[Hub]:
 
 def ask(hub: Hub, home: Path, *calls: dict[str, Any], **environment: str) -> list[dict[str, Any]]:
     hub.log.clear()
-    root = str(Path(__file__).parents[2])
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     clean = {
         k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_")) and "proxy" not in k.lower()
     }
     done = subprocess.run(
         [sys.executable, "-c", CHILD, json.dumps(calls)],
-        env={**clean, "PYTHONPATH": root, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), **environment},
+        env={**clean, "PYTHONPATH": paths, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), **environment},
         capture_output=True,
         text=True,
         timeout=120,

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from device_kit import DEVICE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hasten.loading import Loaded, load
 from hasten.loading.device import default_dtype
-from hasten.options import LoadOptions
+from hasten.options import PLACEMENTS, LoadOptions
 from hasten.testing import save_tiny
 from hasten.weights import dequantize
 from hasten.weights.formats import format_of
@@ -30,13 +31,13 @@ def notes(result: Loaded) -> str:
 
 def logits(model: Any, tokenizer: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model(**tokenizer(TEXT, return_tensors="pt")).logits.float()
+        return model(**tokenizer(TEXT, return_tensors="pt").to(model.device)).logits.float()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dense_equals_transformers_bit_for_bit(llama: Path, dtype: torch.dtype) -> None:
     result = loaded(llama, load_in_4bit=False, dtype=dtype)
-    stock = AutoModelForCausalLM.from_pretrained(llama, dtype=dtype)
+    stock = AutoModelForCausalLM.from_pretrained(llama, dtype=dtype, device_map=DEVICE)
     assert result.model.dtype == dtype
     ours, theirs = result.model.state_dict(), stock.state_dict()
     assert ours.keys() == theirs.keys()
@@ -116,7 +117,8 @@ def test_attn_implementation_is_honoured(llama: Path) -> None:
 )
 def test_device_maps(llama: Path, place: Any) -> None:
     model = loaded(llama, load_in_4bit=False, device_map=place).model
-    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    chosen_here = isinstance(place, str) and place in PLACEMENTS
+    assert {p.device.type for p in model.parameters()} == {DEVICE if chosen_here else "cpu"}
 
 
 def test_a_device_map_with_disk(llama: Path, tmp_path: Path) -> None:
@@ -129,7 +131,7 @@ def test_a_device_map_with_disk(llama: Path, tmp_path: Path) -> None:
         offload_folder=str(tmp_path / "offload"),
     )
     assert result.model.model.layers[0].mlp.up_proj.weight.device.type == "meta"
-    whole = loaded(llama, load_in_4bit=False, dtype=torch.float32)
+    whole = loaded(llama, load_in_4bit=False, dtype=torch.float32, device_map="cpu")
     assert torch.equal(logits(result.model, result.tokenizer), logits(whole.model, whole.tokenizer))
 
 
@@ -157,7 +159,7 @@ def test_settings_of_an_engine_that_is_off_are_reported(llama: Path) -> None:
 
 
 def test_offload_embedding_on_a_cpu_is_there_already(llama: Path) -> None:
-    assert "in CPU memory already" in notes(loaded(llama, offload_embedding=True))
+    assert "in CPU memory already" in notes(loaded(llama, offload_embedding=True, device_map="cpu"))
 
 
 def test_loading_leaves_the_callers_generators_alone(llama: Path) -> None:

@@ -138,8 +138,10 @@ def test_left_padded_batches_continue_as_alone(tmp_path: Path, kind: str) -> Non
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id
     texts = ["w5 w6 w7 w8 w9 w10", "w20 w21"]
     settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
-    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False).to(
+        model.device
+    )
     together = model.generate(**batch, **settings)[:, -6:]
     for text, found in zip(texts, together, strict=True):
-        alone = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+        alone = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device)
         assert torch.equal(model.generate(**alone, **settings)[0, -6:], found)

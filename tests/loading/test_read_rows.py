@@ -1,4 +1,4 @@
-"""Quantising row by row gives, to the bit, the model that transformers' loader gives."""
+"""Quantising row by row, which hasten does on a CPU, gives, to the bit, the model that transformers' loader gives."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers_kit import exact_attention
 
 from hasten.families import FAMILIES
 from hasten.loading import load
@@ -35,10 +36,11 @@ def both(folder: Path, storage: str) -> tuple[Any, Any]:
         dtype=torch.bfloat16,
         quantization_config=BitsAndBytesConfig(**SETTINGS[storage]),
         device_map={"": "cpu"},
+        **exact_attention(folder),
     )
     asked = {"load_in_8bit": True} if storage == "int8" else {}
     options = LoadOptions.from_call(
-        model_name=str(folder), max_seq_length=64, dtype=torch.bfloat16, fix_tokenizer=False, **asked
+        model_name=str(folder), max_seq_length=64, dtype=torch.bfloat16, fix_tokenizer=False, device_map="cpu", **asked
     )
     return load(options).model, stock
 
@@ -81,7 +83,8 @@ def test_equal_to_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_an_fp32_checkpoint_is_quantised_from_fp32(llama: Path) -> None:
-    model = load(LoadOptions(model_name=str(llama), max_seq_length=64, dtype=torch.bfloat16)).model
+    options = LoadOptions(model_name=str(llama), max_seq_length=64, dtype=torch.bfloat16, device_map="cpu")
+    model = load(options).model
     layer: Any = model.get_submodule("model.layers.0.mlp.up_proj")
     import bitsandbytes.functional as bnb
 
@@ -102,7 +105,7 @@ def test_a_bf16_checkpoint_of_an_fp32_model_is_dequantised_to_fp32(tmp_path: Pat
     for model in (ours, stock):
         layer: Any = model.get_submodule("model.layers.0.mlp.up_proj")
         assert layer.weight.quant_state.dtype == torch.float32
-        x = torch.linspace(-1, 1, 64).requires_grad_()
+        x = torch.linspace(-1, 1, 64, device=layer.weight.device).requires_grad_()
         layer(x[None, None]).sum().backward()
         seen.append(x.grad)
     assert torch.equal(*seen)

@@ -113,7 +113,12 @@ def test_a_mistral_without_window_is_extended() -> None:
 def test_what_is_asked_takes_effect_and_is_saved(tmp_path: Path, asked: dict, model_type: str) -> None:
     folder = save_tiny(tmp_path / "base", model_type)
     options = LoadOptions(
-        model_name=str(folder), max_seq_length=512, rope_scaling=asked, load_in_4bit=False, dtype=torch.float32
+        model_name=str(folder),
+        max_seq_length=512,
+        rope_scaling=asked,
+        load_in_4bit=False,
+        dtype=torch.float32,
+        device_map="cpu",
     )
     model = load(options).model
     rope = model.config.rope_parameters

@@ -1,16 +1,17 @@
-"""Shared by the tests of the ops: a norm's config, the accuracy rule, and NaN-poisoned allocations."""
+"""Shared by the tests of the ops: a norm's config, NF4 weights, the accuracy rule, and NaN-poisoned allocations."""
 
 import contextlib
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from device_kit import DEVICE
 
 from hasten.ops import NormConfig
+from hasten.ops.nf4 import NF4Weight
 from hasten.testing import relative_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NORM = NormConfig(1e-5)
 """As Llama's."""
 both = pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -36,6 +37,21 @@ def assert_as_good_as_torch(
         assert hastens.shape == reference.shape
         limit = 2 * relative_error(torchs, reference) + 2 * torch.finfo(dtype).eps
         assert relative_error(hastens, reference) <= limit, f"result {index} at {dtype}"
+
+
+def quantized(shape: tuple[int, int], double: bool, block: int = 64) -> tuple[NF4Weight, torch.Tensor]:
+    """A random NF4 matrix and its dense values. double: with doubly quantised scales."""
+    import bitsandbytes.functional as bnb
+
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    packed, state = bnb.quantize_4bit(weight, blocksize=block, compress_statistics=double, quant_type="nf4")
+    nested = (
+        {"scale_code": state.state2.code, "scale_of_scales": state.state2.absmax, "offset": state.offset}
+        if double
+        else {}
+    )
+    ours = NF4Weight(packed, state.code, shape, state.absmax, block=block, **nested)
+    return ours, bnb.dequantize_4bit(packed, state)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from device_kit import DEVICE
 
 from hasten.ops.backend import ATTENTION, backend_for, interpreted_kernels
 
@@ -16,6 +17,14 @@ def test_without_it_a_cpu_tensor_takes_the_reference_and_a_name_wins() -> None:
     assert backend_for(CPU, "triton") == "triton"
     with interpreted_kernels():
         assert backend_for(CPU, "reference") == "reference"
+
+
+def test_fp64_takes_the_reference() -> None:
+    """The kernels accumulate in fp32, and those of attention refuse it: `model.double()` must run in fp64 on a GPU too."""
+    wide = torch.ones(2, dtype=torch.float64, device=DEVICE)
+    with interpreted_kernels():
+        assert backend_for(wide) == backend_for(wide, op=ATTENTION) == "reference"
+        assert backend_for(wide, "triton") == backend_for(wide.float()) == "triton"
 
 
 def test_every_op_or_one_and_only_inside() -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from ops_kit import DEVICE, NORM, both
+from device_kit import DEVICE
+from ops_kit import NORM, both
 
 from hasten.ops import (
     NormConfig,

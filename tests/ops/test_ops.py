@@ -3,7 +3,8 @@
 from typing import Any
 
 import torch
-from ops_kit import DEVICE, NORM, both, poisoned_memory
+from device_kit import DEVICE
+from ops_kit import NORM, both, poisoned_memory
 
 from hasten.ops import NormConfig, QKNorm, add_norm, attend, glu, norm, norm_with_residual, qk_rope
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from device_kit import DEVICE
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers_kit import recompute
@@ -21,7 +22,6 @@ from hasten.patching.apply import reconfigure
 from hasten.patching.classes import stock_class
 from hasten.testing import relative_error, tiny_model
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IDS = torch.arange(6, 30)[None]
 
 

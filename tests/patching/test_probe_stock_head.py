@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from device_kit import DEVICE, assert_near, matches
 
 from hasten import FastLanguageModel
 from hasten.errors import InputError, OptionError
@@ -17,7 +18,7 @@ from hasten.testing.tiny_types import tiny_model_of
 from hasten.training import checkpointing
 from hasten.training.trainer import max_seq_length_of
 
-IDS = torch.arange(6, 26)[None]
+IDS = torch.arange(6, 26, device=DEVICE)[None]
 
 
 def _load(name: str, folder: Path, **options: Any) -> tuple[Any, Any]:
@@ -26,7 +27,7 @@ def _load(name: str, folder: Path, **options: Any) -> tuple[Any, Any]:
     stock.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     arguments = {"max_seq_length": 24, "load_in_4bit": False, "dtype": torch.float32, **options}
-    return FastLanguageModel.from_pretrained(str(folder), **arguments)[0], stock
+    return FastLanguageModel.from_pretrained(str(folder), **arguments)[0], stock.to(DEVICE)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
@@ -44,8 +45,8 @@ def test_router_losses_are_stock(name: str, training: bool, by_config: bool, tmp
         ours.config.output_router_logits = stock.config.output_router_logits = True
     got, expected = (m.train(training)(IDS, labels=IDS, **kwargs) for m in (ours, stock))
     assert type(got) is type(expected) and list(got) == list(expected)
-    torch.testing.assert_close(got.loss, expected.loss)
-    torch.testing.assert_close(got.aux_loss, expected.aux_loss)
+    assert_near(got.loss, expected.loss)
+    assert_near(got.aux_loss, expected.aux_loss)
     assert abs(float((got.loss - plain).detach())) > 0.1
 
 
@@ -75,18 +76,18 @@ def test_methods_signature_and_length_check(tmp_path: Path) -> None:
     assert inspect.signature(model.forward) == inspect.signature(stock.forward)
     assert hasattr(model, "save_pretrained_merged") and max_seq_length_of(model) == 24
     with pytest.raises(InputError, match="max_seq_length=24"):
-        model(torch.arange(6, 31)[None])
+        model(torch.arange(6, 31, device=DEVICE)[None])
     with pytest.raises(InputError, match="max_seq_length=24"):
-        model(inputs_embeds=torch.zeros(1, 25, 64))
+        model(inputs_embeds=torch.zeros(1, 25, 64, device=DEVICE))
     with pytest.raises(InputError, match="at most 4 new tokens"):
         model.generate(IDS, max_new_tokens=5)
-    assert torch.equal(model.eval()(IDS).logits, restore(copy.deepcopy(model))(IDS).logits)
+    assert matches(model.eval()(IDS).logits, restore(copy.deepcopy(model))(IDS).logits)
     assert type(restore(model)) is type(stock)
 
 
 def test_right_padded_prompts_are_continued_as_alone(tmp_path: Path) -> None:
     model, stock = _load("gpt2", tmp_path)
-    padded = torch.cat([IDS[:, :8], torch.zeros(1, 4, dtype=torch.long)], 1)
+    padded = torch.cat([IDS[:, :8], torch.zeros(1, 4, dtype=torch.long, device=DEVICE)], 1)
     got = model.generate(padded, attention_mask=(padded != 0).long(), max_new_tokens=4, do_sample=False)
     expected = stock.generate(IDS[:, :8], max_new_tokens=4, do_sample=False)
     assert torch.equal(got[:, 12:], expected[:, 8:])
@@ -102,7 +103,8 @@ def test_the_report_says_that_logits_are_materialised(tmp_path: Path) -> None:
 
 
 def test_a_stock_head_survives_copies() -> None:
-    model = tiny_model_of("mixtral")
+    model: Any = tiny_model_of("mixtral")
+    model.to(DEVICE)
     apply(model, plan(model, max_seq_length=24))
     twin = copy.deepcopy(model)
     assert isinstance(twin, StockHeadOverlay) and torch.equal(twin(IDS).logits, model(IDS).logits)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from device_kit import DEVICE, GRADIENTS, assert_near
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -18,7 +19,7 @@ from hasten.testing import save_tiny, tiny_tokenizer
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 """PEFT warns of what these tests ask for on purpose."""
 
-IDS = torch.randint(6, 260, (2, 16), generator=torch.Generator().manual_seed(1))
+IDS = torch.randint(6, 260, (2, 16), generator=torch.Generator().manual_seed(1)).to(DEVICE)
 Q = ["q_proj"]
 
 
@@ -42,6 +43,11 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def load(folder: Path, **options: Any) -> Any:
     options = {"load_in_4bit": False, "dtype": torch.float32, "max_seq_length": 64, **options}
     return FastLanguageModel.from_pretrained(str(folder), **options)[0]
+
+
+def stock(folder: Path) -> Any:
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    return model.to(DEVICE)
 
 
 def facts(model: Any) -> list[Any]:
@@ -204,41 +210,40 @@ def test_what_was_asked_trains_and_nothing_else(bases: dict[str, Path], tmp_path
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
     model.train()(input_ids=IDS, labels=IDS).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     with torch.no_grad():
         tuned = model.eval()(IDS).logits
         model.save_pretrained(tmp_path / "adapter")
-        plain = AutoModelForCausalLM.from_pretrained(bases[base])
+        plain = stock(bases[base])
         assert (plain.eval()(IDS).logits - tuned).abs().max() > 1e-3
-        torch.testing.assert_close(PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()(IDS).logits, tuned)
-        torch.testing.assert_close(load(tmp_path / "adapter").eval()(IDS).logits, tuned)
+        assert_near(PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()(IDS).logits, tuned)
+        assert_near(load(tmp_path / "adapter").eval()(IDS).logits, tuned)
         model.save_pretrained_merged(tmp_path / "merged")
-        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()(IDS).logits
-        torch.testing.assert_close(merged, tuned, rtol=1e-4, atol=1e-4)
+        assert_near(stock(tmp_path / "merged").eval()(IDS).logits, tuned, 1e-4, rtol=1e-4, atol=1e-4)
 
 
 def test_conv1d_layers_are_adapted_as_stock_does(bases: dict[str, Path]) -> None:
     """The same A, B, loss and gradients as PEFT on stock with fan_in_fan_out=True."""
     model = FastLanguageModel.get_peft_model(load(bases["gpt2"]), r=4, target_modules=["c_attn", "c_proj"])
     config = LoraConfig(r=4, lora_alpha=16, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
-    stock = get_peft_model(AutoModelForCausalLM.from_pretrained(bases["gpt2"]), config)
-    assert any(isinstance(module, Conv1D) for module in stock.modules())
+    peft = get_peft_model(stock(bases["gpt2"]), config)
+    assert any(isinstance(module, Conv1D) for module in peft.modules())
     assert model.peft_config["default"].fan_in_fan_out
     ours = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    theirs = {name: p for name, p in stock.named_parameters() if p.requires_grad}
+    theirs = {name: p for name, p in peft.named_parameters() if p.requires_grad}
     assert list(ours) == list(theirs)
     with torch.no_grad():
         for name, parameter in theirs.items():
             ours[name].add_(0.02)
             parameter.copy_(ours[name])
-    losses = [one.eval()(input_ids=IDS, labels=IDS).loss for one in (model, stock)]
-    torch.testing.assert_close(*losses)
+    losses = [one.eval()(input_ids=IDS, labels=IDS).loss for one in (model, peft)]
+    assert_near(*losses)
     for loss in losses:
         loss.backward()
     for name in ours:
-        torch.testing.assert_close(ours[name].grad, theirs[name].grad, rtol=1e-4, atol=1e-7)
+        assert_near(ours[name].grad, theirs[name].grad, GRADIENTS, rtol=1e-4, atol=1e-7)
 
 
 def test_fused_experts_are_found_under_their_old_names(bases: dict[str, Path]) -> None:
@@ -281,14 +286,14 @@ def test_other_fields_take_effect_with_activation_checkpointing(
         load(bases["llama"]), r=4, target_modules=Q, use_gradient_checkpointing=True, **asked
     )
     config = LoraConfig(r=4, lora_alpha=16, target_modules=Q, task_type="CAUSAL_LM", **asked)
-    stock = get_peft_model(AutoModelForCausalLM.from_pretrained(bases["llama"]), config).train()
-    ours, theirs = ({n: p for n, p in one.named_parameters() if p.requires_grad} for one in (model, stock))
+    peft = get_peft_model(stock(bases["llama"]), config).train()
+    ours, theirs = ({n: p for n, p in one.named_parameters() if p.requires_grad} for one in (model, peft))
     assert sum("lora_A" in name for name in ours) == layers and list(ours) == list(theirs)
     with torch.no_grad():
         for name, parameter in theirs.items():
             ours[name].add_(0.02)
             parameter.copy_(ours[name])
-    for one in (model.train(), stock):
+    for one in (model.train(), peft):
         one(input_ids=IDS, labels=IDS).loss.backward()
     for name in ours:
-        torch.testing.assert_close(ours[name].grad, theirs[name].grad, rtol=1e-4, atol=1e-6)
+        assert_near(ours[name].grad, theirs[name].grad, GRADIENTS, rtol=1e-4, atol=1e-6)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from device_kit import DEVICE
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_kit import Recorder, apart, gradients_apart, gradients_of, logged, lora, on_cpu, rows, small
 from trl import SFTTrainer
@@ -21,7 +22,6 @@ from hasten.overlays import AttentionOverlay
 from hasten.testing import tiny_tokenizer
 from hasten.training import sft_config
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WINDOW = 8
 SMALL = Tiles(*[Tile(32, 32, 4, 1)] * 3)
 ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"]}
@@ -150,7 +150,7 @@ def test_a_document_that_changes_leaves_the_others_logits_bit_for_bit(
             if b == "sdpa"
             for how in ("packing", "accumulated", "padding_free", "aligned")
         ),
-        (CAPPED, "triton", "packing"),
+        pytest.param(CAPPED, "triton", "packing", marks=pytest.mark.full),
     ],
     indirect=["backend"],
 )

@@ -45,7 +45,10 @@ def assert_same(ours: Any, theirs: Any, where: str) -> None:
         assert bool((ours == theirs) if not hasattr(ours, "shape") else (ours == theirs).all()), where
 
 
-@pytest.mark.parametrize("case", CASES)
+FIRST, *OTHERS = CASES
+
+
+@pytest.mark.parametrize("case", [FIRST, *(pytest.param(name, marks=pytest.mark.full) for name in OTHERS)])
 def test_ten_steps_are_five_and_five_after_a_kill(case: str, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     jobs = start(case, whole, "whole"), start(case, broken, "killed")

@@ -1,11 +1,14 @@
 """The KV cache of one batch: blocks of tokens per layer, allocated as the sequences grow and never copied."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from hasten.ops.decode_attention import BLOCK, LARGEST, CacheView, write_cache
+from hasten.overlays import AttentionOverlay
+from hasten.overlays.precision import compute_dtype
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class KVCache:
         self.slots_B, self.starts_B = (
             torch.zeros(shape.batch, dtype=torch.int32, device=shape.device) for _ in range(2)
         )
+        self._counts = torch.zeros(shape.batch * shape.heads, dtype=torch.int32, device=shape.device)
 
     def reserve(self, tokens: int) -> None:
         """Allocates blocks until each sequence can hold `tokens`. Nothing that is cached moves."""
@@ -70,10 +74,14 @@ class KVCache:
         self._scales[layer].clear()
 
     def view(self, layer: int) -> CacheView:
-        view = CacheView(self._blocks[layer], self._tables[layer], self.slots_B, self.starts_B)
+        view = CacheView(self._blocks[layer], self._tables[layer], self.slots_B, self.starts_B, self._counts)
         if not self._is_quantised:
             return view
         return replace(view, scales=self._scales[layer], scale_table=self._scale_tables[layer])
+
+    def row(self, index: int) -> "CacheRow":
+        """Returns the part of one sequence, for a forward of that sequence alone."""
+        return CacheRow(self, index)
 
     def begin(self, tokens: int, starts_B: torch.Tensor | None, batch: int) -> None:
         """Sets the counters of a call of `batch` sequences with `tokens` in the cache. starts_B: None = no padding."""
@@ -104,3 +112,51 @@ class KVCache:
         """Appends zeros to the first dimension, up to `shape.batch` sequences."""
         missing = self.shape.batch - len(x)
         return F.pad(x, (*(0, 0) * (x.ndim - 1), 0, missing)) if missing else x
+
+
+@dataclass(frozen=True)
+class CacheRow:
+    """One sequence of a `KVCache`, through views of its blocks. slots_B, starts_B: (1,), views as well."""
+
+    cache: KVCache
+    index: int
+
+    @property
+    def slots_B(self) -> torch.Tensor:
+        return self.cache.slots_B[self._part]
+
+    @property
+    def starts_B(self) -> torch.Tensor:
+        return self.cache.starts_B[self._part]
+
+    @property
+    def _part(self) -> slice:
+        return slice(self.index, self.index + 1)
+
+    def padded(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def view(self, layer: int) -> CacheView:
+        whole = self.cache.view(layer)
+        blocks, scales = ([block[:, self._part] for block in kept] for kept in (whole.blocks, whole.scales))
+        tables = []
+        for first, table in ((blocks, whole.table), (scales, whole.scale_table)):
+            tables.append(table + self.index * first[0].stride(1) * first[0].itemsize if first else table)
+        return CacheView(blocks, tables[0], self.slots_B, self.starts_B, None, scales, tables[1])
+
+
+def shape_for(model: Any, batch: int, tokens: int = 0, dtype: torch.dtype | None = None) -> CacheShape:
+    """Returns the shape of the cache of `batch` sequences, each of up to `tokens`, of a causal LM with hasten's overlays. dtype: None =
+    that of the keys."""
+    attentions = [module for module in model.modules() if isinstance(module, AttentionOverlay)]
+    weight, first = model.get_input_embeddings().weight, attentions[0]
+    usual = model.overlay_config.max_seq_length or model.config.get_text_config().max_position_embeddings
+    return CacheShape(
+        layers=max(attention.layer_idx for attention in attentions) + 1,
+        batch=batch,
+        heads=first.k_proj.out_features // first.head_dim,
+        channels=first.head_dim,
+        capacity=max(usual, tokens),
+        dtype=compute_dtype(weight) if dtype is None else dtype,
+        device=weight.device,
+    )

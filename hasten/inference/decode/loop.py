@@ -56,7 +56,7 @@ class Asked:
 
 @dataclass
 class _Sequences:
-    """ids_BW: the sequences, with spare columns at the end. scores, logits: (B, V) of each step, None = not asked for."""
+    """ids_BW: the sequences, allocated in steps. scores, logits: (B, V) of each step, None = not asked for."""
 
     ids_BW: torch.Tensor
     scores: list[torch.Tensor] | None

@@ -5,11 +5,9 @@ from typing import Any
 
 import torch
 
-from hasten.inference.decode.cache import CacheShape, KVCache
+from hasten.inference.decode.cache import KVCache, shape_for
 from hasten.inference.decode.servable import fingerprint
 from hasten.inference.decode.step import DecodeStep
-from hasten.overlays import AttentionOverlay
-from hasten.overlays.precision import compute_dtype
 
 MOST = 16
 """Captured steps of a model; the one that was not used for longest goes."""
@@ -52,18 +50,7 @@ class Steps:
         self._pool = None
 
     def _made(self, model: Any, batch: int, tokens: int, dtype: torch.dtype | None) -> tuple[KVCache, DecodeStep]:
-        attentions = [module for module in model.modules() if isinstance(module, AttentionOverlay)]
-        weight, first = model.get_input_embeddings().weight, attentions[0]
-        usual = model.overlay_config.max_seq_length or model.config.get_text_config().max_position_embeddings
-        shape = CacheShape(
-            layers=max(attention.layer_idx for attention in attentions) + 1,
-            batch=batch,
-            heads=first.k_proj.out_features // first.head_dim,
-            channels=first.head_dim,
-            capacity=max(usual, tokens),
-            dtype=compute_dtype(weight) if dtype is None else dtype,
-            device=weight.device,
-        )
+        shape = shape_for(model, batch, tokens, dtype)
         if shape.device.type == "cuda" and self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         with torch.inference_mode(False):  # a later call outside of inference mode writes into these tensors

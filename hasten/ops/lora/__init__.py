@@ -18,13 +18,14 @@ from hasten.ops.backend import Backend, backend_for
 from hasten.ops.lora import reference
 from hasten.ops.lora.weight import DenseWeight, Weight
 from hasten.ops.norm import NormInput
-from hasten.ops.rope import QKNorm
+from hasten.ops.rope import QKNorm, qk_rope
 
 __all__ = [
     "DenseWeight",
     "HeadsConfig",
     "LoraLinear",
     "Weight",
+    "is_one_token",
     "lora_linears",
     "lora_mlp",
     "lora_qkv",
@@ -55,6 +56,11 @@ class LoraLinear:
         return self.bias if self.bias is not None and self.bias.requires_grad else None
 
 
+def is_one_token(x: torch.Tensor) -> bool:
+    """Returns whether x (..., E) is a single token of a forward without gradients, which matrix-vector kernels run."""
+    return x.shape[-1] == x.numel() and not torch.is_grad_enabled()
+
+
 def lora_linears(
     x: torch.Tensor,
     linears: Sequence[LoraLinear],
@@ -72,7 +78,10 @@ def lora_linears(
     """
     if backend_for(x, backend) == "triton":
         from hasten.ops.lora.kernels import linear as kernel
+        from hasten.ops.lora.kernels import one_token
 
+        if is_one_token(x):
+            return one_token.lora_linears(x, linears, residual)
         return kernel.lora_linears(x, linears, residual, norm_input)
     return reference.lora_linears(x, linears, residual)
 
@@ -102,8 +111,12 @@ def lora_qkv(
     and channels are contiguous. norm_input and gradients: as in `lora_linears`; also the weights of the q/k norm.
     """
     if backend_for(x, backend) == "triton":
+        from hasten.ops.lora.kernels import one_token
         from hasten.ops.lora.kernels import qkv as kernel
 
+        if is_one_token(x):
+            q, k, v = (part.unflatten(-1, (-1, heads.dim)) for part in one_token.lora_linears(x, linears, None))
+            return *qk_rope(q, k, heads.position, heads.rotation, heads.fp32, heads.qk_norm, "triton"), v
         return kernel.lora_qkv(x, linears, heads, norm_input)
     return reference.lora_qkv(x, linears, heads)
 
@@ -127,8 +140,11 @@ def lora_mlp(
     """
     if backend_for(x, backend) == "triton":
         from hasten.ops.lora.kernels import mlp as kernel
+        from hasten.ops.lora.kernels import one_token
         from hasten.ops.lora.kernels import tiled_mlp as tiled
 
+        if is_one_token(x):
+            return one_token.lora_mlp(x, linears, activation, residual)
         if tile is not None:
             return tiled.lora_mlp(x, linears, activation, residual, norm_input, tile)
         return kernel.lora_mlp(x, linears, activation, residual, norm_input)

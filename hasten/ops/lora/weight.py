@@ -2,7 +2,7 @@
 
 weight.matmul(x_NE)     == x @ W.T        the forward
 weight.matmul_t(dy_NO)  == dy @ W         the gradient of the input
-weight.matvec(x_E)      == W @ x          one token, when decoding
+type.matvecs(...)       == W_i @ x        one token, several weights in one launch, when decoding
 
 N tokens, E input channels, O output channels.
 """
@@ -10,12 +10,15 @@ N tokens, E input channels, O output channels.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from typing import ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import torch
 
-from hasten.ops.matvec import matvec
+from hasten.ops.matvec import Part, matvecs
+from hasten.ops.matvec.reference import finish
+from hasten.ops.precision import at_least_fp32
 
 
 def mm(left: torch.Tensor, right: torch.Tensor, add_to: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
@@ -77,9 +80,21 @@ class Weight(ABC):
         `matmul`."""
         return mm(dy_NO, self.dense(dy_NO.dtype), add_to, out)
 
-    def matvec(self, x_E: torch.Tensor) -> torch.Tensor:
-        """Computes W @ x (O,) in x's dtype."""
-        return self.matmul(x_E[None])[0]
+    @classmethod
+    def matvecs(
+        cls,
+        parts: Sequence[Part[Any]],
+        x_E: torch.Tensor,
+        xa_SR: torch.Tensor | None = None,
+        residual_O: torch.Tensor | None = None,
+        activation: str | None = None,
+    ) -> torch.Tensor:
+        """Computes what `ops.matvec.matvecs` does, in x's dtype, for parts whose weights are of this class. No gradients.
+
+        A format with a kernel of its own for one token overrides it.
+        """
+        products = [at_least_fp32(part.weight.matmul(x_E[None])[0]) for part in parts]
+        return finish(products, parts, xa_SR, residual_O, activation, x_E.dtype, x_E.dtype)
 
 
 @dataclass(frozen=True)
@@ -102,5 +117,16 @@ class DenseWeight(Weight):
     def write(self, out: torch.Tensor) -> None:
         out.copy_(self.stored.detach())
 
-    def matvec(self, x_E: torch.Tensor) -> torch.Tensor:
-        return matvec(self.stored, x_E)
+    @classmethod
+    def matvecs(
+        cls,
+        parts: Sequence[Part[Any]],
+        x_E: torch.Tensor,
+        xa_SR: torch.Tensor | None = None,
+        residual_O: torch.Tensor | None = None,
+        activation: str | None = None,
+    ) -> torch.Tensor:
+        dense = [replace(part, weight=part.weight.stored) for part in parts]
+        if any(part.weight.stride(1) != 1 for part in dense):
+            return super().matvecs(parts, x_E, xa_SR, residual_O, activation)
+        return matvecs(dense, x_E, xa_SR, residual_O, activation)

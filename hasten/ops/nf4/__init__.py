@@ -1,15 +1,18 @@
 """NF4 weights with double quantisation (Dettmers et al. 2023, arXiv:2305.14314), in bitsandbytes' storage layout.
 
-matvec_nf4(w, x) == dequantize(w) @ x
+matvecs_nf4(parts, x) == ops.matvec.matvecs with each weight dequantised
 dequantize(w)[i] == CODE[nibble i] * scale(i // 64)
 scale(b) == scale_code[scale_index[b]] * scale_of_scales[b // 256] + offset         (or absmax[b] where scales are plain)
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from hasten.ops.backend import Backend, backend_for
+from hasten.ops.matvec import Part
+from hasten.ops.matvec.reference import finish
 from hasten.ops.nf4 import reference
 
 
@@ -48,16 +51,23 @@ def dequantize_nf4(
     return dense if out is None else out.copy_(dense)
 
 
-def matvec_nf4(weight: NF4Weight, x_E: torch.Tensor, backend: Backend | None = None) -> torch.Tensor:
-    """Returns dequantize(weight) @ x, summed in fp32 over weights in fp32.
+def matvecs_nf4(
+    parts: Sequence[Part[NF4Weight]],
+    x_E: torch.Tensor,
+    xa_SR: torch.Tensor | None = None,
+    residual_O: torch.Tensor | None = None,
+    activation: str | None = None,
+    backend: Backend | None = None,
+) -> torch.Tensor:
+    """Returns what `ops.matvec.matvecs` returns, for NF4 matrices, with weights and sums in fp32, in x's dtype.
 
-    x_E: (in,), contiguous. Returns (out,) in x's dtype. No gradients. A matrix whose rows end inside a block of scales is
-    dequantised first.
+    Matrices whose rows end inside a block of scales, or whose blocks differ, are dequantised first. No gradients.
     """
     if backend_for(x_E, backend) == "triton":
         from hasten.ops.nf4.kernels import matvec
 
-        if matvec.is_served(weight):
-            return matvec.matvec_nf4(weight, x_E)
-    dense = dequantize_nf4(weight, torch.float32, backend=backend)
-    return (dense @ x_E.float()).to(x_E.dtype)
+        weights = [part.weight for part in parts]
+        if all(map(matvec.is_served, weights)) and len(set(map(matvec.layout, weights))) == 1:
+            return matvec.matvecs_nf4(parts, x_E, xa_SR, residual_O, activation, x_E.dtype)
+    dense = [dequantize_nf4(part.weight, torch.float32, backend=backend) for part in parts]
+    return finish([w @ x_E.float() for w in dense], parts, xa_SR, residual_O, activation, x_E.dtype, x_E.dtype)

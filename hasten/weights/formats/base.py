@@ -1,7 +1,7 @@
 """`WeightFormat`: one way of storing a Linear's weight. A new format is one file here and one entry in the registry."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -93,7 +93,8 @@ class WeightFormat(ABC):
     `estimate(quantization=)`, None = not offered. save_method: the spelling in `save_pretrained_merged`, None = cannot
     be written. bits: per weight, without scales. exact: a dense checkpoint's values survive. trainable: the weight
     itself can train. fused: `weight` returns an operand of `ops.lora`; False = the module's own forward always runs.
-    package, extra: the package that must be installed, and the extra of hasten that installs it.
+    package, extra: the package that must be installed, and the extra of hasten that installs it. reduce: weight -> what
+    `weight.__reduce_ex__` should return, where the weight is a subclass of nn.Parameter (see `weights.pickling`).
     """
 
     name: ClassVar[str]
@@ -108,6 +109,7 @@ class WeightFormat(ABC):
     fused: ClassVar[bool] = True
     package: ClassVar[str | None] = None
     extra: ClassVar[str | None] = None
+    reduce: ClassVar[Callable[[Any], tuple[Any, ...]] | None] = None
 
     # A loaded Linear
 

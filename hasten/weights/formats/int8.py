@@ -9,6 +9,7 @@ from torch import nn
 from hasten.ops.lora import Weight
 from hasten.weights.formats.base import LoadPlan, Matrix, WeightFormat, chunks, tensor_bytes
 from hasten.weights.formats.codes import codes_agree
+from hasten.weights.formats.pickles import reduce_int8_params
 
 SCALE_BYTES = 4
 
@@ -21,6 +22,7 @@ class INT8(WeightFormat):
     fused = False
     package = "bitsandbytes"
     extra = "train"
+    reduce = staticmethod(reduce_int8_params)
 
     def matches(self, linear: nn.Module) -> bool:
         return type(linear._parameters.get("weight")).__name__ == "Int8Params"

@@ -5,14 +5,15 @@ bitsandbytes is imported only when one of its layers is read or created.
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from hasten.ops.lora import Weight
-from hasten.ops.nf4 import NF4Weight, dequantize_nf4, matvec_nf4
+from hasten.ops.matvec import Part
+from hasten.ops.nf4 import NF4Weight, dequantize_nf4, matvecs_nf4
 from hasten.weights.formats.base import (
     LoadPlan,
     Matrix,
@@ -23,6 +24,7 @@ from hasten.weights.formats.base import (
     tensor_bytes,
 )
 from hasten.weights.formats.codes import codes_agree
+from hasten.weights.formats.pickles import reduce_params4bit
 from hasten.weights.own_forward import runs_forward_of
 
 BLOCK = 64
@@ -55,8 +57,17 @@ class PackedWeight(Weight):
     def write(self, out: torch.Tensor) -> None:
         dequantize_nf4(self.weight, out.dtype, out)
 
-    def matvec(self, x_E: torch.Tensor) -> torch.Tensor:
-        return matvec_nf4(self.weight, x_E)
+    @classmethod
+    def matvecs(
+        cls,
+        parts: Sequence[Part[Any]],
+        x_E: torch.Tensor,
+        xa_SR: torch.Tensor | None = None,
+        residual_O: torch.Tensor | None = None,
+        activation: str | None = None,
+    ) -> torch.Tensor:
+        packed = [replace(part, weight=part.weight.weight) for part in parts]
+        return matvecs_nf4(packed, x_E, xa_SR, residual_O, activation)
 
 
 class _FourBit(WeightFormat):
@@ -66,6 +77,7 @@ class _FourBit(WeightFormat):
     bits: ClassVar[int] = 4
     package: ClassVar[str | None] = "bitsandbytes"
     extra: ClassVar[str | None] = "train"
+    reduce = staticmethod(reduce_params4bit)
 
     def matches(self, linear: nn.Module) -> bool:
         weight: Any = linear._parameters.get("weight")

@@ -8,7 +8,7 @@ from decode_kit import engine_note, prompts, served
 from transformers import DynamicCache
 
 from hasten.ops import decode_attention
-from hasten.ops.decode_attention.kernels import attend
+from hasten.ops.decode_attention.kernels import attend, new_token
 
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 2}
 
@@ -23,7 +23,9 @@ def test_tokens_are_stocks(monkeypatch: pytest.MonkeyPatch) -> None:
         widths.append(q_BTHD.shape[1])
         return kernel(q_BTHD, *args)
 
+    one, fused = new_token.attend_new_token, []
     monkeypatch.setattr(attend, "decode_attention", spy)
+    monkeypatch.setattr(new_token, "attend_new_token", lambda *args: fused.append(args) or one(*args))
     stock, ours = served("gemma2", num_hidden_layers=2)
     batch = prompts()
     turn = torch.randint(6, 280, (3, 20), generator=torch.Generator().manual_seed(1))
@@ -36,4 +38,4 @@ def test_tokens_are_stocks(monkeypatch: pytest.MonkeyPatch) -> None:
         mask[:, :11] = batch["attention_mask"]
         results.append(model.generate(ids, attention_mask=mask, **GREEDY, past_key_values=cache))
     assert torch.equal(*results) and engine_note(ours) == "engine: hasten"
-    assert set(widths) == {1, 5, decode_attention.MAX_NEW_TOKENS}
+    assert set(widths) == {5, decode_attention.MAX_NEW_TOKENS} and fused

@@ -59,15 +59,6 @@ def test_each_token_and_head_has_its_own_scale(dtype: torch.dtype) -> None:
     assert cache.scales[0][:, :, :, 5:].isnan().all()  # nothing else was written
 
 
-def test_kernels_do_not_read_a_quantised_cache_as_another_one() -> None:
-    cache = view(5, 2, 16, torch.int8)
-    x = torch.randn(2, 1, 2, 16)
-    with pytest.raises(NotImplementedError, match="quantised"):
-        write_cache(x, x, cache, "triton")
-    with pytest.raises(NotImplementedError, match="quantised"):
-        decode_attention(x, cache, 1.0, backend="triton")
-
-
 def asked(backend: str) -> dict[str, Any]:
     return {"cache_implementation": "quantized", "cache_config": {"backend": backend}}
 

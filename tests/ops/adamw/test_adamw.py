@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from ops_kit import DEVICE, both
+from device_kit import DEVICE
+from ops_kit import both
 
 from hasten.ops.adamw import AdamWConfig, adamw_, key_of, reference
 

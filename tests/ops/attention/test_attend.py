@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from ops_kit import DEVICE, DTYPES, assert_as_good_as_torch
+from device_kit import DEVICE
+from ops_kit import DTYPES, assert_as_good_as_torch
 
 from hasten.ops import attend
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from ops_kit import DEVICE, DTYPES, assert_as_good_as_torch, both, poisoned_memory
+from device_kit import DEVICE
+from ops_kit import DTYPES, assert_as_good_as_torch, both, poisoned_memory
 
 from hasten.ops.attention import attention, attention_backend, row_spans, visible_keys
 from hasten.ops.attention.kernels.forward import attention as flash

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from device_kit import DEVICE
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -12,7 +13,6 @@ from hasten.ops.linear_cross_entropy import OPTIONAL_SCORES
 from hasten.testing import relative_error
 
 TOKENS, WIDTH, WORDS = 37, 16, 101
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 both = pytest.mark.parametrize("backend", ["reference", "triton"])
 CONFIGS = {
     "plain": {},

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from ops_kit import DEVICE, DTYPES, assert_as_good_as_torch, both, poisoned_memory
+from device_kit import DEVICE
+from ops_kit import DTYPES, assert_as_good_as_torch, both, poisoned_memory
 from test_linear_cross_entropy import CONFIGS, TOKENS, WIDTH, WORDS, inputs, make_labels, raw_logits
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
+from device_kit import DEVICE
 from torch.nn import functional as F
 
 from hasten.ops.lora import DenseWeight, LoraLinear
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTH, RANK = 24, 4
 
 

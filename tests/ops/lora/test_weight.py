@@ -10,6 +10,7 @@ from ops_kit import NORM, both, poisoned_memory
 
 from hasten.ops import NormInput, norm
 from hasten.ops.lora import DenseWeight, HeadsConfig, LoraLinear, Weight, lora_linears, lora_mlp, lora_qkv
+from hasten.ops.matvec import Part
 from hasten.testing import relative_error
 
 TOKENS, INNER, TILE = 10, 40, 4
@@ -166,7 +167,11 @@ def test_the_defaults(kind: Any, dtype: torch.dtype) -> None:
     values, x, dy = (torch.randn(s, device=DEVICE).to(dtype) for s in ((6, 5), (7, 5), (7, 6)))
     weight: Weight = kind(values)
     assert not weight.overrides_matmul and (weight.stored is None) == (kind is MinimalWeight)
-    torch.testing.assert_close(weight.matvec(x[0]), values @ x[0])
+    torch.testing.assert_close(kind.matvecs([Part(weight)], x[0]), values @ x[0])
+    bias, residual = torch.randn(2, 6, device=DEVICE).to(dtype)
+    torch.testing.assert_close(
+        kind.matvecs([Part(weight, bias)], x[0], None, residual), values @ x[0] + bias + residual
+    )
     for function, left, product in ((weight.matmul, x, x @ values.T), (weight.matmul_t, dy, dy @ values)):
         base = torch.randn_like(product)
         torch.testing.assert_close(function(left), product)
@@ -187,10 +192,10 @@ def test_the_defaults(kind: Any, dtype: torch.dtype) -> None:
     assert torch.equal(target, values.double())
 
 
-def test_matvec_takes_the_own_matmul() -> None:
+def test_one_token_takes_the_own_matmul() -> None:
     weight = OwnMatmul(torch.randn(6, 5, device=DEVICE))
     x = torch.randn(5, device=DEVICE)
-    torch.testing.assert_close(weight.matvec(x), weight.values @ x)
+    torch.testing.assert_close(OwnMatmul.matvecs([Part(weight)], x), weight.values @ x)
     assert weight.calls == ["matmul"]
 
 

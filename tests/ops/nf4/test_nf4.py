@@ -4,28 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from device_kit import DEVICE
+from ops_kit import both, quantized
 
 from hasten.ops.nf4 import NF4Weight, dequantize_nf4
 from hasten.ops.nf4.kernels import dequantize as kernel
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16_ROUNDING = 2**-8 if DEVICE == "cuda" else 2**-7
 """Triton's interpreter truncates where a GPU rounds to nearest."""
-both = pytest.mark.parametrize("backend", ["reference", "triton"])
-
-
-def quantized(shape: tuple[int, int], double: bool, block: int = 64) -> tuple[NF4Weight, torch.Tensor]:
-    import bitsandbytes.functional as bnb
-
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    packed, state = bnb.quantize_4bit(weight, blocksize=block, compress_statistics=double, quant_type="nf4")
-    nested = (
-        {"scale_code": state.state2.code, "scale_of_scales": state.state2.absmax, "offset": state.offset}
-        if double
-        else {}
-    )
-    ours = NF4Weight(packed, state.code, shape, state.absmax, block=block, **nested)
-    return ours, bnb.dequantize_4bit(packed, state)
 
 
 def assert_same(ours: torch.Tensor, expected: torch.Tensor) -> None:

@@ -5,11 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from ops_kit import DEVICE, both, poisoned_memory
-from test_nf4 import quantized
+from device_kit import DEVICE
+from ops_kit import both, poisoned_memory, quantized
 
-from hasten.ops.nf4 import dequantize_nf4, matvec_nf4
+from hasten.ops.glu import ACTIVATIONS
+from hasten.ops.matvec import Part
+from hasten.ops.nf4 import NF4Weight, dequantize_nf4, matvecs_nf4
 from hasten.ops.nf4.kernels import matvec
+
+
+def matvec_nf4(weight: NF4Weight, x: torch.Tensor, backend: Any) -> torch.Tensor:
+    return matvecs_nf4([Part(weight)], x, backend=backend)
 
 
 @both
@@ -36,6 +42,37 @@ def test_rows_that_end_inside_a_block_are_dequantised(backend: Any) -> None:
     x = torch.randn(96, device=DEVICE)
     expected = dequantize_nf4(weight, torch.float32, backend="reference") @ x
     torch.testing.assert_close(matvec_nf4(weight, x, backend), expected, rtol=1e-4, atol=1e-4)
+
+
+@both
+@pytest.mark.parametrize("rank", [0, 3])
+def test_several_linears_are_one_launch(backend: Any, rank: int) -> None:
+    parts, exact = [], []
+    x, xa = torch.randn(192, device=DEVICE), torch.randn(2, 3 * rank, device=DEVICE)
+    for index, rows in enumerate((17, 3, 6)):
+        weight, dense = quantized((rows, 192), True)
+        b = torch.randn(rows, rank, device=DEVICE) if rank else None
+        bias = torch.randn(rows, device=DEVICE) if rows == 3 else None
+        parts.append(Part(weight, bias, b, 0.5))
+        y = dense.double() @ x.double() + (0.0 if bias is None else bias)
+        exact.append(y if b is None else y + 0.5 * b.double() @ xa[:, index * rank :][:, :rank].double().sum(0))
+    residual = torch.randn(26, device=DEVICE)
+    with poisoned_memory():
+        ours = matvecs_nf4(parts, x, xa, residual, backend=backend)
+        gated = matvecs_nf4([parts[0], parts[0]], x, xa[:, : 2 * rank].contiguous(), activation="gelu", backend=backend)
+    torch.testing.assert_close(ours.double(), torch.cat(exact) + residual.double(), rtol=2e-5, atol=2e-4)
+    up = exact[0]
+    if rank:
+        up = up + 0.5 * parts[0].b.double() @ (xa[:, rank : 2 * rank] - xa[:, :rank]).double().sum(0)
+    torch.testing.assert_close(gated.double(), ACTIVATIONS["gelu"](exact[0]) * up, rtol=1e-4, atol=1e-3)
+
+
+@both
+def test_matrices_of_different_layouts(backend: Any) -> None:
+    found = [quantized((5, 64), double) for double in (False, True)]
+    x = torch.randn(64, device=DEVICE)
+    ours = matvecs_nf4([Part(weight) for weight, _ in found], x, backend=backend)
+    torch.testing.assert_close(ours, torch.cat([dense.float() @ x for _, dense in found]), rtol=1e-4, atol=1e-4)
 
 
 def test_unaligned_codes_are_not_served() -> None:

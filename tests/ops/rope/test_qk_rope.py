@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from ops_kit import DEVICE, DTYPES, assert_as_good_as_torch, both
+from device_kit import DEVICE
+from ops_kit import DTYPES, assert_as_good_as_torch, both
 from torch.nn import functional as F
 
 from hasten.ops import NormConfig, QKNorm, qk_rope

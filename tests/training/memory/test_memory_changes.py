@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from device_kit import DEVICE
 from memory_kit import policy_of
 from test_memory_policy import batch, fix_plan, prepared, step
 from training_kit import gradients_apart, gradients_of, lora
@@ -21,7 +22,6 @@ from hasten.training.memory.offload import HostMemory, OffloadedLayer
 from hasten.training.memory.plan_key import local_processes, round_up_length
 from hasten.training.memory.planner import MAX_EXACT_PLANS
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("offload_everything")
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="a CPU has no streams")
 

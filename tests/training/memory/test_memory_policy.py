@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from device_kit import DEVICE
 from memory_kit import policy_of
 from training_kit import FAMILIES, curve, gradients_apart, gradients_of, lora, rows, sft, small
 
@@ -19,7 +20,6 @@ from hasten.training.memory.costs import Peak
 from hasten.training.memory.plan import LayerPlan
 from hasten.training.memory.policy import MemoryPolicy
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TILE = 16
 KINDS = {"LoRA": (lora(), False), "QLoRA": (lora(), True), "full": (None, False)}
 NOWHERE = Peak("never", 0, 0, 0, 0, 0)

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from hasten.ops.attention.kernels.tiles import ScoreMaskConfig, dot, score, visible
 from hasten.ops.backend import on_device
-from hasten.ops.decode_attention.kernels.write import block_start
+from hasten.ops.decode_attention.kernels.write import block_start, scale_arguments, scales_start
 
 if TYPE_CHECKING:
     from hasten.ops.decode_attention import CacheView
@@ -28,8 +28,8 @@ MAX_SPLITS = 32
 
 @triton.jit
 def _attend(
-    q_ptr, table_ptr, like_ptr, slots_ptr, starts_ptr, acc_ptr, top_ptr, total_ptr, stride_qb, stride_qt, stride_qh, B, T, K, D, window,
-    scale, cap, GROUP: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    q_ptr, table_ptr, like_ptr, scale_table_ptr, slots_ptr, starts_ptr, acc_ptr, top_ptr, total_ptr, stride_qb, stride_qt, stride_qh, stride_kv,
+    stride_scale, T, K, D, window, scale, cap, QUANTISED: tl.constexpr, GROUP: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr, KEYS: tl.constexpr, UPCAST: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     head, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
@@ -51,14 +51,17 @@ def _attend(
     acc = tl.zeros((ROWS, CHANNELS), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
-    values = tl.cast(B, tl.int64) * K * BLOCK * D
     for tile in range(lo, hi):
         key = tile * KEYS + column
         place = block_start(table_ptr, tile * KEYS, like_ptr, BLOCK) + (b * K + h) * BLOCK * D
         place += (key % BLOCK)[:, None] * D + channel[None, :]
         written = (key < slot + T)[:, None] & inside[None, :]
         k = tl.load(place, mask=written, other=0.0).to(q.dtype)
-        scores, _ = score(dot(q, tl.trans(k), UPCAST), scale, cap, SOFTCAP, EXACT)
+        products = dot(q, tl.trans(k), UPCAST)
+        if QUANTISED:
+            scale_place = scales_start(scale_table_ptr, tile * KEYS, BLOCK) + (b * K + h) * BLOCK + key % BLOCK
+            products *= tl.load(scale_place, mask=key < slot + T, other=0.0)[None, :]
+        scores, _ = score(products, scale, cap, SOFTCAP, EXACT)
         seen = visible(query[:, None], key[None, :], 0, window, WINDOW, False)
         scores = tl.where(seen & (key >= start)[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
@@ -66,7 +69,9 @@ def _attend(
         p = tl.exp2(scores - shift[:, None])
         shrink = tl.exp2(top - shift)
         total = total * shrink + tl.sum(p, 1)
-        v = tl.load(place + values, mask=written, other=0.0).to(q.dtype)
+        if QUANTISED:
+            p *= tl.load(scale_place + stride_scale, mask=key < slot + T, other=0.0)[None, :]
+        v = tl.load(place + stride_kv, mask=written, other=0.0).to(q.dtype)
         acc = acc * shrink[:, None] + dot(p.to(v.dtype), v, UPCAST)
         top = new_top
     out = (head.to(tl.int64) * splits + split) * T * GROUP + row
@@ -116,10 +121,11 @@ def decode_attention(
     top, total = (make(batch * kv_heads, splits, rows, dtype=torch.float32) for _ in range(2))
     out = make(q_BTHD.shape)
     width = max(16, triton.next_power_of_2(channels))
+    scale_table, stride_scale, largest = scale_arguments(cache)
     with on_device(q_BTHD):
         _attend[(batch * kv_heads, splits)](
-            q_BTHD, cache.table, first, cache.slots_B, cache.starts_B, acc, top, total, *q_BTHD.stride()[:3],
-            batch, tokens, kv_heads, channels, *config.arguments(),
+            q_BTHD, cache.table, first, scale_table, cache.slots_B, cache.starts_B, acc, top, total, *q_BTHD.stride()[:3],
+            first.stride(0), stride_scale, tokens, kv_heads, channels, *config.arguments(), QUANTISED=largest > 0,
             GROUP=group, WINDOW=window is not None, SOFTCAP=softcap is not None,
             ROWS=max(16, triton.next_power_of_2(rows)), CHANNELS=width, BLOCK=block, KEYS=KEYS,
             UPCAST=not q_BTHD.is_cuda, EXACT=q_BTHD.dtype == torch.float32, num_warps=4,

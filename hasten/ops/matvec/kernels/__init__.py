@@ -1,0 +1,1 @@
+"""Triton kernels of linears of one token."""

@@ -1,0 +1,1 @@
+"""Serves a model over the OpenAI protocol: `hasten serve`. Everything but `app` and `protocol` runs without FastAPI."""
