@@ -36,12 +36,14 @@ DECODED = ("cuda",)
 
 
 def engine_of(model: Any) -> Engine:
-    """Returns the engine that was chosen for the model. Without one, chooses a `DecodeEngine` for a model on a GPU, which stays with
-    the model; elsewhere `StockEngine`."""
+    """Returns the engine that was chosen for the model. Without one, chooses a `DecodeEngine` for a model on a GPU or with
+    `float8_kv_cache`, which stays with the model; elsewhere `StockEngine`."""
     state = find_state(model)
     if state is None:
         return STOCK
-    if state.engine is None and causal_lm_of(model).device.type in DECODED:
-        in_fp8 = state.load_options is not None and state.load_options.float8_kv_cache
-        state.engine = DecodeEngine(DECODED, cache=torch.float8_e4m3fn if in_fp8 else None)
+    if state.engine is None:
+        kind = causal_lm_of(model).device.type
+        in_fp8 = state.load_options is not None and state.load_options.float8_kv_cache is True
+        if in_fp8 or kind in DECODED:
+            state.engine = DecodeEngine({*DECODED, kind}, cache=torch.float8_e4m3fn if in_fp8 else None)
     return STOCK if state.engine is None else state.engine

@@ -1,6 +1,7 @@
 """The arguments of `from_pretrained`: order, defaults, and every problem of a call in one error."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +47,14 @@ SEED_ORDER = [
 
 def problems(**arguments: object) -> str:
     return "\n".join(LoadOptions.from_call(**arguments).problems())
+
+
+@pytest.mark.parametrize("capability", [None, (8, 0), (8, 9), (9, 0)])
+def test_fp8_cache_needs_a_gpu_with_fp8(capability: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    found = [one for one in LoadOptions.from_call(float8_kv_cache=True).problems() if "float8" in one]
+    assert len(found) == (capability == (8, 0)) and all("8.0" in one and "hasten-int8" in one for one in found)
 
 
 def test_fields_stand_in_the_seeds_order() -> None:
@@ -106,7 +115,6 @@ def test_contradictions_are_one_problem_each(given: dict) -> None:
         ({"load_in_fp8": True}, "later version"),
         ({"load_in_fp8": "block"}, "later version"),
         ({"fast_inference": True}, "later version"),
-        ({"float8_kv_cache": True}, "later version"),
         ({"qat_scheme": "int4"}, "later version"),
         ({"unsloth_tiled_mlp": 15}, "unsloth_tiled_mlp=15"),
         ({"unsloth_tiled_mlp": 0}, "unsloth_tiled_mlp=0"),

@@ -66,8 +66,8 @@ class _Sequences:
     def add(self, token_B: torch.Tensor, length: int) -> torch.Tensor:
         """Writes the last token of sequences of `length`. Returns these."""
         if length > self.ids_BW.shape[1]:
-            room = self.ids_BW.new_empty(len(self.ids_BW), self.growth)
-            self.ids_BW, self.growth = torch.cat((self.ids_BW, room), dim=1), self.growth * 2
+            spare = self.ids_BW.new_empty(len(self.ids_BW), self.growth)
+            self.ids_BW, self.growth = torch.cat((self.ids_BW, spare), dim=1), self.growth * 2
         self.ids_BW[:, length - 1] = token_B
         return self.ids_BW[:, :length]
 

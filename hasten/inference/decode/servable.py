@@ -11,6 +11,7 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 from hasten.errors import OptionError
 from hasten.inference.decode.prefix import unserved_cache
 from hasten.inference.generate import asked
+from hasten.options.engine import FP8_CAPABILITY
 from hasten.overlays import AttentionOverlay, BackboneOverlay, HeadOverlay
 from hasten.overlays.base import runs_overlay
 from hasten.state import GenerateCall
@@ -52,8 +53,6 @@ ARGUMENTS = frozenset(
 """Arguments of `generate` that the engine serves, besides generation parameters."""
 QUANTISED = {"hasten-int8": torch.int8, "hasten-fp8": torch.float8_e4m3fn}
 """Backends of `cache_implementation="quantized"` that the engine serves -> the dtype of its cache."""
-QUANTISED_DEVICES = ("cpu",)
-"""Kinds of devices whose kernels read quantised caches."""
 PACKAGES = ("torch", "transformers", "peft", "hasten", "bitsandbytes")
 """Whose modules are captured: in a graph, Python code of a forward runs once."""
 ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
@@ -70,8 +69,9 @@ def unserved(model: Any, call: GenerateCall, devices: Collection[str]) -> str | 
         if not known and value is not None and value is not False:
             return f"{name} was given"
     quantised = cache_dtype(model, call)
-    if quantised is not None and model.device.type not in QUANTISED_DEVICES:
-        return f"its kernels read no quantised cache on {model.device.type} yet"
+    is_fp8 = quantised is torch.float8_e4m3fn and model.device.type == "cuda"
+    if is_fp8 and torch.cuda.get_device_capability(model.device) < FP8_CAPABILITY:
+        return "its GPU has no FP8"
     for name, served in MODES.items():
         value = asked(model, call, name)
         if name == "cache_implementation" and quantised is not None:

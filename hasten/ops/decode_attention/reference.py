@@ -24,15 +24,20 @@ def write_cache(
     k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, cache: CacheView, largest: Mapping[torch.dtype, float]
 ) -> None:
     size, dtype = cache.blocks[0].shape[3], cache.blocks[0].dtype
-    both, scales = torch.stack((k_BTKD, v_BTKD)), None
-    if cache.scales:
-        both, scales = quantised(both, dtype, largest[dtype])
-    for b, slot in enumerate(cache.slots_B.tolist()):
-        for t in range(k_BTKD.shape[1]):
-            block, row = divmod(slot + t, size)
-            cache.blocks[block][:, b, :, row] = both[:, b, t]
-            if scales is not None:
-                cache.scales[block][:, b, :, row] = scales[:, b, t]
+    both = torch.stack((k_BTKD, v_BTKD))
+    both, scales = quantised(both, dtype, largest[dtype]) if cache.scales else (both.to(dtype), None)
+    slots_BT = cache.slots_B[:, None] + torch.arange(k_BTKD.shape[1], device=cache.slots_B.device)
+    for index in torch.unique(slots_BT // size).tolist():
+        b, t = torch.nonzero(slots_BT // size == index, as_tuple=True)
+        row = slots_BT[b, t] % size
+        _bytes(cache.blocks[index])[:, b, :, row] = _bytes(both)[:, b, t].transpose(0, 1)
+        if scales is not None:
+            cache.scales[index][:, b, :, row] = scales[:, b, t].transpose(0, 1)
+
+
+def _bytes(x: torch.Tensor) -> torch.Tensor:
+    """Views numbers of 8 bits as integers: torch cannot index FP8."""
+    return x.view(torch.uint8) if x.dtype.itemsize == 1 else x
 
 
 def read_cache(cache: CacheView) -> tuple[torch.Tensor, torch.Tensor]:

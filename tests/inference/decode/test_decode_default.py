@@ -6,6 +6,7 @@ import gc
 import pickle
 import threading
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,14 +14,15 @@ import torch
 from decode_kit import engine_note, prompts, served
 from peft import LoraConfig, get_peft_model
 
+from hasten import FastLanguageModel
 from hasten.inference import engine, engine_of, for_inference
 from hasten.inference.decode import DecodeEngine
 from hasten.inference.decode.servable import fingerprint
 from hasten.inference.engine import StockEngine
 from hasten.methods import CausalLMMethods
-from hasten.options import LoadOptions
 from hasten.patching import apply
 from hasten.state import state_of
+from hasten.testing import save_tiny
 from hasten.testing.tiny import tiny_model
 from hasten.training import checkpointing, for_training
 
@@ -59,14 +61,14 @@ def test_on_a_gpu_a_model_gets_its_own() -> None:
     assert torch.equal(one.generate(**prompts(), **GREEDY), first)
 
 
-@pytest.mark.usefixtures("cpu_counts_as_gpu")
-@pytest.mark.parametrize("in_fp8", [True, False])
-def test_float8_kv_cache_of_loading(in_fp8: bool) -> None:
-    model = made()
-    state_of(model).load_options = LoadOptions(float8_kv_cache=in_fp8)
+def test_float8_kv_cache_of_loading(tmp_path: Path) -> None:
+    """It takes effect on a CPU too."""
+    folder = str(save_tiny(tmp_path, "llama"))
+    model, _ = FastLanguageModel.from_pretrained(folder, max_seq_length=64, load_in_4bit=False, float8_kv_cache=True)
     model.generate(**prompts(), **GREEDY)
+    assert engine_note(model) == "engine: hasten"
     (cache, _), *_ = engine_of(model)._steps._kept.values()  # pyright: ignore
-    assert cache.shape.dtype is (torch.float8_e4m3fn if in_fp8 else torch.float32)
+    assert cache.shape.dtype is torch.float8_e4m3fn and cache.shape.capacity == 64
 
 
 @pytest.mark.usefixtures("cpu_counts_as_gpu")

@@ -5,8 +5,15 @@ from typing import Any
 import pytest
 import torch
 from decode_kit import LENGTHS, engine_note, prompts, served
+from peft import LoraConfig, get_peft_model
 
 from hasten.families import FAMILIES
+from hasten.inference.decode import DecodeEngine
+from hasten.methods import CausalLMMethods
+from hasten.patching import apply
+from hasten.state import state_of
+from hasten.testing.quantize import quantize_linears
+from hasten.testing.tiny import tiny_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -97,3 +104,16 @@ def test_changed_weights_are_read() -> None:
             model.lm_head.weight.copy_(model.lm_head.weight.flip(0))
     results = [model.generate(ids, max_new_tokens=6, do_sample=False) for model in (stock, ours)]
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("storage", ["nf4", "int8"])
+def test_quantised_weights_with_an_adapter(storage: str) -> None:
+    """The tokens are those of transformers' loop over the same model."""
+    model: Any = tiny_model("llama", amplify=2.0).eval()
+    quantize_linears(model, storage)
+    apply(model, methods=CausalLMMethods)
+    peft = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
+    asked: dict[str, Any] = {**prompts(), "max_new_tokens": 8, "do_sample": False}
+    expected = peft.generate(**asked)
+    state_of(model).engine = DecodeEngine(("cpu", "cuda"))
+    assert torch.equal(peft.generate(**asked), expected) and engine_note(model) == "engine: hasten"
