@@ -52,6 +52,9 @@ def main() -> int:
     parser.add_argument(
         "--cases", default="", help="these alone, as the list of violations names them: config/3,job/17"
     )
+    parser.add_argument(
+        "--first-seed", type=int, default=0, help="other cases than those of the page, which starts at 0"
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, default=HERE.parents[1] / "runs/campaign")
     parser.add_argument("--page", action="store_true", help="write docs/campaign.md for a part too")
@@ -59,7 +62,7 @@ def main() -> int:
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     console, groups = Console(), asked.groups.split(",")
-    planned = {group: cases(group)[: asked.only] for group in groups}
+    planned = {group: cases(group, asked.first_seed)[: asked.only] for group in groups}
     if asked.cases:
         named = set(asked.cases.split(","))
         planned = {group: [case for case in cases(group) if case.key in named] for group in GROUPS}
@@ -95,7 +98,7 @@ def main() -> int:
         {name: count for name, (count, _) in GROUPS.items()}, [r for r in results if r["key"] in keys], facts
     )
     console.print(table(figures))
-    if asked.page or (set(groups) == set(GROUPS) and asked.only is None and not asked.cases):
+    if asked.page or (set(groups) == set(GROUPS) and asked.only is None and not asked.cases and not asked.first_seed):
         write(figures)
     return 1 if figures["violations"] else 0
 

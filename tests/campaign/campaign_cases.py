@@ -34,9 +34,9 @@ JUDGES = {
 }
 
 
-def cases(group: str) -> list[Case]:
+def cases(group: str, first: int = 0) -> list[Case]:
     count, seconds = GROUPS[group]
-    return [Case(group, seed, seconds) for seed in range(count)]
+    return [Case(group, seed, seconds) for seed in range(first, first + count)]
 
 
 def judge_of(case: Case, bases: Bases) -> Judge:
