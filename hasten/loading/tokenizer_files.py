@@ -114,7 +114,11 @@ def _check_vocabulary(path: Path) -> None:
         problems.append(f"model is {kind_of(model)}: must be an object")
     elif isinstance(vocabulary, dict) and (problem := ids(vocabulary)) is not None:
         problems.append(f"model.vocab: {problem}")
-    for place, entry in enumerate(found.get("added_tokens") or ()):
+    added = found.get("added_tokens") or []
+    if not isinstance(added, list):
+        problems.append(f"added_tokens is {kind_of(added)}: must be a list")
+        added = []
+    for place, entry in enumerate(added):
         numbered = {"id": entry.get("id")} if isinstance(entry, dict) else {"entry": entry}
         if (problem := ids(numbered)) is not None:
             problems.append(f"added_tokens[{place}].{problem}")

@@ -26,15 +26,17 @@ def read_linear(module: Any, training: bool, moves_input: bool = False) -> LoraL
     """
     if hooks_on_every_module():
         return "hooks on every module (torch's global module hooks)"
-    base, layers, around = descend(module)
-    pair, reason = read_adapters(layers, training)
-    if reason is not None:
-        return reason
+    base, pair = module, None
+    if type(module) is not nn.Linear:  # else nothing is around it
+        base, layers, around = descend(module)
+        pair, reason = read_adapters(layers, training)
+        if reason is not None:
+            return reason
+        for wrapper in around:
+            if needs_own_forward(wrapper, moves_input):
+                return "hooks on the module"
     if needs_own_forward(base, moves_input):
         return "hooks on the module"
-    for wrapper in around:
-        if needs_own_forward(wrapper, moves_input):
-            return "hooks on the module"
     found = find_format(base)
     weight = f"stored as {type(base).__name__}" if found is None else found.weight(base)
     if isinstance(weight, str):

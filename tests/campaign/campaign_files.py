@@ -195,6 +195,13 @@ def judge_job(bases: Bases, seed: int, scratch: Path) -> tuple[str, str, str]:
     return ("no effect" if job == before else "as stock"), what, "trains"
 
 
+def is_number(text: str, number: float) -> bool:
+    try:
+        return float(text) == number
+    except ValueError:
+        return False
+
+
 def taken_for_another(before: Job, job: Job, where: tuple[Any, ...], value: Any) -> str:
     """Why a changed key was not taken for what it says: dropped, or kept as a value of another type than its field's."""
     section, name = where
@@ -208,6 +215,8 @@ def taken_for_another(before: Job, job: Job, where: tuple[Any, ...], value: Any)
         return f"{section}.{name} = {new!r} is accepted, where {old!r} was"
     if numbers and not math.isfinite(new):
         return f"{section}.{name} = {new!r} is accepted"
+    if numbers and isinstance(value, str) and is_number(value, new):
+        return ""  # 1e-2, which a YAML file holds without quotes
     if value is not None and new == old and value != old and str(value) not in str(new):
         return f"{section}.{name} = {value!r} is dropped for {old!r}"
     return ""

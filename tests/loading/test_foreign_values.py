@@ -175,6 +175,8 @@ def test_a_wrong_value_of_the_generation_config(llama: Path, copy_of: Copy, fiel
         ("tokenizer.json", "model", {"type": "BPE", "vocab": {"a": -1}, "merges": []}),
         ("tokenizer.json", "added_tokens", [{"id": 10**9, "content": "x"}]),
         ("tokenizer.json", "added_tokens", ["x"]),
+        ("tokenizer.json", "added_tokens", 0.3),
+        ("tokenizer.json", "added_tokens", {"id": 3}),
         ("tokenizer.json", "pre_tokenizer", {"type": "Nope"}),
         ("tokenizer.json", "version", 4),
     ],

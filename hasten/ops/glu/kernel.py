@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from hasten.ops.autograd import run
 from hasten.ops.backend import on_device
 from hasten.ops.rows import flat_rows
 
@@ -144,4 +145,4 @@ class GluFunction(torch.autograd.Function):
 
 
 def glu(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-    return GluFunction.apply(gate, up, activation)  # pyright: ignore[reportReturnType]
+    return run(GluFunction, gate, up, activation)

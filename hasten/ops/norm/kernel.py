@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from hasten.ops.autograd import run
 from hasten.ops.backend import on_device
 from hasten.ops.norm.config import NormConfig
 from hasten.ops.rows import flat_rows
@@ -238,12 +239,12 @@ def _backward(ctx: Any, dy: torch.Tensor, d_residual: torch.Tensor | None) -> tu
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor, config: NormConfig) -> torch.Tensor:
-    return NormFunction.apply(x, weight, config)  # pyright: ignore[reportReturnType]
+    return run(NormFunction, x, weight, config)
 
 
 def norm_with_residual(x: torch.Tensor, weight: torch.Tensor, config: NormConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    return NormWithResidualFunction.apply(x, weight, config)  # pyright: ignore[reportReturnType]
+    return run(NormWithResidualFunction, x, weight, config)
 
 
 def add_norm(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, config: NormConfig) -> torch.Tensor:
-    return AddNormFunction.apply(x, weight, residual, config)  # pyright: ignore[reportReturnType]
+    return run(AddNormFunction, x, weight, residual, config)

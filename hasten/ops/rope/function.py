@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from hasten.ops.autograd import run
 from hasten.ops.norm import NormConfig
 from hasten.ops.rope.kernel import RopeConfig, flat_tokens, qk_rope_bwd, qk_rope_fwd
 
@@ -60,7 +61,7 @@ def qk_rope(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     cos, sin = position if position is not None else (None, None)
     weights = (None, None) if qk_norm is None else (qk_norm.q_weight, qk_norm.k_weight)
-    return QKRopeFunction.apply(q_BTHD, k_BTHD, *weights, cos, sin, rope_config(rotation, fp32, qk_norm))  # pyright: ignore[reportReturnType]
+    return run(QKRopeFunction, q_BTHD, k_BTHD, *weights, cos, sin, rope_config(rotation, fp32, qk_norm))
 
 
 def rope_config(rotation: str, fp32: bool, qk_norm: QKNorm | None) -> RopeConfig:

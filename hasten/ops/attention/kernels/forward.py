@@ -29,6 +29,7 @@ from hasten.ops.attention.kernels.tiles import (
     tiles_for,
     visible,
 )
+from hasten.ops.autograd import run
 from hasten.ops.backend import on_device, shared_memory
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -178,4 +179,4 @@ def attention(  # noqa: PLR0913
     if q_BTHD.numel() == 0:
         return torch.zeros_like(q_BTHD)
     config = ScoreMaskConfig(scale, window, softcap)
-    return AttentionFunction.apply(q_BTHD, k_BTKD, v_BTKD, spans_BT3, config, tiles)  # pyright: ignore[reportReturnType]
+    return run(AttentionFunction, q_BTHD, k_BTKD, v_BTKD, spans_BT3, config, tiles)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from hasten.ops.autograd import run
 from hasten.ops.lora.kernels.lora_delta import (
     MAX_RANK,
     MAX_RANK_BACKWARD,
@@ -186,4 +187,4 @@ class LoraLinearsFunction(torch.autograd.Function):
 def lora_linears(
     x: torch.Tensor, linears: Sequence[LoraLinear], residual: torch.Tensor | None, norm_input: NormInput | None
 ) -> tuple[torch.Tensor, ...]:
-    return LoraLinearsFunction.apply(x, residual, norm_input, tuple(linears), *parameters(linears))  # pyright: ignore[reportReturnType]
+    return run(LoraLinearsFunction, x, residual, norm_input, tuple(linears), *parameters(linears))

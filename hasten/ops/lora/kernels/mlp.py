@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from hasten.ops.autograd import run
 from hasten.ops.glu.kernel import glu_bwd, glu_fwd
 from hasten.ops.lora.kernels.linear import SavedInput, input_gradient, lora_gradients, low_rank, needs_input, project
 from hasten.ops.lora.stacked import adapters, check_versions, parameter_gradients, parameters, versions, widths
@@ -143,6 +144,6 @@ def lora_mlp(
     residual: torch.Tensor | None,
     norm_input: NormInput | None,
 ) -> torch.Tensor:
-    *inner, grad_anchor = LoraGluFunction.apply(x, norm_input, tuple(linears), activation, *parameters(linears))  # pyright: ignore[reportGeneralTypeIssues]
-    out: torch.Tensor = DownFunction.apply(grad_anchor, *inner, residual, linears[2])  # pyright: ignore[reportAssignmentType]
+    *inner, grad_anchor = run(LoraGluFunction, x, norm_input, tuple(linears), activation, *parameters(linears))
+    out: torch.Tensor = run(DownFunction, grad_anchor, *inner, residual, linears[2])
     return out.view(*x.shape[:-1], out.shape[-1])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from hasten.ops.autograd import run
 from hasten.ops.lora.kernels.linear import SavedInput, input_gradient, lora_gradients, low_rank, needs_input, project
 from hasten.ops.lora.stacked import check_versions, parameter_gradients, parameters, versions, widths
 from hasten.ops.rope.function import rope_config
@@ -85,4 +86,4 @@ def lora_qkv(
     x: torch.Tensor, linears: Sequence[LoraLinear], heads: HeadsConfig, norm_input: NormInput | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     weights = (None, None) if heads.qk_norm is None else (heads.qk_norm.q_weight, heads.qk_norm.k_weight)
-    return LoraQkvFunction.apply(x, *weights, norm_input, tuple(linears), heads, *parameters(linears))  # pyright: ignore[reportReturnType]
+    return run(LoraQkvFunction, x, *weights, norm_input, tuple(linears), heads, *parameters(linears))

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from hasten.ops.autograd import run
 from hasten.ops.lora import DenseWeight, LoraLinear
 from hasten.ops.lora.kernels.linear import SavedInput, input_gradient, lora_gradients, needs_input, project
 from hasten.ops.lora.kernels.mlp import gate_up_backward, gate_up_forward, grad_anchor_of, recompute_gate_up
@@ -191,6 +192,6 @@ def lora_mlp(
     tile: int,
 ) -> torch.Tensor:
     call = TiledCall(tuple(linears), activation, tile)
-    grad_anchor = TiledBackwardFunction.apply(x, norm_input, call, *parameters(call.linears))
-    out: torch.Tensor = TiledForwardFunction.apply(grad_anchor, flat_rows(x.detach()), residual, call)  # pyright: ignore[reportAssignmentType]
+    grad_anchor = run(TiledBackwardFunction, x, norm_input, call, *parameters(call.linears))
+    out: torch.Tensor = run(TiledForwardFunction, grad_anchor, flat_rows(x.detach()), residual, call)
     return out.view(*x.shape[:-1], out.shape[-1])
