@@ -110,7 +110,8 @@ class DecodeEngine:
                 yield
         finally:
             for device in gpus:
-                self._done[device] = torch.cuda.current_stream(device).record_event()
+                self._done[device] = torch.cuda.Event()
+                self._done[device].record(torch.cuda.current_stream(device))
 
 
 def _with_stop_strings(model: Any, call: GenerateCall) -> GenerateCall:

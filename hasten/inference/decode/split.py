@@ -15,10 +15,6 @@ from torch import nn
 
 from hasten.inference.decode.step import CAPTURES, WARM_UPS, DecodeStep
 
-Device = Any
-"""A torch.device."""
-
-
 class Graph(Protocol):
     """Operations of one device that are recorded between `begin` and `end`."""
 
@@ -52,13 +48,13 @@ class CudaGraph:
 class Cuda:
     """What a recorder needs of the devices; a test has its own."""
 
-    def device_of(self, x: torch.Tensor) -> Device:
+    def device_of(self, x: torch.Tensor) -> torch.device:
         return x.device
 
-    def empty_like(self, x: torch.Tensor, device: Device) -> torch.Tensor:
+    def empty_like(self, x: torch.Tensor, device: torch.device) -> torch.Tensor:
         return torch.empty_like(x, device=device)
 
-    def graph(self, device: Device) -> Graph:
+    def graph(self, device: torch.device) -> Graph:
         return CudaGraph(device)
 
 
@@ -66,7 +62,7 @@ class Cuda:
 class Part:
     """inputs: (tensor of an earlier part, its copy on `device`). Copies stay valid for later parts of the same device."""
 
-    device: Device
+    device: torch.device
     graph: Graph
     inputs: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
@@ -79,10 +75,10 @@ class Part:
 class Recorder:
     """Records a forward in parts. devices: module -> its device, for modules that are called one after another."""
 
-    def __init__(self, devices: dict[nn.Module, Device], backend: Any) -> None:
+    def __init__(self, devices: dict[nn.Module, torch.device], backend: Any) -> None:
         self._devices, self._backend = devices, backend
         self.parts: list[Part] = []
-        self._copies: dict[tuple[Device, int], torch.Tensor] = {}
+        self._copies: dict[tuple[torch.device, int], torch.Tensor] = {}
         self._is_recording = False
 
     @contextmanager
@@ -96,7 +92,7 @@ class Recorder:
                 handle.remove()
 
     @contextmanager
-    def recording(self, device: Device) -> Iterator[None]:
+    def recording(self, device: torch.device) -> Iterator[None]:
         """Records what runs inside the block; its first part is on `device`."""
         self._begin(Part(device, self._backend.graph(device)))
         self._is_recording = True

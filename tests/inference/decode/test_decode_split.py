@@ -10,7 +10,7 @@ from typing import Any, Self
 import pytest
 import torch
 from decode_kit import both, engine_note, prompts, served
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 
 from hasten import FastLanguageModel
@@ -162,7 +162,7 @@ def test_an_error_while_recording_leaves_no_hooks(monkeypatch: pytest.MonkeyPatc
 
     class Failing(Mixing):
         def attend(self, module: Any, *args: Any) -> Any:
-            if module.layer_idx == 3 and torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
+            if module.layer_idx == 3 and _get_current_dispatch_mode() is not None:
                 raise RuntimeError("from inside")
             return super().attend(module, *args)
 
@@ -170,7 +170,7 @@ def test_an_error_while_recording_leaves_no_hooks(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(RuntimeError, match="from inside"), torch.no_grad():
         step._capture()
     assert not any(module._forward_pre_hooks for module in model.modules())
-    assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+    assert _get_current_dispatch_mode() is None
 
 
 def test_who_serves_a_model_on_several_devices() -> None:
