@@ -13,6 +13,8 @@ from hasten.json_file import kind_of, read_object, shown
 from hasten.loading.config_rules import Rule, between, count, flag, mapping, positive
 from hasten.loading.foreign import parsing
 from hasten.loading.shards import FLOATS, read_header
+from hasten.schema.declared import fields_of
+from hasten.schema.typed import mistyped
 from hasten.weights.finite import described, nonfinite_names
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -100,17 +102,26 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
     kind = found.get("peft_type")
     if kind in PEFT_TYPES and kind not in ATTACHED:  # before its fields, which mean other things there
         raise CheckpointError(f"{path.parent} has an adapter of type {kind}; hasten attaches only LoRA adapters")
-    problems = [
-        f"{shown(name)}={shown(value)} ({kind_of(value)}): {problem}"
-        for name, value in found.items()
-        if value is not None and (rule := rule_of(name)) is not None and (problem := rule(value)) is not None
-    ]
+    problems = [problem for name, value in found.items() if (problem := _problem(name, value)) is not None]
     if problems:
         lines = "".join(f"\n  - {line}" for line in problems)
         raise CheckpointError(
             f"{path} has fields that cannot be right ({len(problems)}). Save the adapter again.{lines}"
         )
     return found
+
+
+def _problem(name: str, value: Any) -> str | None:
+    """Returns what is wrong with a field: by its rule here, or by what PEFT declares for it."""
+    rule = rule_of(name)
+    if value is None:
+        return None
+    if rule is not None:
+        problem = rule(value)
+    else:
+        fields = fields_of("peft", "LoraConfig")
+        problem = f"must be {fields[name]}" if mistyped({name: value}, fields) else None
+    return None if problem is None else f"{shown(name)}={shown(value)} ({kind_of(value)}): {problem}"
 
 
 def check_adapter_files(folder: Path) -> None:

@@ -19,6 +19,8 @@ def mistyped(values: Mapping[str, Any], fields: Mapping[str, Expected]) -> dict[
 
 
 def _fits(value: Any, expected: Expected) -> bool:
+    if expected.anything:
+        return True
     if value is None:
         return "none" in expected.scalars
     if isinstance(value, bool):
@@ -30,8 +32,10 @@ def _fits(value: Any, expected: Expected) -> bool:
     if isinstance(value, str):
         return expected.takes_text or any(isinstance(choice, str) for choice in expected.choices)
     if isinstance(value, Mapping):
-        return expected.values is not None
-    return expected.items is not None if isinstance(value, list | tuple | set | frozenset) else True
+        return expected.values is not None and all(_fits(one, expected.values) for one in value.values())
+    if not isinstance(value, list | tuple | set | frozenset):
+        return True
+    return expected.items is not None and all(_fits(one, expected.items) for one in value)
 
 
 def text_for_other(values: Mapping[str, Any], fields: Mapping[str, Expected]) -> list[str]:

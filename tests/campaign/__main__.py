@@ -17,7 +17,7 @@ from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent / name) for name in ("cli", "export", "training", "guarantees")]
+sys.path[:0] = [str(HERE.parent / name) for name in ("", "cli", "export", "training", "guarantees")]
 sys.path.insert(0, str(HERE.parents[1]))
 
 import torch  # noqa: E402

@@ -105,7 +105,9 @@ def test_method_trains_as_on_stock_and_is_merged_or_refused(
     loss, grads, logits = step(model, method, **call)
     assert loss == pytest.approx(expected[0], rel=LOGITS if ON_GPU else 1e-5)
     assert set(grads) == set(expected[1])
-    floor = GRADIENTS * 1e-4 * max(float(grad.norm()) for grad in expected[1].values()) if ON_GPU else 1e-7
+    floor = (
+        torch.finfo(torch.float32).eps * max(float(grad.norm()) for grad in expected[1].values()) if ON_GPU else 1e-7
+    )
     for name, grad in grads.items():
         assert (grad - expected[1][name]).norm() <= GRADIENTS * expected[1][name].norm() + floor, name
     assert_near(logits, expected[2], rtol=1e-5, atol=1e-5)
@@ -132,7 +134,7 @@ def _check_exports(model: Any, method: str, base: Path, folder: Path, tuned: tor
     with torch.no_grad():
         call = {"labels": LABELS} if method in LOGITS_NEEDED else {}
         got = again(input_ids=IDS, **call).logits[:, -24:]
-    assert_near(got, tuned, rtol=1e-5, atol=1e-5)
+    assert_near(got, tuned, 1e-4, rtol=1e-5, atol=1e-5)
     if method not in ("LORA", "TRAINABLE_TOKENS"):
         with pytest.raises(CheckpointError, match=method):
             FastLanguageModel.from_pretrained(str(folder / "adapter"), load_in_4bit=False, max_seq_length=64)

@@ -210,6 +210,8 @@ ADAPTER = [
     ("use_dora", "false"), ("use_rslora", 1), ("rank_pattern", []), ("rank_pattern", {"q_proj": "4"}),
     ("alpha_pattern", {"q_proj": -1}), ("layers_to_transform", "all"), ("peft_type", "NOPE"), ("peft_type", 4),
     ("init_lora_weights", "nope"), ("init_lora_weights", 5), ("loftq_config", "x"), ("task_type", 3), ("revision", 1),
+    ("alora_invocation_tokens", 0.3), ("alora_invocation_tokens", ["a"]), ("trainable_token_indices", {"q_proj": "b"}),
+    ("layer_replication", "x"), ("target_parameters", [1]), ("use_qalora", "yes"), ("megatron_core", 3),
 ]  # fmt: skip
 
 

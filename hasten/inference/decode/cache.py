@@ -179,7 +179,8 @@ class CacheRow:
         blocks, scales = ([block[:, self._part] for block in kept] for kept in (whole.blocks, whole.scales))
         tables = []
         for first, table in ((blocks, whole.table), (scales, whole.scale_table)):
-            tables.append(table + self.index * first[0].stride(1) * first[0].itemsize if first else table)
+            offset = self.index * first[0].stride(1) * first[0].itemsize if first else 0
+            tables.append(None if table is None else table + offset)
         return CacheView(blocks, tables[0], self.slots_B, self.starts_B, None, scales, tables[1])
 
 

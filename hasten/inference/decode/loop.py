@@ -122,7 +122,12 @@ def _run(model: Any, cache: KVCache, step: DecodeStep, asked: Asked, prompt: Fed
         for record, one in ((sequences.scores, scores), (sequences.logits, logits)):
             if record is not None:
                 record.append(one)
-        token = torch.multinomial(scores.softmax(-1), 1)[:, 0] if config.do_sample else scores.argmax(-1)
+        if config.do_sample:
+            token = torch.multinomial(scores.softmax(-1), 1)[:, 0]
+        elif len(asked.processors) or length == width + 1:
+            token = scores.argmax(-1)
+        else:  # the step has chosen it
+            token = step.token_B1[:batch, 0].to(device, copy=True)
         if has_eos:
             token = torch.where(running, token, pad)
         found = sequences.add(token, length)

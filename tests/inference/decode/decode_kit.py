@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from device_kit import DEVICE
 
 from hasten.inference.decode import DecodeEngine
 from hasten.methods import CausalLMMethods
@@ -17,7 +18,7 @@ LENGTHS = (5, 11, 1)
 
 def served(family: str, max_seq_length: int | None = None, **changes: Any) -> tuple[Any, Any]:
     """(stock, the same model on the engine)."""
-    stock, ours = (tiny_model(family, **{"amplify": 2.0, **changes}).eval() for _ in range(2))
+    stock, ours = (tiny_model(family, **{"amplify": 2.0, **changes}).to(DEVICE).eval() for _ in range(2))
     apply(ours, plan(ours, max_seq_length=max_seq_length), methods=CausalLMMethods)
     state_of(ours).engine = DecodeEngine(devices=("cpu", "cuda"))
     return stock, ours
@@ -32,7 +33,7 @@ def prompts(side: str = "left", lengths: tuple[int, ...] = LENGTHS, seed: int = 
         place = slice(width - length, None) if side == "left" else slice(0, length)
         ids[row, place] = torch.randint(6, 280, (length,), generator=generator)
         mask[row, place] = 1
-    return {"input_ids": ids, "attention_mask": mask}
+    return {"input_ids": ids.to(DEVICE), "attention_mask": mask.to(DEVICE)}
 
 
 def both(stock: Any, ours: Any, **asked: Any) -> tuple[Any, Any]:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from device_kit import DEVICE
 
 from hasten.errors import InputError
 from hasten.families import FAMILIES
@@ -22,7 +23,7 @@ SIZES = ((5, 12), (11, 20), (1, 3), (30, 7), (8, 1), (17, 40))
 
 def stock_model(family: str = "llama", **changes: Any) -> Any:
     """The head is not tied: a tied one mostly repeats the last token, whatever the layers do."""
-    return tiny_model(family, tie_word_embeddings=False, **changes)
+    return tiny_model(family, tie_word_embeddings=False, **changes).to(DEVICE)
 
 
 def overlaid(family: str = "llama", **changes: Any) -> Any:
@@ -48,7 +49,7 @@ def run(batch: DecodeBatch, requests: list[Request]) -> None:
 
 
 def stocks(model: Any, one: Request, **asked: Any) -> list[int]:
-    ids = torch.tensor([one.prompt])
+    ids = torch.tensor([one.prompt], device=DEVICE)
     asked = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, **asked}
     return model.generate(ids, max_new_tokens=one.limits.max_tokens, **asked)[0, ids.shape[1] :].tolist()
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from decode_kit import both, engine_note, fed_tokens, prompts, served, uninitialised_is_nan
+from device_kit import DEVICE
 from transformers import DynamicCache, StaticCache
 
 from hasten.families import FAMILIES
@@ -15,7 +16,7 @@ GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 def longer(ids: torch.Tensor, tokens: int, seed: int = 11) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.cat((ids, torch.randint(6, 280, (len(ids), tokens), generator=generator)), dim=1)
+    return torch.cat((ids, torch.randint(6, 280, (len(ids), tokens), generator=generator).to(ids.device)), dim=1)
 
 
 def same_cache(found: Any, wanted: Any, real: torch.Tensor | None = None) -> None:
@@ -26,7 +27,11 @@ def same_cache(found: Any, wanted: Any, real: torch.Tensor | None = None) -> Non
         assert type(mine) is type(theirs) and mine.keys.shape == theirs.keys.shape
         for name in ("keys", "values"):
             one, other = (getattr(layer, name).transpose(1, 2) for layer in (mine, theirs))
-            seen = torch.ones(one.shape[:2], dtype=torch.bool) if real is None else real[:, -one.shape[1] :]
+            seen = (
+                torch.ones(one.shape[:2], dtype=torch.bool, device=one.device)
+                if real is None
+                else real[:, -one.shape[1] :]
+            )
             torch.testing.assert_close(one[seen], other[seen], rtol=3e-5, atol=3e-5)
 
 
@@ -98,14 +103,14 @@ def test_ragged_batch_with_only_the_new_tokens_and_the_whole_mask() -> None:
     for model in (stock, ours):
         first = model.generate(**batch, max_new_tokens=4, return_dict_in_generate=True, **GREEDY)
         new = longer(first.sequences[:, -1:], 6)
-        mask = torch.cat((batch["attention_mask"], torch.ones(3, 3 + 7, dtype=torch.long)), dim=1)
+        mask = torch.cat((batch["attention_mask"], torch.ones(3, 3 + 7, dtype=torch.long, device=DEVICE)), dim=1)
         asked = {"attention_mask": mask, "past_key_values": first.past_key_values, "max_new_tokens": 5, **GREEDY}
         with fed_tokens(ours) as counts:
             results.append(model.generate(new, **asked, return_dict_in_generate=True))
     assert counts == [7, 1, 1, 1, 1] and engine_note(ours) == "engine: hasten"
     wanted, found = results
     assert torch.equal(found.sequences, wanted.sequences)
-    real = torch.cat((mask, torch.ones(3, 4, dtype=torch.long)), dim=1).bool()
+    real = torch.cat((mask, torch.ones(3, 4, dtype=torch.long, device=DEVICE)), dim=1).bool()
     same_cache(found.past_key_values, wanted.past_key_values, real)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from decode_kit import engine_note, prompts, served
+from device_kit import DEVICE
 from transformers import DynamicCache
 
 from hasten.ops import decode_attention
@@ -28,7 +29,7 @@ def test_tokens_are_stocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(new_token, "attend_new_token", lambda *args: fused.append(args) or one(*args))
     stock, ours = served("gemma2", num_hidden_layers=2)
     batch = prompts()
-    turn = torch.randint(6, 280, (3, 20), generator=torch.Generator().manual_seed(1))
+    turn = torch.randint(6, 280, (3, 20), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     results = []
     for model in (stock, ours):
         cache = DynamicCache(config=model.config)

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from decode_kit import both, engine_note, prompts, served
+from device_kit import DEVICE
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -61,7 +62,7 @@ def test_cache_in_the_dictionary_is_stocks() -> None:
     expected, found = both(stock, ours, **batch, max_new_tokens=7, do_sample=False, return_dict_in_generate=True)
     got, wanted = found.past_key_values, expected.past_key_values
     assert type(got) is type(wanted) and got.get_seq_length() == wanted.get_seq_length() == 36
-    real = torch.cat((batch["attention_mask"], torch.ones(3, 6, dtype=torch.long)), 1).bool()
+    real = torch.cat((batch["attention_mask"], torch.ones(3, 6, dtype=torch.long, device=DEVICE)), 1).bool()
     for mine, theirs in zip(got.layers, wanted.layers, strict=True):
         assert type(mine) is type(theirs) and mine.keys.shape == theirs.keys.shape
         seen = real[:, -mine.keys.shape[2] :]

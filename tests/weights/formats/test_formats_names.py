@@ -18,6 +18,7 @@ ALLOWED = {
     "training/optimizers.py": "the package of transformers' optimizers",
     "demo/pipeline.py": "calls the public signature",
     "testing/type_checks.py": "calls the public signature",
+    "inference/decode/servable.py": "quantised KV caches, and packages whose forwards are known",
     "schema/near.py": "arguments of other libraries and what they are called here",
 }
 """Files outside `weights/formats`, `ops/nf4` and the options -> why a format is named there."""

@@ -27,11 +27,11 @@ def scales_start(table_ptr, slot, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def quantised(x, LARGEST: tl.constexpr, kind: tl.constexpr):
+def quantised(x, LARGEST: tl.constexpr, INTEGER: tl.constexpr, kind: tl.constexpr):
     """The codes of x (CHANNELS,) and their scale."""
     scale = tl.maximum(tl.max(tl.abs(x), 0), 1.1754943508222875e-38) / LARGEST
     codes = x / scale
-    if kind == tl.int8:
+    if INTEGER:
         codes = (codes + 12582912.0) - 12582912.0  # rounds to the nearest, ties to even
     return codes.to(kind), scale
 
@@ -42,7 +42,9 @@ def store_token(
 ):  # fmt: skip
     """Stores a key or value (CHANNELS,) in the cache's dtype. LARGEST: 0 = not quantised."""
     if LARGEST > 0:
-        codes, scale = quantised(tl.where(inside, x.to(tl.float32), 0.0), LARGEST, place.dtype.element_ty)
+        codes, scale = quantised(
+            tl.where(inside, x.to(tl.float32), 0.0), LARGEST, place.dtype.element_ty.is_int(), place.dtype.element_ty
+        )
         tl.store(place, codes, mask=inside)
         tl.store(scale_place, scale)
     else:

@@ -1,6 +1,6 @@
 """Linears of one token for dense matrices and for codes with a scale per channel: each weight is read once.
 
-A program reads whole rows of a matrix into registers, all loads at once, and sums them in fp32, the terms of a LoRA among them. On an H100 a chain of the linears
+A program reads whole rows of a matrix into registers, all loads at once, and sums them in fp32. On an H100 a chain of the linears
 of an 8B model reads 88% of the memory's bandwidth, cuBLAS (mv and mm) 80% (docs/log.md).
 """
 
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from hasten.ops.backend import on_device
-from hasten.ops.matvec.kernels.epilogue import Epilogue, biased, epilogue, gated, lora_terms
+from hasten.ops.matvec.kernels.epilogue import Epilogue, epilogue, finished, gated
 
 if TYPE_CHECKING:
     from hasten.ops.matvec import Part
@@ -32,30 +32,28 @@ PROGRAMS = 264
 @triton.jit
 def _sums(
     matrix, addend, x_ptr, xa_ptr, row, lo, hi, ranks,
-    SCALED: tl.constexpr, BIAS: tl.constexpr, LORA: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    SCALED: tl.constexpr, BIAS: tl.constexpr, SPLITS: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """W[row, lo:hi] @ x[lo:hi] in fp32, plus LoRA and bias. matrix: (weights, scales, rows, width, stride)."""
     w_ptr, scale_ptr, rows, _, stride = matrix
     inside = row < rows
-    column = tl.arange(0, BLOCK)
-    sums = tl.zeros([ROWS, BLOCK], tl.float32)
+    sums = tl.zeros([ROWS], tl.float32)
     for start in range(lo, hi, BLOCK):
-        known = start + column < hi
-        place = w_ptr + row.to(tl.int64)[:, None] * stride + (start + column)[None, :]
+        column = start + tl.arange(0, BLOCK)
+        known = column < hi
+        place = w_ptr + row.to(tl.int64)[:, None] * stride + column[None, :]
         w = tl.load(place, mask=inside[:, None] & known[None, :], other=0.0, eviction_policy="evict_first")
-        x = tl.load(x_ptr + start + column, mask=known, other=0.0)
-        sums += w.to(tl.float32) * x.to(tl.float32)[None, :]
+        x = tl.load(x_ptr + column, mask=known, other=0.0)
+        sums += tl.sum(w.to(tl.float32) * x.to(tl.float32)[None, :], 1)
     if SCALED:
-        sums *= tl.load(scale_ptr + row, mask=inside, other=0.0)[:, None]
-    if LORA:
-        sums += lora_terms(row, inside, column, addend, xa_ptr, ranks, SPLITS, BLOCK)
-    return biased(tl.sum(sums, 1), row, inside, addend, BIAS)
+        sums *= tl.load(scale_ptr + row, mask=inside, other=0.0)
+    return finished(sums, row, inside, addend, xa_ptr, ranks, BIAS, SPLITS, RANKS)
 
 
 @triton.jit
 def _linears(
     matrices, addends, x_ptr, xa_ptr, residual_ptr, y_ptr, ranks, total, chunk,
-    SCALED: tl.constexpr, BIAS: tl.constexpr, LORA: tl.constexpr, SPLITS: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr,
+    SCALED: tl.constexpr, BIAS: tl.constexpr, SPLITS: tl.constexpr, RANKS: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     program, split = tl.program_id(0), tl.program_id(1)
@@ -68,7 +66,7 @@ def _linears(
             lo = split * chunk
             hi = tl.minimum(lo + chunk, matrices[i][3])
             sums = _sums(
-                matrices[i], addends[i], x_ptr, xa_ptr, row, lo, hi, ranks, SCALED, BIAS, LORA, SPLITS, ROWS, BLOCK
+                matrices[i], addends[i], x_ptr, xa_ptr, row, lo, hi, ranks, SCALED, BIAS, SPLITS, RANKS, ROWS, BLOCK
             )
             if RESIDUAL:
                 sums += tl.load(residual_ptr + offset + row, mask=row < rows, other=0.0).to(tl.float32)
@@ -80,13 +78,13 @@ def _linears(
 @triton.jit
 def _gated(
     matrices, addends, x_ptr, xa_ptr, y_ptr, ranks,
-    SCALED: tl.constexpr, BIAS: tl.constexpr, LORA: tl.constexpr, SPLITS: tl.constexpr, CODE: tl.constexpr, ROWS: tl.constexpr,
+    SCALED: tl.constexpr, BIAS: tl.constexpr, SPLITS: tl.constexpr, RANKS: tl.constexpr, CODE: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     width = matrices[0][3]
-    gate = _sums(matrices[0], addends[0], x_ptr, xa_ptr, row, 0, width, ranks, SCALED, BIAS, LORA, SPLITS, ROWS, BLOCK)
-    up = _sums(matrices[1], addends[1], x_ptr, xa_ptr, row, 0, width, ranks, SCALED, BIAS, LORA, SPLITS, ROWS, BLOCK)
+    gate = _sums(matrices[0], addends[0], x_ptr, xa_ptr, row, 0, width, ranks, SCALED, BIAS, SPLITS, RANKS, ROWS, BLOCK)
+    up = _sums(matrices[1], addends[1], x_ptr, xa_ptr, row, 0, width, ranks, SCALED, BIAS, SPLITS, RANKS, ROWS, BLOCK)
     y = gated(gate, up, x_ptr.dtype.element_ty, CODE)
     tl.store(y_ptr + row, y.to(y_ptr.dtype.element_ty), mask=row < matrices[0][2])
 

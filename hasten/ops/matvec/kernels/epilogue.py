@@ -17,31 +17,23 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def lora_terms(row, inside, column, addend, xa_ptr, ranks, SPLITS: tl.constexpr, WIDTH: tl.constexpr):
-    """scale * b[row] * xa for the ranks of a LoRA, in the layout of the products of `row` and WIDTH columns, to be summed with them.
+def finished(sums, row, inside, addend, xa_ptr, ranks, BIAS: tl.constexpr, SPLITS: tl.constexpr, RANKS: tl.constexpr):
+    """Adds bias and scale * b @ xa to the sums of `row`.
 
-    column: 0 .. WIDTH - 1. addend: (bias, its length or 0, b, its rank or 0, scale, first entry of xa). ranks: of all linears together.
-    A sum of its own over the ranks would need another exchange between the warps of each program.
+    addend: (bias, its length or 0, b, its rank or 0, scale, first entry of xa). ranks: of all linears together. RANKS: a power of two
+    from every rank on, 0 = no LoRA; a loop over ranks would cost more than the LoRA itself.
     """
-    _, _, b_ptr, rank, scale, first = addend
-    terms = tl.zeros([row.shape[0], WIDTH], tl.float32)
-    for start in range(0, rank, WIDTH):
-        r = start + column
+    bias_ptr, length, b_ptr, rank, scale, first = addend
+    if RANKS > 0:
+        r = tl.arange(0, RANKS)
         known = r < rank
-        xa = tl.zeros([WIDTH], tl.float32)
+        xa = tl.zeros([RANKS], tl.float32)
         for split in tl.static_range(SPLITS):
             xa += tl.load(xa_ptr + split * ranks + first + r, mask=known, other=0.0)
         place = b_ptr + row.to(tl.int64)[:, None] * rank + r[None, :]
         b = tl.load(place, mask=inside[:, None] & known[None, :], other=0.0).to(tl.float32)
-        terms += b * (scale * xa)[None, :]
-    return terms
-
-
-@triton.jit
-def biased(sums, row, inside, addend, BIAS: tl.constexpr):
-    """Adds the bias to the sums of `row`."""
+        sums += scale * tl.sum(b * xa[None, :], 1)
     if BIAS:
-        bias_ptr, length, _, _, _, _ = addend
         sums += tl.load(bias_ptr + row, mask=inside & (row < length), other=0.0).to(tl.float32)
     return sums
 
@@ -55,7 +47,7 @@ def gated(gate, up, kind: tl.constexpr, CODE: tl.constexpr):
 
 @dataclass(frozen=True)
 class Epilogue:
-    """The arguments of `lora_terms`, `biased` and of the store. y: (all O,), or (O,) of gate with an activation."""
+    """The arguments of `finished` and of the store. y: (all O,), or (O,) of gate with an activation."""
 
     y: torch.Tensor
     xa: torch.Tensor
@@ -86,7 +78,7 @@ def epilogue(  # noqa: PLR0917
         first += part.rank
     meta = {
         "BIAS": any(part.bias is not None for part in parts),
-        "LORA": xa_SR is not None and first > 0,
+        "RANKS": 0 if xa_SR is None else triton.next_power_of_2(max(part.rank for part in parts)),
         "SPLITS": 1 if xa_SR is None else xa_SR.shape[0],
     }
     if activation is None:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from hasten.ops.backend import on_device
-from hasten.ops.matvec.kernels.epilogue import biased, epilogue, gated, lora_terms
+from hasten.ops.matvec.kernels.epilogue import epilogue, finished, gated
 
 if TYPE_CHECKING:
     from hasten.ops.matvec import Part
@@ -119,8 +119,8 @@ def _row(
 @triton.jit
 def _sums(
     matrix, addend, x_ptr, xa_ptr, base, ranks,
-    DOUBLE: tl.constexpr, BLOCK_WORDS: tl.constexpr, SCALE_BLOCK: tl.constexpr, BIAS: tl.constexpr, LORA: tl.constexpr,
-    SPLITS: tl.constexpr, CHANNELS: tl.constexpr, SHUFFLE: tl.constexpr, LANES: tl.constexpr,
+    DOUBLE: tl.constexpr, BLOCK_WORDS: tl.constexpr, SCALE_BLOCK: tl.constexpr, BIAS: tl.constexpr, SPLITS: tl.constexpr,
+    RANKS: tl.constexpr, CHANNELS: tl.constexpr, SHUFFLE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """W[base : base + CHANNELS] @ x, plus LoRA and bias. CHANNELS: 2 or 4."""
     lane, rows, row_words = tl.arange(0, LANES), matrix[6], matrix[7]
@@ -141,16 +141,14 @@ def _sums(
     sums = tl.where(channel % 2 == 0, tl.sum(a), tl.sum(b))
     if CHANNELS == 4:
         sums = tl.where(channel < 2, sums, tl.where(channel == 2, tl.sum(c), tl.sum(d)))
-    if LORA:
-        sums += tl.sum(lora_terms(row, row < rows, lane, addend, xa_ptr, ranks, SPLITS, LANES), 1)
-    return biased(sums, row, row < rows, addend, BIAS)
+    return finished(sums, row, row < rows, addend, xa_ptr, ranks, BIAS, SPLITS, RANKS)
 
 
 @triton.jit
 def _linears(
     matrices, addends, x_ptr, xa_ptr, residual_ptr, y_ptr, ranks,
-    DOUBLE: tl.constexpr, BLOCK_WORDS: tl.constexpr, SCALE_BLOCK: tl.constexpr, BIAS: tl.constexpr, LORA: tl.constexpr,
-    SPLITS: tl.constexpr, RESIDUAL: tl.constexpr, CHANNELS: tl.constexpr, SHUFFLE: tl.constexpr, LANES: tl.constexpr,
+    DOUBLE: tl.constexpr, BLOCK_WORDS: tl.constexpr, SCALE_BLOCK: tl.constexpr, BIAS: tl.constexpr, SPLITS: tl.constexpr,
+    RANKS: tl.constexpr, RESIDUAL: tl.constexpr, CHANNELS: tl.constexpr, SHUFFLE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     first, offset = 0, 0
@@ -161,7 +159,7 @@ def _linears(
             base = (program - first) * CHANNELS
             sums = _sums(
                 matrices[m], addends[m], x_ptr, xa_ptr, base, ranks,
-                DOUBLE, BLOCK_WORDS, SCALE_BLOCK, BIAS, LORA, SPLITS, CHANNELS, SHUFFLE, LANES,
+                DOUBLE, BLOCK_WORDS, SCALE_BLOCK, BIAS, SPLITS, RANKS, CHANNELS, SHUFFLE, LANES,
             )  # fmt: skip
             row = base + tl.arange(0, CHANNELS)
             if RESIDUAL:
@@ -174,17 +172,17 @@ def _linears(
 @triton.jit
 def _gated(
     matrices, addends, x_ptr, xa_ptr, y_ptr, ranks,
-    DOUBLE: tl.constexpr, BLOCK_WORDS: tl.constexpr, SCALE_BLOCK: tl.constexpr, BIAS: tl.constexpr, LORA: tl.constexpr,
-    SPLITS: tl.constexpr, CODE: tl.constexpr, CHANNELS: tl.constexpr, SHUFFLE: tl.constexpr, LANES: tl.constexpr,
+    DOUBLE: tl.constexpr, BLOCK_WORDS: tl.constexpr, SCALE_BLOCK: tl.constexpr, BIAS: tl.constexpr, SPLITS: tl.constexpr,
+    RANKS: tl.constexpr, CODE: tl.constexpr, CHANNELS: tl.constexpr, SHUFFLE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     base = tl.program_id(0) * CHANNELS
     gate = _sums(
         matrices[0], addends[0], x_ptr, xa_ptr, base, ranks,
-        DOUBLE, BLOCK_WORDS, SCALE_BLOCK, BIAS, LORA, SPLITS, CHANNELS, SHUFFLE, LANES,
+        DOUBLE, BLOCK_WORDS, SCALE_BLOCK, BIAS, SPLITS, RANKS, CHANNELS, SHUFFLE, LANES,
     )  # fmt: skip
     up = _sums(
         matrices[1], addends[1], x_ptr, xa_ptr, base, ranks,
-        DOUBLE, BLOCK_WORDS, SCALE_BLOCK, BIAS, LORA, SPLITS, CHANNELS, SHUFFLE, LANES,
+        DOUBLE, BLOCK_WORDS, SCALE_BLOCK, BIAS, SPLITS, RANKS, CHANNELS, SHUFFLE, LANES,
     )  # fmt: skip
     row = base + tl.arange(0, CHANNELS)
     y = gated(gate, up, x_ptr.dtype.element_ty, CODE)
