@@ -188,9 +188,10 @@ def shape_for(model: Any, batch: int, tokens: int = 0, dtype: torch.dtype | None
     """Returns the shape of the cache of `batch` sequences, each of up to `tokens`, of a causal LM with hasten's overlays. dtype: None =
     that of the keys."""
     attentions = [module for module in model.modules() if isinstance(module, AttentionOverlay)]
-    weight, first = model.get_input_embeddings().weight, attentions[0]
+    weight: Any = model.get_input_embeddings().weight
+    first = attentions[0]
     usual = model.overlay_config.max_seq_length or model.config.get_text_config().max_position_embeddings
-    places: dict[int, torch.device] = {attention.layer_idx: next(attention.parameters()).device for attention in attentions}
+    places: dict[int, Any] = {attention.layer_idx: next(attention.parameters()).device for attention in attentions}
     return CacheShape(
         layers=max(places) + 1,
         batch=batch,

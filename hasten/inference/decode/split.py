@@ -15,6 +15,7 @@ from torch import nn
 
 from hasten.inference.decode.step import CAPTURES, WARM_UPS, DecodeStep
 
+
 class Graph(Protocol):
     """Operations of one device that are recorded between `begin` and `end`."""
 
