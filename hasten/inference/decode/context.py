@@ -53,4 +53,6 @@ class CachedAttention(AttentionContext):
         return attend_new_token(token, self.cache.view(module.layer_idx), config.scale, config.window, config.softcap)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Self:
-        return self
+        if self.spans_BT3 is None:
+            return self
+        return replace(self, spans_BT3=self.spans_BT3.to(device, non_blocking=non_blocking))

@@ -7,7 +7,7 @@ criteria and streamers are transformers' own, with their own semantics.
 import copy
 import threading
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,10 @@ from hasten.inference.decode.steps import Steps
 from hasten.inference.generate import asked, generate
 from hasten.options import LoadOptions
 from hasten.state import GenerateCall, state_of
+
+SEVERAL_DEVICES = False
+"""Whether models on several GPUs are served (`split`). Their steps are tested on a CPU with operations recorded in place of CUDA
+graphs, and have not run on GPUs."""
 
 
 class DecodeEngine:
@@ -38,7 +42,7 @@ class DecodeEngine:
         self._steps = Steps()
         self._lock = threading.RLock()
         self._is_running = False
-        self._done: torch.cuda.Event | None = None
+        self._done: dict[torch.device, torch.cuda.Event] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DecodeEngine":
         return DecodeEngine(self._devices, self._cache)  # graphs belong to the model whose weights they read
@@ -59,7 +63,8 @@ class DecodeEngine:
         cache of hasten's in a call that transformers' own loop must serve."""
         with self._lock:
             dtype = cache_dtype(model, call)
-            reason = "a call of this model is running" if self._is_running else unserved(model, call, self._devices)
+            reason = "a call of this model is running" if self._is_running else None
+            reason = reason or unserved(model, call, self._devices, SEVERAL_DEVICES)
             if dtype is not None and reason is not None:
                 raise OptionError(
                     "generate", [f"the quantised cache was asked for, but {reason}. Leave cache_config out"]
@@ -86,25 +91,27 @@ class DecodeEngine:
         call = _with_stop_strings(model, call)
 
         def loop(model: Any, input_ids: torch.Tensor, prepared: dict[str, Any]) -> Any:
-            with self._in_order(model.device):
+            with self._in_order(model):
                 return decode(model, self._steps, Asked(input_ids, prepared, streamer, dtype or self._cache, given))
 
         return generate(model, call.stock, *call.args, **call.kwargs, custom_generate=_as_function(loop))
 
     @contextmanager
-    def _in_order(self, device: torch.device) -> Iterator[None]:
-        """Lets the GPU finish the call before this one, which may have run on another stream, before the block's work starts."""
-        if device.type != "cuda":
-            yield
-            return
-        with torch.cuda.device(device):
-            if self._done is not None:
-                torch.cuda.current_stream().wait_event(self._done)
-            try:
+    def _in_order(self, model: Any) -> Iterator[None]:
+        """Lets the GPUs finish the call before this one, which may have run on other streams, before the block's work starts."""
+        places = set(getattr(model, "hf_device_map", {}).values())
+        devices = {parameter.device for parameter in model.parameters()} if len(places) > 1 else {model.device}
+        gpus = [device for device in devices if device.type == "cuda"]
+        for device in gpus:
+            if device in self._done:
+                torch.cuda.current_stream(device).wait_event(self._done[device])
+        try:
+            with torch.cuda.device(model.device) if gpus else nullcontext():
                 yield
-            finally:
-                self._done = torch.cuda.Event()
-                self._done.record()
+        finally:
+            for device in gpus:
+                self._done[device] = torch.cuda.Event()
+                self._done[device].record(torch.cuda.current_stream(device))
 
 
 def _with_stop_strings(model: Any, call: GenerateCall) -> GenerateCall:

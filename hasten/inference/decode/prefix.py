@@ -37,8 +37,7 @@ def load(past: DynamicCache, cache: KVCache) -> None:
     """Copies the keys and values into the cache, whose blocks are reserved."""
     end = int(past.get_seq_length())
     for index, layer in enumerate(list[Any](past.layers)):
-        keys, values = (x.to(cache.shape.device) for x in (layer.keys, layer.values))
-        cache.load(index, keys[:, :, -end:], values[:, :, -end:], end)
+        cache.load(index, layer.keys[:, :, -end:], layer.values[:, :, -end:], end)
 
 
 def append(past: DynamicCache, cache: KVCache, sequences: int, end: int, dtype: torch.dtype) -> None:

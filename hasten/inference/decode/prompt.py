@@ -66,7 +66,7 @@ def run_prompt(model: Any, cache: KVCache, step: DecodeStep, prompt: Fed) -> tor
         use_cache=False,
         logits_to_keep=1,
     )
-    cache.slots_B[:batch] += tokens
+    cache.advance(tokens, batch)
     step.position_B1.zero_()
     step.position_B1[:batch] = positions[:, -1:] + 1
     return outputs.logits[:, -1].float()

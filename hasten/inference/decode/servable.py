@@ -1,14 +1,16 @@
-"""Decides whether the decode engine serves a call of `generate`, and what a captured graph depends on."""
+"""Decides whether the decode engine serves a call of `generate`."""
 
 from collections.abc import Collection
 from typing import Any
 
 import torch
+from accelerate.hooks import AlignDevicesHook
 from torch import nn
 from transformers.generation import GenerationMixin, MaxLengthCriteria
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from hasten.errors import OptionError
+from hasten.inference.decode.fingerprint import modules_of
 from hasten.inference.decode.prefix import unserved_cache
 from hasten.inference.generate import asked
 from hasten.options.engine import FP8_CAPABILITY
@@ -55,13 +57,12 @@ QUANTISED = {"hasten-int8": torch.int8, "hasten-fp8": torch.float8_e4m3fn}
 """Backends of `cache_implementation="quantized"` that the engine serves -> the dtype of its cache."""
 PACKAGES = ("torch", "transformers", "peft", "hasten", "bitsandbytes")
 """Whose modules are captured: in a graph, Python code of a forward runs once."""
-ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
-"""Attributes of PEFT's modules that decide what their forward computes."""
 PREPARED = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 
 
-def unserved(model: Any, call: GenerateCall, devices: Collection[str]) -> str | None:
-    """Returns why transformers' own loop must run, None if the engine serves the call. devices: kinds that it serves."""
+def unserved(model: Any, call: GenerateCall, devices: Collection[str], split: bool = False) -> str | None:
+    """Returns why transformers' own loop must run, None if the engine serves the call. devices: kinds that it serves. split: whether it
+    serves models on several of them."""
     if len(call.args) > 2:
         return "positional arguments beyond the prompt and the generation config were given"
     for name, value in call.kwargs.items():
@@ -82,7 +83,7 @@ def unserved(model: Any, call: GenerateCall, devices: Collection[str]) -> str | 
         return "use_cache=False was asked for"
     if any(isinstance(one, MaxLengthCriteria) for one in call.kwargs.get("stopping_criteria") or ()):
         return "a MaxLengthCriteria was given"
-    return _unserved_model(model, devices) or _unserved_prefix(model, call)
+    return _unserved_model(model, devices, split) or _unserved_prefix(model, call)
 
 
 def cache_dtype(model: Any, call: GenerateCall) -> torch.dtype | None:
@@ -99,7 +100,7 @@ def cache_dtype(model: Any, call: GenerateCall) -> torch.dtype | None:
     return QUANTISED[backend]
 
 
-def _unserved_model(model: Any, served: Collection[str]) -> str | None:
+def _unserved_model(model: Any, served: Collection[str], split: bool) -> str | None:
     if not isinstance(model, HeadOverlay) or not runs_overlay(model.model, BackboneOverlay):
         return "not every part of the model runs hasten's overlay"
     own = [
@@ -118,40 +119,47 @@ def _unserved_model(model: Any, served: Collection[str]) -> str | None:
     }
     if not kinds <= set(ROPE_TYPES):
         return f"RoPE of type {', '.join(sorted(kinds - set(ROPE_TYPES)))} depends on the length"
-    return _unserved_weights(model, served) or _unserved_attention(model) or _unserved_module(model)
+    several, reason = _unserved_weights(model, served, split)
+    return reason or _unserved_attention(model, several) or _unserved_module(model, several)
 
 
-def _unserved_weights(model: Any, served: Collection[str]) -> str | None:
+def _unserved_weights(model: Any, served: Collection[str], split: bool) -> tuple[bool, str | None]:
+    """Returns whether the model is on several devices, and the reason."""
     devices, kinds = set(), set()
     for module in modules_of(model):
         for parameter in vars(module)["_parameters"].values():
             if parameter is not None:
                 devices.add(parameter.device)
                 kinds.add(type(parameter))
-    if len(devices) > 1:
-        return f"the model is on {len(devices)} devices"
-    if devices and next(iter(devices)).type not in served:
-        return "the model is not on a GPU"
+    several, reason = len(devices) > 1, None
     wrapped = sorted(kind.__name__ for kind in kinds if hasattr(kind, "__tensor_flatten__"))
-    return f"weights are of type {wrapped[0]}" if wrapped else None
+    if several and not split:
+        reason = f"the model is on {len(devices)} devices"
+    elif any(device.type not in served for device in devices):
+        reason = f"{'a part of ' if several else ''}the model is not on a GPU"
+    elif wrapped:
+        reason = f"weights are of type {wrapped[0]}"
+    return several, reason
 
 
-def _unserved_attention(model: Any) -> str | None:
+def _unserved_attention(model: Any, several: bool) -> str | None:
     shapes = set()
     for layer in model.model.layers:
         attention = layer.self_attn
-        if not runs_overlay(attention, AttentionOverlay) or needs_own_forward(attention):
+        if not runs_overlay(attention, AttentionOverlay) or needs_own_forward(attention, moves_input=several):
             return "an attention does not run hasten's overlay"
         shapes.add((attention.k_proj.out_features, attention.v_proj.out_features, attention.head_dim))
     return "layers have keys of different shapes" if len(shapes) > 1 else None
 
 
-def _unserved_module(model: Any) -> str | None:
-    """A graph runs the Python code of a forward once, so no code of the user may watch or replace one."""
+def _unserved_module(model: Any, several: bool) -> str | None:
+    """A graph runs the Python code of a forward once, so no code of the user may watch or replace one. several: of devices, between
+    which accelerate's hooks move tensors."""
     known: set[type[nn.Module]] = set()
     for module in modules_of(model):
         kind, reason = type(module), None
-        if _runs_more(module, module is model):
+        moves = several and _only_moves_tensors(vars(module).get("_hf_hook"))
+        if _runs_more(module, module is model and not several, moves):
             reason = "has forward hooks or a forward of its own"
         elif kind not in known:
             known.add(kind)
@@ -168,16 +176,20 @@ def package_of(code: Any) -> str:
     return (getattr(code, "__module__", None) or "").partition(".")[0]
 
 
-def _runs_more(module: nn.Module, is_model: bool) -> bool:
+def _only_moves_tensors(hook: Any) -> bool:
+    return type(hook) is AlignDevicesHook and not hook.offload
+
+
+def _runs_more(module: nn.Module, may_cast: bool, moves: bool) -> bool:
     """Returns whether a call of the module runs more than its class's forward. What trainers add does nothing here: hooks that ask
-    for gradients of the embedding's output (activation checkpointing), hasten's counter of training tokens, and accelerate's
-    mixed precision around the model's forward, which only casts."""
+    for gradients of the embedding's output (activation checkpointing), hasten's counter of training tokens, and where `may_cast`,
+    accelerate's mixed precision around the forward, which only casts. moves: the forward's hook only moves tensors between devices."""
     own = vars(module)
     if own["_forward_hooks"] or own["_forward_pre_hooks"]:
         hooks = (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values())
         if not all(_is_of_a_trainer(hook) for hook in hooks):
             return True
-    if "forward" in own and not (is_model and "_original_forward" in own):
+    if "forward" in own and not moves and not (may_cast and "_original_forward" in own):
         return True
     return "_call_impl" in own or own.get("_compiled_call_impl") is not None
 
@@ -207,37 +219,3 @@ def _unserved_prefix(model: Any, call: GenerateCall) -> str | None:
         return "past_key_values holds the whole prompt"
     padded_inside = mask is not None and bool((mask[:, 1:] < mask[:, :-1]).any())
     return "there is padding between tokens" if padded_inside else None
-
-
-def fingerprint(model: Any) -> tuple[Any, ...]:
-    """Everything that a captured step has baked in: addresses and layouts of the weights, the classes that run, the adapters
-    that are active and their scales, autocast."""
-    found: list[Any] = []
-    for module in modules_of(model):
-        found.append(type(module))
-        own = vars(module)
-        for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
-            if tensor is not None:
-                found += (tensor.data_ptr(), tensor.dtype, tensor.shape)
-        for name in ADAPTERS:
-            value = own.get(name)
-            found.append(
-                tuple(value.items()) if isinstance(value, dict) else tuple(value) if isinstance(value, list) else value
-            )
-    kind = model.device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    forward = vars(model).get("forward")
-    return id(model), getattr(forward, "__func__", id(forward)), autocast, *found
-
-
-def modules_of(model: nn.Module) -> list[nn.Module]:
-    """Returns `model.modules()` in any order, several times as fast: thousands of modules are walked before each call."""
-    seen, found, left = {id(model)}, [], [model]
-    while left:
-        module = left.pop()
-        found.append(module)
-        for child in vars(module)["_modules"].values():
-            if child is not None and id(child) not in seen:
-                seen.add(id(child))
-                left.append(child)
-    return found

@@ -4,7 +4,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -18,6 +18,12 @@ CAPTURES = threading.Lock()
 """Held while a step is captured: torch empties its memory cache before a capture, which it must not do during another one."""
 
 
+class Replayable(Protocol):
+    """A captured step: a CUDA graph, or one per part of a model that is on several devices."""
+
+    def replay(self) -> None: ...
+
+
 class DecodeStep:
     """token_B1, position_B1: (B, 1) int64, read by the next step; a step leaves the greedy choice and the next position there.
     logits_BV: (B, V) fp32, of the last step. On a CPU steps run eagerly."""
@@ -28,7 +34,7 @@ class DecodeStep:
         self._model = weakref.ref(model)  # the model holds its engine, and so this step
         self._cache, self._pool = cache, pool
         self._context = CachedAttention(cache, prompt=False)
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graph: Replayable | None = None
         self.token_B1, self.position_B1 = (
             torch.zeros(shape.batch, 1, dtype=torch.int64, device=shape.device) for _ in range(2)
         )
@@ -46,28 +52,38 @@ class DecodeStep:
             self.logits_BV = self._forward()
 
     def _forward(self) -> torch.Tensor:
-        model: Any = self._model()
+        logits = self._logits(self._model())
+        self._advance(logits)
+        return logits
+
+    def _logits(self, model: Any) -> torch.Tensor:
         outputs = model(
             input_ids=self.token_B1, position_ids=self.position_B1, attention_context=self._context, use_cache=False
         )
-        logits = outputs.logits[:, -1].float()
+        return outputs.logits[:, -1].float()
+
+    def _advance(self, logits: torch.Tensor) -> None:
         self.token_B1.copy_(logits.argmax(-1, keepdim=True))
-        self._cache.slots_B += 1
+        self._cache.advance(1)
         self.position_B1 += 1
-        return logits
+
+    @contextmanager
+    def _restored(self) -> Iterator[None]:
+        """Puts the state back after the block: a step that wrote a slot is written over by the next."""
+        state = (self.token_B1, self.position_B1, *self._cache.counters)
+        before = [tensor.clone() for tensor in state]
+        yield
+        for tensor, value in zip(state, before, strict=True):
+            tensor.copy_(value)
 
     def _capture(self) -> None:
-        """Captures the step. The state before it is restored: a step that wrote a slot is written over by the next."""
-        state = (self.token_B1, self.position_B1, self._cache.slots_B)
-        before = [tensor.clone() for tensor in state]
         device = self._cache.shape.device
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
-                self._forward()
-                for tensor, value in zip(state, before, strict=True):
-                    tensor.copy_(value)
+                with self._restored():
+                    self._forward()
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads (a trainer's data loader, another model) may allocate meanwhile. torch's own capture stream is one for the

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from hasten.inference.decode.cache import KVCache, shape_for
-from hasten.inference.decode.servable import fingerprint
+from hasten.inference.decode.fingerprint import fingerprint
+from hasten.inference.decode.split import SplitStep
 from hasten.inference.decode.step import DecodeStep
 
 MOST = 16
@@ -55,4 +56,5 @@ class Steps:
             self._pool = torch.cuda.graph_pool_handle()
         with torch.inference_mode(False):  # a later call outside of inference mode writes into these tensors
             cache = KVCache(shape)
-            return cache, DecodeStep(model, cache, self._pool)
+            step = SplitStep if len(set(shape.devices)) > 1 else DecodeStep
+            return cache, step(model, cache, self._pool)

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from hasten import FastLanguageModel
 from hasten.inference import engine, engine_of, for_inference
 from hasten.inference.decode import DecodeEngine
-from hasten.inference.decode.servable import fingerprint
+from hasten.inference.decode.fingerprint import fingerprint
 from hasten.inference.engine import StockEngine
 from hasten.methods import CausalLMMethods
 from hasten.patching import apply
