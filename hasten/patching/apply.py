@@ -15,7 +15,7 @@ from hasten.overlays import HeadOverlay, Overlay, StockHeadOverlay
 from hasten.patching.classes import configured, methods_of, overlay_class, set_class, stock_class, with_base
 from hasten.patching.plan import Plan, plan
 from hasten.state import causal_lm_of, find_state, state_of
-from hasten.weights import pack_weights, register_pickling
+from hasten.weights import pack_weights
 
 CAUSAL_LM = (HeadOverlay, StockHeadOverlay)
 """Overlays of the causal LM itself, which carry the user-facing methods."""
@@ -42,7 +42,6 @@ def apply(model: nn.Module, planned: Plan | None = None, methods: type | None = 
     _set_classes(targets)
     for module, action in zip(modules, planned.actions, strict=True):
         _pack(module, action.overlay.packed_projections)
-    register_pickling(base)
     state_of(base).plan = planned
     return planned
 

@@ -19,6 +19,7 @@ from torch import nn
 from hasten.errors import PatchError
 from hasten.overlays import Overlay
 from hasten.patching import stock_signature
+from hasten.weights import register_pickling
 
 
 def overlay_class(stock: type, overlay: type[Overlay], overlay_config: Any, methods: type | None = None) -> type:
@@ -57,6 +58,7 @@ def _reduce(self: Any, protocol: Any) -> Any:
     another library's class pickles as that library's objects do."""
     ours = installed_overlay(type(self))
     assert ours is not None
+    register_pickling(self)
     reduced = super(ours, self).__reduce_ex__(protocol)
     if type(self) is not ours:
         return reduced

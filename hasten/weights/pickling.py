@@ -13,8 +13,8 @@ from hasten.weights.formats import find_format
 
 
 def register_pickling(model: nn.Module) -> None:
-    """Registers with `copyreg`, which holds for the process, how the quantised weights of `model` pickle. A class that
-    defines its own `__reduce_ex__` keeps it."""
+    """Registers with `copyreg` how the quantised weights inside `model` pickle; an overlay does so when it is pickled. It holds for
+    the process, since torch's class has no other way. A class that defines its own `__reduce_ex__` keeps it."""
     for module in model.modules():
         found = find_format(module) if isinstance(module, nn.Linear) else None
         reduce: Any = None if found is None else found.reduce

@@ -132,6 +132,18 @@ def test_a_pickle_of_quantised_weights_is_pickled_again_in_another_process(
     assert done.stdout.splitlines()[-1] == str([type(p).__name__ for p in model.parameters()])
 
 
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_other_models_pickle_without_hasten(bits: str, folder: Path) -> None:
+    """What a pickle of a hasten model registers holds for the process, and so for the layers of others."""
+    model = _load(folder, **{"load_in_4bit": False, bits: True, "dtype": None})
+    pickle.dumps(model)
+    layer = next(module for module in model.modules() if isinstance(module, torch.nn.Linear) and is_quantized(module))
+    raw = pickle.dumps(layer)
+    assert b"hasten" not in raw
+    again = pickle.loads(raw)  # noqa: S301
+    assert type(again.weight) is type(layer.weight) and torch.equal(dequantize(again), dequantize(layer))
+
+
 NEAR = {
     "half": 2e-3,
     "bfloat16": 2 * torch.finfo(torch.bfloat16).eps if ON_GPU else 2e-3,
