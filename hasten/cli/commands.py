@@ -136,13 +136,18 @@ def merge(
 
 
 @app.command()
-def report(model: ModelName, load: Load) -> None:
+def report(
+    model: ModelName,
+    load: Load,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail where a module does not run fused.")] = False,
+) -> None:
     """Load a model and show what runs in each of its modules, and why."""
     quiet()
     from hasten.patching import report as report_of
 
     network, _ = load_model(model, load, 2048)
     typer.echo(str(report_of(network)))
+    report_of(network, strict)
 
 
 @app.command()

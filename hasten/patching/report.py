@@ -6,11 +6,17 @@ from typing import Any
 
 from torch import nn
 
+from hasten.errors import PatchError
 from hasten.ops.attention import CUDNN_LENGTH_MULTIPLE
 from hasten.ops.backend import backend_for
 from hasten.overlays import AttentionOverlay, BackboneOverlay, HeadOverlay, MLPOverlay, Overlay, StockHeadOverlay
 from hasten.state import ModelState, causal_lm_of, find_state
 from hasten.weights import is_packed, label_of, read_head, read_linear, read_lora
+
+STOCK, UNFUSED = "stock", "PEFT's LoRA, unfused"
+OWN_MODULE, OWN_HEAD = "its own module", "chunked loss through the head's own forward"
+SLOW = (STOCK, UNFUSED, OWN_MODULE, OWN_HEAD)
+"""What runs where hasten has a faster way that this module does not take."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,11 @@ class Row:
     count: int
     runs: str
     why: str
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether hasten has a faster way for such a module, which `why` says that it does not take."""
+        return self.runs in SLOW
 
 
 @dataclass(frozen=True)
@@ -41,10 +52,11 @@ class Report:
         return "\n".join([self.title, "", *lines, *(f"* {note}" for note in self.notes)])
 
 
-def report(model: nn.Module) -> Report:
+def report(model: nn.Module, strict: bool = False) -> Report:
     """Describes the model in its present state: adapters added and overlays taken off since loading are seen.
 
-    The notes of loading and `get_peft_model` (in the model's state) follow the table.
+    The notes of loading and `get_peft_model` (in the model's state) follow the table. strict: raises PatchError, naming modules and
+    reasons, where a row is slow (`Row.is_slow`).
     """
     base = causal_lm_of(model)
     counted: Counter[tuple[str, str, str]] = Counter()
@@ -63,6 +75,10 @@ def report(model: nn.Module) -> Report:
             if not isinstance(module, Overlay) and name not in skipped:
                 wrapped.add(name)
     rows = tuple(Row(module, count, runs, reason) for (module, runs, reason), count in counted.items())
+    slow = [f"{row.count} {row.module}: {row.runs}, since: {row.why}" for row in rows if row.is_slow]
+    if strict and slow:
+        lines = "".join(f"\n  - {line}" for line in slow)
+        raise PatchError(f"not every module runs fused ({len(slow)} kinds):{lines}")
     overlaid = any(isinstance(m, Overlay) and not isinstance(m, StockHeadOverlay) for m in base.modules())
     kind = "hasten" if overlaid else "stock transformers"
     backend = backend_for(base.get_output_embeddings().weight)
@@ -128,7 +144,7 @@ def _fused_projections(base: nn.Module) -> dict[str, tuple[str, str, str]]:
                         why += "; weights are not packed, so copied for each matmul (patch on the final device)"
                     rows[f"{path}.{name}"] = (label, "fused LoRA op", why)
                 elif reasons[name] is None:
-                    rows[f"{path}.{name}"] = (label, "its own module", f"its sibling {blocked[0]}: {blocked[1]}")
+                    rows[f"{path}.{name}"] = (label, OWN_MODULE, f"its sibling {blocked[0]}: {blocked[1]}")
     return rows
 
 
@@ -139,17 +155,17 @@ def _describe(
     if isinstance(module, HeadOverlay):
         head = read_head(base.lm_head, training=True)
         reason, has_lora = (head, False) if isinstance(head, str) else (None, head.a is not None)
-        runs = "fused chunked loss" if reason is None else "chunked loss through the head's own forward"
+        runs = "fused chunked loss" if reason is None else OWN_HEAD
         return kind, runs, reason or (why.get(name, "") + (", LoRA on the head fused" if has_lora else ""))
     if isinstance(module, BackboneOverlay):
         attention, reason = _attention(base)
         return kind, f"attention by {attention}", reason
     if isinstance(module, StockHeadOverlay):
-        return kind, "stock", f"{skipped.get(name) or why.get(name, '')}; the loss materialises all logits"
+        return kind, STOCK, f"{skipped.get(name) or why.get(name, '')}; the loss materialises all logits"
     if isinstance(module, Overlay):
         return kind, f"{type(module).runs} overlay", why.get(name, "a copy of a patched module")
     if name in skipped:
-        return kind, "stock", skipped[name]
+        return kind, STOCK, skipped[name]
     is_linear = hasattr(module, "base_layer") or hasattr(module, "original_module") or isinstance(module, nn.Linear)
     if not is_linear:
         return None
@@ -158,5 +174,5 @@ def _describe(
         return label, "trained copy", "modules_to_save"
     pair, reason = read_lora(module, training=True)
     if reason is not None:
-        return label, "PEFT's LoRA, unfused", reason
+        return label, UNFUSED, reason
     return (label, "LoRA through PEFT's module", "plain LoRA") if pair else (label, "its own matmul", "no adapter")

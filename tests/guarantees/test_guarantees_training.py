@@ -17,7 +17,7 @@ from training_kit import gradients_apart, gradients_of, hf, rows
 from transformers import EarlyStoppingCallback
 
 from hasten import FastLanguageModel, estimate, report
-from hasten.errors import OptionError, TrainingError
+from hasten.errors import OptionError, PatchError, TrainingError
 from hasten.training.config import read_job
 from hasten.training.job import run
 from hasten.training.metrics import StepMetrics
@@ -231,7 +231,7 @@ def test_r36_sharded_training_saves_the_adapter_of_one_process(plain: Path, tmp_
 
 
 def test_r43_the_report_says_what_runs_and_why(tmp_path: Path) -> None:
-    """Biases and LoRA dropout give stock's gradients, and the report names every layer that leaves the fused path, with the reason."""
+    """Biases and LoRA dropout give stock's gradients, and the report names every layer that leaves the fused path, with the reason; in strict mode it raises."""
     from hasten.testing import save_tiny
 
     folder = save_tiny(tmp_path, "qwen2", num_hidden_layers=2)
@@ -246,7 +246,9 @@ def test_r43_the_report_says_what_runs_and_why(tmp_path: Path) -> None:
     table = report(model)
     unfused = [row for row in table.rows if "unfused" in row.runs]
     assert sum(row.count for row in unfused) == 14 and all("dropout" in row.why for row in unfused)
-    fused = report(adapted(folder)[0])
+    with pytest.raises(PatchError, match=r"(?s)7 kinds.*q_proj.*dropout"):
+        report(model, strict=True)
+    fused = report(adapted(folder)[0], strict=True)
     assert not [row for row in fused.rows if "unfused" in row.runs]
     assert sum(row.count for row in fused.rows if "overlay" in row.runs) >= 2 * 4 + 1
 
