@@ -26,7 +26,7 @@ from hasten.ops import (
 )
 from hasten.ops.adamw import AdamWConfig, adamw_
 from hasten.ops.attention import attention, row_spans
-from hasten.ops.decode_attention import BLOCK, CacheView, decode_attention, write_cache
+from hasten.ops.decode_attention import BLOCK, CacheView, NewToken, attend_new_token, decode_attention, write_cache
 from hasten.ops.host_rows import host_rows
 from hasten.ops.lora import DenseWeight, HeadsConfig, LoraLinear, lora_linears, lora_mlp, lora_qkv
 from hasten.ops.lora.kernels.lora_delta import MIN_WIDTH_BACKWARD, add_lora_delta, lora_delta_bwd
@@ -182,6 +182,10 @@ def _decoding() -> None:
     cache = CacheView(blocks, table, slots, starts)
     q, k, v = _draw(2, 3, 4, 80).detach(), _draw(2, 3, 1, 80).detach(), _draw(2, 3, 1, 80).detach()
     write_cache(k, v, cache, "triton")
+    token = NewToken(
+        q[:, :1], k[:, :1], v[:, :1], (torch.rand(2, 1, 80, device=DEVICE), torch.rand(2, 1, 80, device=DEVICE))
+    )
+    attend_new_token(token, cache, 0.1, 7, 2.0, "triton")
     for window, softcap in ((None, None), (7, 2.0)):
         decode_attention(q, cache, 0.1, window, softcap, "triton")
 

@@ -65,7 +65,12 @@ app()
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240)
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in SEEDS.glob("*.py") if path.stem != "vllm"))
+NAMES = sorted(path.stem for path in SEEDS.glob("*.py") if path.stem != "vllm")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "qlora" else pytest.param(name, marks=pytest.mark.full) for name in NAMES]
+)
 def test_every_example_runs_unchanged(name: str, folder: Path) -> None:
     done = hasten_run(SEEDS / f"{name}.py", folder)
     assert done.returncode == 0, done.stderr

@@ -46,6 +46,7 @@ def test_two_trees_step_alike_in_processes_of_their_own(tree: Path, tmp_path: Pa
     assert now["before"]["ratio"] == pytest.approx(now["ms"] / before["ms"]) and len(now["before"]["rounds"]) == 2
 
 
+@pytest.mark.full
 def test_a_folder_without_the_package_is_an_error(tmp_path: Path) -> None:
     worker = Worker("hasten-before", race.command_for("tiny-lora", "keep", "hasten-before", str(tmp_path), tmp_path))
     with pytest.raises(WorkerFailed, match="hasten was to be imported from"):

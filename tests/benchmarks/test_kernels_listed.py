@@ -11,6 +11,7 @@ from benchmarks import kernel_calls, sanitize
 from benchmarks.kernels import launched_kernels
 
 
+@pytest.mark.full
 def test_every_launched_kernel_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     """Launches are counted where `kernel[grid]` is looked up, in the interpreter and on a GPU alike."""
     _every_launched_kernel_is_called(list(kernel_calls.CALLS), monkeypatch)

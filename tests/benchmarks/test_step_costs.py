@@ -8,6 +8,7 @@ from triton import knobs
 from benchmarks import step_costs
 
 
+@pytest.mark.full
 def test_imports_are_timed_in_order() -> None:
     seconds = step_costs.import_seconds(1)
     assert list(seconds) == ["torch", "transformers", "peft", "hasten"]

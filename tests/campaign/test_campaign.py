@@ -62,7 +62,7 @@ def test_seeds_repeat_and_differ(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("groups", "count"),
     [
-        pytest.param("config,weights,tokenizer,adapter,job", 2, id="files"),
+        pytest.param("config,weights,tokenizer,adapter,job", 2, id="files", marks=pytest.mark.full),
         pytest.param("kill: merge,kill: export 4-bit,kill: export adapter", 1, id="exports", marks=pytest.mark.full),
         pytest.param("config,weights,tokenizer,adapter,job", 20, id="more files", marks=pytest.mark.full),
         pytest.param("kill: training", 3, id="training", marks=pytest.mark.full),

@@ -26,7 +26,7 @@ def remember(alive: list[torch.Tensor], saved: torch.Tensor) -> torch.Tensor:
     return saved
 
 
-@pytest.mark.parametrize("adapt", [True, False])
+@pytest.mark.parametrize("adapt", [pytest.param(True, marks=pytest.mark.full), False])
 def test_a_layer_keeps_little_more_than_it_must(adapt: bool, kernels: None) -> None:
     changes = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4}
     kept: dict[int, dict[int, int]] = {}

@@ -116,7 +116,7 @@ def test_quantised_weights_are_copied_with_their_class(bits: str, how: str, fold
     assert torch.equal(_logits(twin), expected)
 
 
-@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+@pytest.mark.parametrize("bits", ["load_in_4bit", pytest.param("load_in_8bit", marks=pytest.mark.full)])
 def test_a_pickle_of_quantised_weights_is_pickled_again_in_another_process(
     bits: str, folder: Path, tmp_path: Path
 ) -> None:

@@ -27,9 +27,9 @@ def test_tokens_are_stocks(monkeypatch: pytest.MonkeyPatch) -> None:
     one, fused = new_token.attend_new_token, []
     monkeypatch.setattr(attend, "decode_attention", spy)
     monkeypatch.setattr(new_token, "attend_new_token", lambda *args: fused.append(args) or one(*args))
-    stock, ours = served("gemma2", num_hidden_layers=2)
+    stock, ours = served("gemma2", num_hidden_layers=1)
     batch = prompts()
-    turn = torch.randint(6, 280, (3, 20), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    turn = torch.randint(6, 280, (3, 17), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     results = []
     for model in (stock, ours):
         cache = DynamicCache(config=model.config)
