@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from triton import knobs
 
 from benchmarks import step_costs
