@@ -9,6 +9,7 @@ import pytest
 import torch
 from device_kit import DEVICE
 from memory_kit import policy_of
+from product_kit import Products
 from test_memory_policy import batch, fix_plan, prepared, step
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_kit import gradients_apart, gradients_of, lora
@@ -228,7 +229,8 @@ def test_tiles_are_those_of_the_plan_whenever_a_layer_runs() -> None:
     """Seen by the rows of the gate's products: a hook on an MLP would make it run as a whole."""
     model = planned(num_hidden_layers=5)
     fix_plan(model, list(ActivationAction), 16)
-    with Products([one.mlp.gate_proj.weight for one in policy_of(model).layers]) as products:
+    gates = [one.mlp.gate_proj.weight for one in policy_of(model).layers]
+    with Products() as products:
         step(model, batch())
     rows = batch().numel()
     tiles = [min(16, rows - start) for start in range(0, rows, 16)]
@@ -237,25 +239,9 @@ def test_tiles_are_those_of_the_plan_whenever_a_layer_runs() -> None:
         expected = [rows] if action is ActivationAction.SAVE_ALL else 2 * tiles  # each backward recomputes its tile
         if action in again:
             expected += tiles[:-1]  # the layer's recomputation ends where the last tile's input is saved
-        assert sorted(products.rows[index]) == sorted(expected), action
-
-
-class Products(TorchDispatchMode):
-    """How many rows each x @ W.T has, for some weights W (out, in). rows: by the weight's index."""
-
-    def __init__(self, weights: list[torch.Tensor]) -> None:
-        super().__init__()
-        self.index_of = {weight.data_ptr(): index for index, weight in enumerate(weights)}
-        self.widths = [len(weight) for weight in weights]
-        self.rows: list[list[int]] = [[] for _ in weights]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.mm.default:
-            index = self.index_of.get(args[1].data_ptr())
-            if index is not None and out.shape[1] == self.widths[index]:  # else a gradient, dy @ W
-                self.rows[index].append(len(out))
-        return out
+        gate = gates[index]
+        seen = [one.rows for one in products.seen if (one.right, one.columns) == (gate.data_ptr(), len(gate))]
+        assert sorted(seen) == sorted(expected), action
 
 
 def test_a_failed_allocation_of_cpu_memory_loses_no_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
