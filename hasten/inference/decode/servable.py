@@ -82,7 +82,7 @@ def unserved(model: Any, call: GenerateCall, devices: Collection[str]) -> str | 
         return "use_cache=False was asked for"
     if any(isinstance(one, MaxLengthCriteria) for one in call.kwargs.get("stopping_criteria") or ()):
         return "a MaxLengthCriteria was given"
-    return _unserved_model(model, devices) or _unserved_prefix(model, call)
+    return unserved_model(model, devices) or _unserved_prefix(model, call)
 
 
 def cache_dtype(model: Any, call: GenerateCall) -> torch.dtype | None:
@@ -99,7 +99,9 @@ def cache_dtype(model: Any, call: GenerateCall) -> torch.dtype | None:
     return QUANTISED[backend]
 
 
-def _unserved_model(model: Any, served: Collection[str]) -> str | None:
+def unserved_model(model: Any, served: Collection[str]) -> str | None:
+    """Returns why transformers' own loop must run in every call of this model as it is now, None where nothing does. served:
+    kinds of devices."""
     if not isinstance(model, HeadOverlay) or not runs_overlay(model.model, BackboneOverlay):
         return "not every part of the model runs hasten's overlay"
     own = [
