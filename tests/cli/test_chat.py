@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoint_kit import poison
 from transformers import LogitsProcessor, LogitsProcessorList
-from transformers_kit import poison
 from typer.testing import CliRunner
 
 from hasten.cli import FAILED, app
