@@ -220,7 +220,7 @@ def test_adapters_are_checked_before_the_model_is_loaded(folder: Path, tmp_path:
     base = poison(Path(shutil.copytree(folder / "base", tmp_path / "base")))
     assert "NaN" in call("generate", base, "--load", "16bit").stderr
     for given, said in (
-        (folder / "absent", "there is nothing at"),
+        (folder / "absent", "is not a folder, and adapter_config.json"),
         (folder / "base", "is not an adapter"),
         (folder / "other", "wrong shape: base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight is [4, 128]"),
     ):
