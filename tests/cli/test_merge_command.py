@@ -54,6 +54,7 @@ def test_a_loaded_model_without_an_adapter(base: Path, tmp_path: Path, monkeypat
     """As for a hub id, of which only loading shows what it is."""
     monkeypatch.setattr(Path, "is_dir", lambda path: False if path == base else path.exists() and not path.is_file())
     loaded = AutoModelForCausalLM.from_pretrained(base)
+    # The hub, which tests cannot reach, would give this.
     monkeypatch.setattr("hasten.model.FastLanguageModel.from_pretrained", lambda *a, **k: (loaded, None))
     refused(merge(base, tmp_path / "out"), "ExportError", "has no adapter")
     assert not (tmp_path / "out").exists()
