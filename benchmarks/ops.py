@@ -6,45 +6,27 @@ A row: {"op", "ms", "bytes", "flops"}; benchmarks/tables.py compares it with the
 
 import argparse
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from benchmarks import limits, tables
+from benchmarks import inputs, limits, tables
 from benchmarks.harness import timing
 from benchmarks.harness.results import Record
-from benchmarks.harness.timing import DEVICE, DTYPE, Row, draw
+from benchmarks.harness.timing import DTYPE, Row, draw
+from benchmarks.inputs import Sizes
 from hasten.ops import NormConfig, ScoreConfig, glu, linear_cross_entropy, norm, qk_rope
 from hasten.ops.adamw import AdamWConfig, adamw_
 from hasten.ops.attention import attention
-from hasten.ops.lora import DenseWeight, LoraLinear, lora_linears, lora_mlp
+from hasten.ops.lora import lora_linears, lora_mlp
 from hasten.ops.nf4 import NF4Weight, dequantize_nf4
 
 Work = tuple[float, float]
 """(bytes, FLOP)."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Of a step: batch x length tokens, width and MLP width, heads of q and of k and v with `dim` channels, words, LoRA's rank."""
-
-    batch: int = 4
-    length: int = 2048
-    width: int = 4096
-    mlp: int = 14336
-    heads: int = 32
-    kv: int = 8
-    dim: int = 128
-    words: int = 128256
-    rank: int = 16
-    window: int = 512
-    optimized: int = 2**28
-
-    @property
-    def tokens(self) -> int:
-        return self.batch * self.length
+Made = tuple[Callable[..., Any], list[torch.Tensor]]
+"""A function and its inputs."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +37,7 @@ class Case:
     """
 
     name: str
-    make: Callable[[], tuple[Callable[..., Any], list[torch.Tensor]]]
+    make: Callable[[], Made]
     forward: Work
     backward: Work
 
@@ -64,17 +46,16 @@ def elementwise(s: Sizes) -> Iterator[Case]:
     """FLOP per bf16 element, counted once each: multiply, add, exponential, reciprocal."""
     residual, rotated, wide = (2.0 * s.tokens * n for n in (s.width, (s.heads + s.kv) * s.dim, s.mlp))
 
-    def make_norm(kind: Any, fp32: bool) -> tuple[Callable[..., Any], list[torch.Tensor]]:
-        weight, rule = draw(s.width), NormConfig(1e-5, kind, fp32_weight=fp32)
-        return lambda x: norm(x, weight, rule), [draw(s.tokens, s.width)]
+    def make_norm(kind: Any, fp32: bool) -> Made:
+        weight, rule = inputs.draw(s, s.width), NormConfig(1e-5, kind, fp32_weight=fp32)
+        return lambda x: norm(x, weight, rule), [inputs.stream(s)]
 
-    def make_rope() -> tuple[Callable[..., Any], list[torch.Tensor]]:
-        table = torch.randn(1, s.length, s.dim // 2, device=DEVICE).repeat(1, 1, 2).to(DTYPE)
-        heads = [draw(s.batch, s.length, count, s.dim) for count in (s.heads, s.kv)]
-        return lambda q, k: qk_rope(q, k, (table, table)), heads
+    def make_rope() -> Made:
+        position = inputs.angles(s)
+        return lambda q, k: qk_rope(q, k, position), inputs.heads(s, s.heads, s.kv)
 
-    def make_glu() -> tuple[Callable[..., Any], list[torch.Tensor]]:
-        return lambda gate, up: glu(gate, up, "silu"), [draw(s.tokens, s.mlp) for _ in range(2)]
+    def make_glu() -> Made:
+        return lambda gate, up: glu(gate, up, "silu"), inputs.gate_and_up(s)
 
     yield Case("RMSNorm", lambda: make_norm("rms", False), (2 * residual, 2 * residual), (3 * residual, 4.5 * residual))
     yield Case(
@@ -87,9 +68,8 @@ def elementwise(s: Sizes) -> Iterator[Case]:
 def attentions(s: Sizes) -> Iterator[Case]:
     seen = 2.0 * s.tokens * 2 * (s.heads + s.kv) * s.dim
 
-    def make(window: int | None) -> tuple[Callable[..., Any], list[torch.Tensor]]:
-        heads = [draw(s.batch, s.length, count, s.dim) for count in (s.heads, s.kv, s.kv)]
-        return lambda q, k, v: attention(q, k, v, s.dim**-0.5, window), heads
+    def make(window: int | None) -> Made:
+        return lambda q, k, v: attention(q, k, v, s.dim**-0.5, window), inputs.qkv_heads(s)
 
     for name, window, pairs in (
         ("attention, causal", None, s.tokens * s.length / 2),
@@ -97,11 +77,6 @@ def attentions(s: Sizes) -> Iterator[Case]:
     ):
         flops = s.heads * s.dim * pairs
         yield Case(name, functools.partial(make, window), (seen, 4 * flops), (2 * seen, 10 * flops))
-
-
-def adapted(out: int, width: int, rank: int) -> LoraLinear:
-    a, b = torch.randn(rank, width, device=DEVICE) * 0.01, torch.randn(out, rank, device=DEVICE) * 0.01
-    return LoraLinear(DenseWeight(draw(out, width, scale=0.02)), None, a.requires_grad_(), b.requires_grad_(), 1.0)
 
 
 def linears(s: Sizes) -> Iterator[Case]:
@@ -112,33 +87,33 @@ def linears(s: Sizes) -> Iterator[Case]:
     qkv_lora = 2 * s.tokens * s.rank * (3 * s.width + queries + 2 * keys)
     mlp_lora = 2 * s.tokens * s.rank * 3 * (s.width + s.mlp)
 
-    def make(op: Callable[..., Any], *shapes: tuple[int, int]) -> tuple[Callable[..., Any], list[torch.Tensor]]:
-        made = tuple(adapted(out, width, s.rank) for out, width in shapes)
+    def make(op: Callable[..., Any], shapes: Iterable[tuple[int, int]]) -> Made:
+        made = tuple(inputs.adapted(s, *shape) for shape in shapes)
         trained = [t for one in made for t in (one.a, one.b) if t is not None]
-        return lambda x, *_: op(x, made), [draw(s.tokens, s.width), *trained]
+        return lambda x, *_: op(x, made), [inputs.stream(s), *trained]
 
     yield Case("q, k, v with LoRA",
-               lambda: make(lora_linears, (queries, s.width), (keys, s.width), (keys, s.width)),
+               lambda: make(lora_linears, inputs.qkv_shapes(s)),
                (2.0 * qkv + 2 * residual, 2.0 * s.tokens * qkv + qkv_lora),
                (2.0 * qkv + 3 * residual, 2.0 * s.tokens * qkv + 2 * qkv_lora))  # fmt: skip
     yield Case("MLP with LoRA",
-               lambda: make(lambda x, made: lora_mlp(x, made, "silu"), (s.mlp, s.width), (s.mlp, s.width), (s.width, s.mlp)),
+               lambda: make(lambda x, made: lora_mlp(x, made, "silu"), inputs.mlp_shapes(s)),
                (2.0 * mlp + 2 * residual + 5 * wide, 2.0 * s.tokens * mlp + mlp_lora),
                (2.0 * mlp + 3 * residual + 8 * wide, 2.0 * s.tokens * mlp + 2 * mlp_lora))  # fmt: skip
 
 
 def both_ways(case: Case) -> list[Row]:
     """The rows of forward and backward. The backward is timed with a forward before it, since some ops allow only one."""
-    function, inputs = case.make()
-    inputs = [x.detach().requires_grad_() if x.is_leaf and not x.requires_grad else x for x in inputs]
-    forward = timing.device_ms(lambda: function(*inputs))
+    function, made = case.make()
+    made = [x.detach().requires_grad_() if x.is_leaf and not x.requires_grad else x for x in made]
+    forward = timing.device_ms(lambda: function(*made))
 
     def outputs() -> tuple[torch.Tensor, ...]:
-        out = function(*inputs)
+        out = function(*made)
         return out if isinstance(out, tuple) else (out,)
 
     upstream = [torch.randn_like(out) for out in outputs()]
-    both = timing.device_ms(lambda: torch.autograd.grad(outputs(), inputs, upstream))
+    both = timing.device_ms(lambda: torch.autograd.grad(outputs(), made, upstream))
     return [
         {"op": f"{case.name}, {way}", "ms": ms, "bytes": moved, "flops": flops}
         for way, ms, (moved, flops) in (("forward", forward, case.forward), ("backward", both - forward, case.backward))
@@ -146,8 +121,8 @@ def both_ways(case: Case) -> list[Row]:
 
 
 def heads(s: Sizes) -> list[Row]:
-    weight, labels = draw(s.words, s.width, scale=0.02), torch.randint(0, s.words, (s.tokens,), device=DEVICE)
-    hidden, size = draw(s.tokens, s.width).requires_grad_(), 2.0 * s.words * s.width
+    hidden, weight, labels = inputs.head(s)
+    hidden, size = hidden.requires_grad_(), 2.0 * s.words * s.width
 
     def both(chunk: int) -> Any:
         loss = linear_cross_entropy(hidden, weight, labels, ScoreConfig(chunk=chunk)).loss.sum()
@@ -179,7 +154,7 @@ def nf4(s: Sizes) -> list[Row]:
 def optimizers(s: Sizes) -> list[Row]:
     """A step of AdamW on bf16 weights: weight and Adam moments read and written, the gradient read."""
     count, rule = s.optimized, AdamWConfig(1e-5, 0.9, 0.999, 1e-8, 0.0, 1)
-    weight, grad, first, second = (torch.rand(count, device=DEVICE, dtype=torch.bfloat16) for _ in range(4))
+    weight, grad, first, second = inputs.adam(s, torch.bfloat16)
     plain = weight.clone().requires_grad_()
     plain.grad = grad
     calls = {

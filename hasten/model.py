@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hasten.errors import OptionError
 from hasten.export.base import find_base
-from hasten.inference import for_inference
+from hasten.inference import engine_of, for_inference
 from hasten.loading import load
 from hasten.loading.adapter import attach
 from hasten.loading.embedding import exclude_from_ddp
@@ -64,7 +64,7 @@ class FastLanguageModel:
 
         Every argument takes effect or raises; docs/api.md says what each does. Returns a transformers model (a
         PeftModel where `model_name` is an adapter) and a tokenizer. Raises OptionError with every problem of the
-        call, CheckpointError or TokenizerError, all before a weight is read.
+        call, CheckpointError or TokenizerError, all before a weight is read, except for what the model's engine cannot do.
         """
         options = LoadOptions.from_call(
             model_name=model_name,
@@ -110,6 +110,8 @@ class FastLanguageModel:
         state.load_options = options
         if loaded.adapter is not None:
             model = _with_peft_methods(attach(model, loaded.adapter, trainable=True), options)
+        if problems := engine_of(model).check(causal_lm_of(model), options):
+            raise OptionError("from_pretrained", problems)
         _enable_checkpointing(model, options.use_gradient_checkpointing, options.memory_budget)
         return model, loaded.tokenizer
 

@@ -74,8 +74,9 @@ class Engine(Protocol):
     @property
     def name(self) -> str: ...
 
-    def check(self, options: LoadOptions) -> list[str]:
-        """Returns every reason why this engine cannot run a model loaded with `options`; empty = none."""
+    def check(self, model: Any, options: LoadOptions) -> list[str]:
+        """Returns every reason why this engine cannot do what `options` ask of `generate`; empty = none. Called once the model
+        is loaded. model: the causal LM."""
         ...
 
     def generate(self, model: Any, call: GenerateCall) -> Any:

@@ -11,8 +11,8 @@ DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 Row = dict[str, Any]
 
 
-def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
-    return torch.randn(*shape, device=DEVICE, dtype=DTYPE) * scale
+def draw(*shape: int, scale: float = 1.0, dtype: torch.dtype = DTYPE) -> torch.Tensor:
+    return torch.randn(*shape, device=DEVICE, dtype=dtype) * scale
 
 
 def milliseconds(function: Callable[[], Any], warm_ms: int = 25, measure_ms: int = 100) -> float:

@@ -19,9 +19,11 @@ class StockEngine:
 
     name = "transformers"
 
-    def check(self, options: LoadOptions) -> list[str]:
-        """Returns no problems: it runs every model that transformers runs."""
-        return []
+    def check(self, model: Any, options: LoadOptions) -> list[str]:
+        """Refuses `float8_kv_cache`, which transformers' `generate` does not have."""
+        if options.float8_kv_cache is not True:
+            return []
+        return ["float8_kv_cache=True: transformers' generate has no FP8 cache. Leave it out"]
 
     def generate(self, model: Any, call: GenerateCall) -> Any:
         """Returns what transformers' `generate` returns. Raises InputError, see `inference.generate`."""
@@ -42,8 +44,14 @@ def engine_of(model: Any) -> Engine:
     if state is None:
         return STOCK
     if state.engine is None:
-        kind = causal_lm_of(model).device.type
         in_fp8 = state.load_options is not None and state.load_options.float8_kv_cache is True
-        if in_fp8 or kind in DECODED:
-            state.engine = DecodeEngine({*DECODED, kind}, cache=torch.float8_e4m3fn if in_fp8 else None)
+        state.engine = decode_engine_for(causal_lm_of(model).device.type, in_fp8)
     return STOCK if state.engine is None else state.engine
+
+
+def decode_engine_for(device: str, in_fp8: bool) -> DecodeEngine | None:
+    """Returns a new engine for a model on a kind of device, None where transformers' own loop should run. in_fp8: whether
+    `float8_kv_cache` was asked for."""
+    if not in_fp8 and device not in DECODED:
+        return None
+    return DecodeEngine({*DECODED, device}, cache=torch.float8_e4m3fn if in_fp8 else None)

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
+from transformers import PreTrainedModel
 
 from hasten.testing.tiny import save_tiny
 
@@ -54,3 +56,12 @@ def write_job(folder: Path, **sections: Mapping[str, Any]) -> Path:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def refuse_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing inside the test may build a model, with weights or without."""
+
+    def refused(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a model was built")
+
+    monkeypatch.setattr(PreTrainedModel, "__init__", refused)

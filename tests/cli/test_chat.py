@@ -1,12 +1,14 @@
 """`hasten generate` without a prompt: a conversation through the chat template, which goes on after errors."""
 
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from checkpoint_kit import poison
+from transformers import LogitsProcessor, LogitsProcessorList
 from typer.testing import CliRunner
 
 from hasten.cli import FAILED, app
@@ -129,19 +131,21 @@ def test_raw_lines_are_continued_alone(capsys: pytest.CaptureFixture[str]) -> No
     assert "InputError: a system prompt needs the chat template" in said.err
 
 
-def test_an_interrupt_ends_the_answer_and_not_the_chat(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hasten.cli.answer import Printer
+class Interrupt(LogitsProcessor):
+    """Ctrl-C in the fifth step."""
 
-    put, calls = Printer.put, []
+    def __init__(self) -> None:
+        self.steps = 0
 
-    def interrupted(self: Any, value: torch.Tensor) -> None:
-        put(self, value)
-        calls.append(value)
-        if len(calls) == 5:  # the prompt and four tokens
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self.steps += 1
+        if self.steps == 5:
             raise KeyboardInterrupt
+        return scores
 
-    monkeypatch.setattr(Printer, "put", interrupted)
-    done = chat(["one", "two"])
+
+def test_an_interrupt_ends_the_answer_and_not_the_chat() -> None:
+    done = chat(["one", "two"], sampling={**GREEDY, "logits_processor": LogitsProcessorList([Interrupt()])})
     assert len(done.messages) == 4
     assert done.messages[1]["content"] == expected(turns("one"), most=4)
 
@@ -212,26 +216,22 @@ def test_piped_lines_and_adapters(folder: Path) -> None:
     assert len({*answers}) == 3
 
 
-def test_adapters_are_checked_before_the_model_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hasten import FastLanguageModel
-
-    def loaded(*args: Any, **kwargs: Any) -> Any:
-        raise AssertionError("the model was loaded")
-
-    monkeypatch.setattr(FastLanguageModel, "from_pretrained", loaded)
+def test_adapters_are_checked_before_the_model_is_loaded(folder: Path, tmp_path: Path) -> None:
+    base = poison(Path(shutil.copytree(folder / "base", tmp_path / "base")))
+    assert "NaN" in call("generate", base, "--load", "16bit").stderr
     for given, said in (
-        (folder / "absent", "CheckpointError"),
+        (folder / "absent", "is not a folder, and adapter_config.json"),
         (folder / "base", "is not an adapter"),
         (folder / "other", "wrong shape: base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight is [4, 128]"),
     ):
         for command in ("generate", "serve"):
-            done = call(command, folder / "base", "--load", "16bit", "--adapter", given)
+            done = call(command, base, "--load", "16bit", "--adapter", given)
             assert done.exit_code == FAILED and said in plain(done.stderr), done.stderr
     on_adapter = call("generate", folder / "first", "--load", "16bit", "--adapter", folder / "second")
     assert on_adapter.exit_code == FAILED and "which is an adapter itself; pass its base" in plain(on_adapter.stderr)
-    twice = call("generate", folder / "base", "--adapter", folder / "first", "--adapter", folder / "first")
+    twice = call("generate", base, "--adapter", folder / "first", "--adapter", folder / "first")
     assert twice.exit_code == 2 and "two adapters are named 'first'" in plain(twice.stderr)
-    none = call("generate", folder / "base", "--adapter", f"none={folder / 'first'}")
+    none = call("generate", base, "--adapter", f"none={folder / 'first'}")
     assert none.exit_code == 2 and "an adapter cannot be named 'none'" in plain(none.stderr)
 
 

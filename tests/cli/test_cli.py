@@ -112,7 +112,7 @@ def test_doctor_ends_with_one_on_a_problem(monkeypatch: pytest.MonkeyPatch) -> N
     from hasten import doctor
 
     healthy = replace(doctor.look(), driver=False)
-    monkeypatch.setattr(doctor, "look", lambda: healthy)
+    monkeypatch.setattr(doctor, "look", lambda: healthy)  # what the doctor finds on a machine
     assert call("doctor").exit_code == 0
     monkeypatch.setattr(doctor, "look", lambda: replace(healthy, free_disk_gib=0.1))
     done = call("doctor")

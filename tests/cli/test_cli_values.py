@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_kit import refuse_models
 from typer.testing import CliRunner
 
 from hasten.cli import FAILED, app
@@ -86,11 +87,7 @@ def test_brackets_and_colons_in_a_path_are_printed_as_they_are(base: Path, tmp_p
 def test_a_target_is_checked_before_anything_is_loaded(
     command: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def reading(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("something was loaded")
-
-    monkeypatch.setattr("hasten.model.FastLanguageModel.from_pretrained", reading)
-    monkeypatch.setattr("hasten.demo.pipeline.run_demo", reading)
+    refuse_models(monkeypatch)
     file = tmp_path / "file"
     file.write_text("mine")
     mine = tmp_path / "out/merged"

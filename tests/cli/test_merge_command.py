@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from cli_kit import refuse_models
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -44,7 +45,7 @@ def refused(done: Any, *words: str) -> None:
 
 @pytest.mark.parametrize("method", ["merged_16bit", "merged_4bit", "lora"])
 def test_a_model_without_an_adapter(base: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hasten.model.FastLanguageModel.from_pretrained", None)  # refused before a model is loaded
+    refuse_models(monkeypatch)
     refused(merge(base, tmp_path / "out", "--method", method), "ExportError", "has no adapter", "nothing to merge")
     assert not (tmp_path / "out").exists()
 
@@ -53,6 +54,7 @@ def test_a_loaded_model_without_an_adapter(base: Path, tmp_path: Path, monkeypat
     """As for a hub id, of which only loading shows what it is."""
     monkeypatch.setattr(Path, "is_dir", lambda path: False if path == base else path.exists() and not path.is_file())
     loaded = AutoModelForCausalLM.from_pretrained(base)
+    # The hub, which tests cannot reach, would give this.
     monkeypatch.setattr("hasten.model.FastLanguageModel.from_pretrained", lambda *a, **k: (loaded, None))
     refused(merge(base, tmp_path / "out"), "ExportError", "has no adapter")
     assert not (tmp_path / "out").exists()

@@ -1,7 +1,7 @@
 """hasten's own attention in whole models: packed and padded sequences, windows, caches, and what leaves it alone.
 
-On the CPU the choice is forced and its kernels run in Triton's interpreter, in tiles so small that every row has several;
-everything else of the models runs as ever there. On a GPU nothing is forced.
+On the CPU the choice is forced and its kernels run in Triton's interpreter; everything else of the models runs as ever
+there. On a GPU nothing is forced. Rows have several tiles (`FP32`), the last one not full.
 """
 
 import copy
@@ -16,8 +16,7 @@ from transformers import StaticCache
 from transformers_kit import recompute
 
 from hasten.errors import InputError
-from hasten.ops.attention.kernels import forward as kernel
-from hasten.ops.attention.kernels.tiles import Tile, Tiles
+from hasten.ops.attention.kernels.tiles import FP32
 from hasten.ops.backend import ATTENTION, interpreted_kernels
 from hasten.overlays import AttentionOverlay, BackboneOverlay, SpanAttention
 from hasten.patching import apply, plan, report, restore
@@ -25,12 +24,12 @@ from hasten.patching.apply import put_overlay
 from hasten.testing import relative_error, tiny_model
 
 FAMILIES = ["llama", "mistral", "qwen2", "gemma2", "gemma3_text", "cohere2"]
-SMALL = Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))
-LENGTHS = (9, 1, 14)
+LENGTHS = (17, 1, 22)
 TOKENS = sum(LENGTHS)
+assert FP32.fwd.queries < TOKENS < 2 * FP32.fwd.queries
 IDS = torch.randint(6, 288, (1, TOKENS), generator=torch.Generator().manual_seed(0)).to(DEVICE)
 RESTARTS = torch.cat([torch.arange(n) for n in LENGTHS])[None].to(DEVICE)
-STARTS = torch.tensor([0, 9, 10, 24], dtype=torch.int32, device=DEVICE)
+STARTS = torch.tensor([0, 17, 18, 40], dtype=torch.int32, device=DEVICE)
 SLIDING_AND_FULL = {
     "qwen2": {"max_window_layers": 1},
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"]},
@@ -39,10 +38,8 @@ SLIDING_AND_FULL = {
 
 
 @pytest.fixture
-def chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def chosen() -> Iterator[None]:
     """hasten's choice of attention for every tensor, as on a GPU."""
-    if DEVICE == "cpu":
-        monkeypatch.setattr(kernel, "tiles_for", lambda *_: SMALL)
     with interpreted_kernels(ATTENTION):
         yield
 
@@ -98,10 +95,10 @@ def test_packed_documents_are_what_they_are_alone(name: str, chosen: None) -> No
 def test_a_document_that_changes_leaves_the_others_bit_for_bit(name: str, chosen: None) -> None:
     ours, _ = twins(name)
     changed = IDS.clone()
-    changed[:, 2:9] = 7
+    changed[:, 2:17] = 7
     with torch.no_grad():
         before, after = (ours(ids, position_ids=RESTARTS).logits for ids in (IDS, changed))
-    assert torch.equal(before[:, 9:], after[:, 9:]) and not torch.equal(before[:, :9], after[:, :9])
+    assert torch.equal(before[:, 17:], after[:, 17:]) and not torch.equal(before[:, :17], after[:, :17])
 
 
 @pytest.mark.parametrize("ways", [{"position_ids": RESTARTS}, {"position_ids": RESTARTS, "cu_seq_lens_q": STARTS}])
@@ -154,7 +151,7 @@ def test_decoding_over_a_cache_is_the_full_forward(name: str, chosen: None) -> N
     seen = contexts_seen(ours)
     past, steps = None, []
     with torch.no_grad():
-        for part in (IDS[:, :20], *IDS[:, 20:].split(1, dim=1)):
+        for part in (IDS[:, :36], *IDS[:, 36:].split(1, dim=1)):
             outputs = ours(part, past_key_values=past, use_cache=True)
             past = outputs.past_key_values
             steps.append(outputs.logits)
@@ -179,7 +176,7 @@ def test_a_static_cache_and_a_mask_of_the_callers_own_go_transformers_way(chosen
     seen = contexts_seen(ours)
     own = torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool, device=DEVICE).tril().triu(-3)
     with torch.no_grad():
-        cache = StaticCache(ours.config, max_cache_len=40)
+        cache = StaticCache(ours.config, max_cache_len=50)
         logits = ours(IDS, past_key_values=cache).logits
         assert relative_error(logits, stock(IDS).logits) < 2e-5
         additive = torch.zeros(own.shape, device=DEVICE).masked_fill(~own, torch.finfo(torch.float32).min)

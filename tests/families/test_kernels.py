@@ -4,6 +4,7 @@ On a machine with a GPU the same comparison runs there, on the kernels themselve
 """
 
 import copy
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -11,11 +12,10 @@ import torch
 from device_kit import DEVICE
 from kernels_kit import lora
 from peft import LoraConfig, get_peft_model
+from product_kit import Products
 from transformers_kit import recompute
 
 from hasten.families import FAMILIES
-from hasten.ops.lora.kernels import mlp as mlp_kernel
-from hasten.overlays import fused_linears
 from hasten.patching import apply, report
 from hasten.testing import Comparison, relative_error, tiny_model
 from hasten.testing.quantize import quantize_linears
@@ -24,7 +24,8 @@ IDS = torch.randint(6, 288, (2, 11), generator=torch.Generator().manual_seed(0))
 LABELS = IDS.masked_fill(torch.arange(11) < 4, -100)
 
 
-def compare(ours: Any, stock: Any, title: str) -> None:
+def compare(ours: Any, stock: Any, title: str) -> torch.Tensor:
+    """The loss of `ours`, whose gradients agree."""
     seen = Comparison(title)
     losses = []
     for model in (ours, stock):
@@ -38,24 +39,33 @@ def compare(ours: Any, stock: Any, title: str) -> None:
         if parameter.requires_grad:
             seen.add(name, parameter.grad, theirs[name].grad, 2e-4)
     seen.check()
+    return losses[0]
+
+
+def nodes_of(loss: torch.Tensor) -> Counter[str]:
+    """How often each autograd function occurs in the graph."""
+    found, todo = set(), [loss.grad_fn]
+    while todo:
+        node: Any = todo.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            todo += [one for one, _ in node.next_functions]
+    return Counter(node.name() for node in found)
 
 
 @pytest.mark.grid(1)
 @pytest.mark.parametrize("way", ["full", "LoRA", "QLoRA"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_training(name: str, way: str, kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training(name: str, way: str, kernels: None) -> None:
     """And that every adapted projection of the attention takes the fused path."""
-    calls = []
-    for op in ("lora_linears", "lora_qkv"):
-        inner = getattr(fused_linears, op)
-        monkeypatch.setattr(fused_linears, op, lambda *args, inner=inner: calls.append(args) or inner(*args))
     stock = tiny_model(name, num_hidden_layers=2, **_two_layers(name)).to(DEVICE)
     stock = quantize_linears(stock) if way == "QLoRA" else stock
     ours = copy.deepcopy(stock)
     apply(ours)
     adapt = (lambda model: model) if way == "full" else lora
-    compare(adapt(ours), adapt(stock), f"{name}, {way}")
-    assert len(calls) == 2 * 2  # q, k, v together, and o, in each of two layers
+    nodes = nodes_of(compare(adapt(ours), adapt(stock), f"{name}, {way}"))
+    fused = nodes["LoraLinearsFunctionBackward"] + nodes["LoraQkvFunctionBackward"]
+    assert fused == 2 * 2  # q, k, v together, and o, in each of two layers
 
 
 @pytest.mark.parametrize(
@@ -136,14 +146,9 @@ def test_autocast_does_not_round_an_fp32_stream(kernels: None) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "cohere"])
-def test_recompute_ends_before_the_last_product(name: str, kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recompute_ends_before_the_last_product(name: str, kernels: None) -> None:
     """The same gradients (bit for bit, but for attention on a GPU), and each layer's down projection multiplied once forward, not twice."""
-    calls: list[int] = []
-    inner = mlp_kernel.project
-    monkeypatch.setattr(
-        mlp_kernel, "project", lambda x, linears, *rest: calls.append(len(linears)) or inner(x, linears, *rest)
-    )
-    model = tiny_model(name, num_hidden_layers=2, **_two_layers(name)).to(DEVICE)
+    model = tiny_model(name, num_hidden_layers=2, intermediate_size=192, **_two_layers(name)).to(DEVICE)
     apply(model)
     model = lora(model).train()
     found = []
@@ -152,10 +157,11 @@ def test_recompute_ends_before_the_last_product(name: str, kernels: None, monkey
             recompute(model, use_reentrant=False)
             model.enable_input_require_grads()
         model.zero_grad()
-        calls.clear()
-        model(input_ids=IDS.to(DEVICE), labels=LABELS.to(DEVICE)).loss.backward()
+        with Products() as products:
+            model(input_ids=IDS.to(DEVICE), labels=LABELS.to(DEVICE)).loss.backward()
         found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
-        assert sorted(calls) == [1, 1, *([2] * (4 if again else 2))]  # 1: down alone; 2: gate and up together
+        assert products.count(192, 64) == 2, "down"
+        assert products.count(64, 2 * 192) == (4 if again else 2), "gate and up"
     for parameter, gradient in found[0].items():
         assert relative_error(found[1][parameter], gradient) <= (0 if DEVICE == "cpu" else 1e-5)
 

@@ -83,11 +83,12 @@ def _proof_is(overlay: type[Overlay], config: Any) -> tuple[type[Overlay], Calla
 def test_a_wrong_proof_fails_the_comparison(
     model_type: str, kind: str, proof: Any, failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(probe.PROVERS, kind, proof)
+    monkeypatch.setitem(probe.PROVERS, kind, proof)  # no argument lets anybody choose a wrong proof
     result = check_type(model_type, tmp_path)
     assert result.checks["load"] == "ok" and failing in result.failures, result.checks
 
 
 def test_a_near_activation_fails_the_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # An overlay with another activation in its config would run the stock forward, so the op itself must be wrong.
     monkeypatch.setattr("hasten.overlays.mlp.glu", lambda gate, up, activation: glu(gate, up, "gelu"))
     assert "logits" in check_type("vaultgemma", tmp_path).failures

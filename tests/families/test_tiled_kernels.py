@@ -8,8 +8,8 @@ import pytest
 import torch
 from device_kit import DEVICE
 from kernels_kit import lora
+from product_kit import Products
 
-from hasten.ops.lora.kernels import tiled_mlp as tiled
 from hasten.patching import apply
 from hasten.testing import relative_error, tiny_model
 from hasten.testing.quantize import quantize_linears
@@ -30,31 +30,28 @@ def step(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 @pytest.mark.grid(1)
 @pytest.mark.parametrize("way", ["lora", "nf4", "full"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "granite"])
-def test_loss_and_gradients(name: str, way: str, kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_and_gradients(name: str, way: str, kernels: None) -> None:
     """And how often a tile's products are made: a layer that is recomputed makes them no more often, unless a norm behind the
     MLP needs its output."""
-    made: list[int] = []
-    inner = tiled.gate_up_forward
-    monkeypatch.setattr(tiled, "gate_up_forward", lambda flat, *rest: made.append(len(flat)) or inner(flat, *rest))
-    again = tiled.recompute_gate_up
-    monkeypatch.setattr(tiled, "recompute_gate_up", lambda flat, *rest: made.append(len(flat)) or again(flat, *rest))
-    whole = tiny_model(name, num_hidden_layers=2).to(DEVICE)
+    whole = tiny_model(name, num_hidden_layers=2, intermediate_size=192).to(DEVICE)
+    gate_up = (64, 2 * 192)
     whole = quantize_linears(whole) if way == "nf4" else whole
     apply(whole)
     whole = (whole if way == "full" else lora(whole)).train()
     by_tiles = copy.deepcopy(whole)
     assert tiling.set_tile(by_tiles, TILE) == 2
-    loss, gradients = step(whole)
-    assert not made
+    with Products() as products:
+        loss, gradients = step(whole)
+    assert products.rows(*gate_up) == [22] * 2
     for mode in (False, True):
         checkpointing.enable(by_tiles, mode)
-        made.clear()
-        loss_by_tiles, found = step(by_tiles)
+        with Products() as products:
+            loss_by_tiles, found = step(by_tiles)
         assert relative_error(loss_by_tiles, loss) < 1e-6 and found.keys() == gradients.keys()
         for parameter, gradient in gradients.items():
             assert relative_error(found[parameter], gradient) < 1e-4, parameter
         passes = 3 if mode and name == "gemma2" else 2
-        assert sorted(made) == sorted([8, 8, 6] * 2 * passes)
+        assert sorted(products.rows(*gate_up)) == sorted([8, 8, 6] * 2 * passes)
 
 
 def test_a_layer_keeps_nothing_as_wide_as_the_mlp(kernels: None) -> None:

@@ -240,7 +240,7 @@ def test_r49_the_doctor_finds_each_fault(monkeypatch: pytest.MonkeyPatch) -> Non
         "disk": {"free_disk_gib": 0.2},
         "hub cache": {"cache_writable": False},
     }
-    monkeypatch.setattr(doctor, "look", lambda: healthy)
+    monkeypatch.setattr(doctor, "look", lambda: healthy)  # what the doctor finds on a machine
     assert CliRunner().invoke(app, ["doctor"]).exit_code == 0
     for subject, change in faults.items():
         monkeypatch.setattr(doctor, "look", lambda change=change: dataclasses.replace(healthy, **change))

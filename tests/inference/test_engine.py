@@ -3,14 +3,18 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from hasten import FastLanguageModel
+from hasten.errors import OptionError
 from hasten.inference.decode import DecodeEngine
 from hasten.inference.engine import StockEngine, engine_of
+from hasten.methods import CausalLMMethods
 from hasten.options import LoadOptions
+from hasten.patching import apply
 from hasten.state import Engine, GenerateCall, state_of
-from hasten.testing import save_tiny
+from hasten.testing import save_tiny, tiny_model
 
 
 class Recording:
@@ -21,8 +25,8 @@ class Recording:
     def __init__(self) -> None:
         self.calls: list[tuple[Any, GenerateCall]] = []
 
-    def check(self, options: LoadOptions) -> list[str]:
-        return [] if options.max_seq_length <= 64 else ["max_seq_length is over 64"]
+    def check(self, model: Any, options: LoadOptions) -> list[str]:
+        return []
 
     def generate(self, model: Any, call: GenerateCall) -> Any:
         self.calls.append((model, call))
@@ -47,6 +51,31 @@ def test_generate_calls_the_models_engine(tmp_path: Path) -> None:
     assert len(engine.calls) == 2 and engine_of(peft) is engine  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_an_engine_names_every_problem() -> None:
-    assert StockEngine().check(LoadOptions(max_seq_length=4096)) == []
-    assert Recording().check(LoadOptions(max_seq_length=4096)) == ["max_seq_length is over 64"]
+def refusal(folder: Path, **arguments: Any) -> str:
+    asked = {"max_seq_length": 64, "load_in_4bit": False, "float8_kv_cache": True, **arguments}
+    with pytest.raises(OptionError) as caught:
+        FastLanguageModel.from_pretrained(str(folder), **asked)
+    return str(caught.value)
+
+
+def test_an_fp8_cache_that_no_call_would_use_is_refused(tmp_path: Path) -> None:
+    """For models that transformers' own loop serves: `float8_kv_cache` would be ignored in silence."""
+    said = refusal(save_tiny(tmp_path / "gpt2", "gpt2"))
+    assert "float8_kv_cache=True" in said and "not every part of the model runs hasten's overlay" in said
+    scaled = {"rope_type": "dynamic", "factor": 2.0}
+    said = refusal(save_tiny(tmp_path / "llama", "llama"), rope_scaling=scaled, max_seq_length=256)
+    assert "RoPE of type dynamic depends on the length" in said
+    plain, _ = FastLanguageModel.from_pretrained(
+        str(tmp_path / "gpt2"), max_seq_length=64, load_in_4bit=False, use_gradient_checkpointing=False
+    )
+    assert plain.generate(torch.tensor([[5, 6]], device=plain.device), max_new_tokens=2).shape[0] == 1
+
+
+def test_engines_refuse_an_fp8_cache_that_they_do_not_have() -> None:
+    model = tiny_model("llama")
+    apply(model, methods=CausalLMMethods)
+    asked, plain = LoadOptions(float8_kv_cache=True), LoadOptions()
+    assert "has no FP8 cache" in StockEngine().check(model, asked)[0] and not StockEngine().check(model, plain)
+    served, unserved = DecodeEngine(("cpu",)), DecodeEngine(("cuda",))
+    assert not served.check(model, asked) and not unserved.check(model, plain)
+    assert "the model is not on a GPU" in unserved.check(model, asked)[0]

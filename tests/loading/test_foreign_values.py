@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_kit import poison
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hasten.errors import CheckpointError, HastenError, OptionError, TokenizerError
-from hasten.loading import checks, load, read_rows
+from hasten.loading import load
 from hasten.loading.adapter import attach
 from hasten.loading.config_rules import config_problems
 from hasten.loading.shards import read_checkpoint
+from hasten.loading.template import template_notes
 from hasten.options import LoadOptions
 from hasten.testing import save_tiny, tiny_model, tiny_tokenizer
 
@@ -82,11 +84,8 @@ CONFIG = [
 
 
 @pytest.mark.parametrize(("field", "value", "said"), CONFIG)
-def test_a_wrong_value_of_the_config(
-    llama: Path, copy_of: Copy, field: str, value: Any, said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(read_rows, "read_rows", lambda *_: pytest.fail("weights were read"))
-    folder = copy_of(llama)
+def test_a_wrong_value_of_the_config(llama: Path, copy_of: Copy, field: str, value: Any, said: str) -> None:
+    folder = poison(copy_of(llama))
     change(folder / "config.json", **{field: value})
     started = time.monotonic()
     assert said in refusal(HastenError, folder)
@@ -336,19 +335,20 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_a_hostile_template_ends(kind: str, llama: Path, copy_of: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hasten.loading.template.SECONDS", 1)
-    folder = copy_of(llama)
-    (folder / "chat_template.jinja").write_text(HOSTILE[kind])
+def test_a_hostile_template_ends(kind: str) -> None:
     started = time.monotonic()
+    (note,) = template_notes(tiny_tokenizer(HOSTILE[kind]), seconds=1)
+    assert note.startswith("chat template: cannot render") and time.monotonic() - started < 30
+
+
+def test_a_template_of_a_checkpoint_that_cannot_be_rendered_is_noted(llama: Path, copy_of: Copy) -> None:
+    folder = copy_of(llama)
+    (folder / "chat_template.jinja").write_text(HOSTILE["an endless macro"])
     notes = load(LoadOptions(str(folder), max_seq_length=64)).notes
     assert any(note.startswith("chat template: cannot render") for note in notes)
-    assert time.monotonic() - started < 30
 
 
 def test_a_template_with_everything_that_published_ones_use_renders() -> None:
-    from hasten.loading.template import template_notes
-
     template = (
         "{%- set ns = namespace(first=true) -%}{{ bos_token }}{{ strftime_now('%Y') }}{{ {'a': 1} | tojson(indent=2) }}"
         "{% for message in messages %}{% if loop.first %}{% continue %}{% endif %}{% endfor %}"
@@ -381,6 +381,6 @@ def test_headers_are_compared_with_the_config_before_anything_is_built(
 ) -> None:
     folder = copy_of(llama)
     change(folder / "config.json", num_hidden_layers=10**6)
-    monkeypatch.setattr(checks, "build_empty", lambda *_: pytest.fail("a model was built"))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", lambda *_, **__: pytest.fail("a model was built"))
     assert "num_hidden_layers=1000000" in refusal(CheckpointError, folder)
     assert len(read_checkpoint(folder)) == 39

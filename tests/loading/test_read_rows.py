@@ -12,8 +12,8 @@ from hasten.families import FAMILIES
 from hasten.loading import load
 from hasten.options import LoadOptions
 from hasten.testing import save_tiny, tiny_model
-from hasten.weights import formats
-from hasten.weights.formats import base, format_of
+from hasten.weights.formats import format_of
+from hasten.weights.formats.base import CHUNK
 
 pytest.importorskip("bitsandbytes")
 SETTINGS = {
@@ -30,7 +30,12 @@ OWN_FIELDS = {"_commit_hash", "_name_or_path"}
 LEFT_OUT = {"_weight_conversions", "_use_kernels"}
 
 
-def both(folder: Path, storage: str) -> tuple[Any, Any]:
+INNER = 17 * 64
+assert CHUNK < INNER * 64 < 2 * CHUNK
+
+
+def both(folder: Path, storage: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    """(read by hasten, read by transformers)."""
     stock: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch.bfloat16,
@@ -42,7 +47,9 @@ def both(folder: Path, storage: str) -> tuple[Any, Any]:
     options = LoadOptions.from_call(
         model_name=str(folder), max_seq_length=64, dtype=torch.bfloat16, fix_tokenizer=False, device_map="cpu", **asked
     )
-    return load(options).model, stock
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("read by transformers"))
+        return load(options).model, stock
 
 
 def values(model: Any) -> dict[str, Any]:
@@ -52,15 +59,10 @@ def values(model: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("storage", ["nf4", "int8"])
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
 def test_equal_to_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str, storage: str) -> None:
-    monkeypatch.setattr(base, "CHUNK", 200)  # several chunks for each matrix, the last one short
-    calls: list[str] = []
-    kind = type(formats.named(storage))
-    fill = kind.fill
-    monkeypatch.setattr(kind, "fill", lambda *a: (calls.append(storage), fill(*a))[1])
     folder = tmp_path / "base"
-    save_tiny(folder, model_type, max_shard_size="60KB", dtype=torch.bfloat16, intermediate_size=128, head_dim=32)
-    ours, theirs = both(folder, storage)
-    assert calls, "read by transformers"
+    # The matrices of the MLP are read in two chunks, the last one short.
+    save_tiny(folder, model_type, max_shard_size="60KB", dtype=torch.bfloat16, intermediate_size=INNER, head_dim=32)
+    ours, theirs = both(folder, storage, monkeypatch)
     expected, found = values(theirs), values(ours)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -112,8 +114,10 @@ def test_a_bf16_checkpoint_of_an_fp32_model_is_dequantised_to_fp32(tmp_path: Pat
 
 
 def test_what_it_leaves_to_transformers(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats.NF4, "fill", None)
-    monkeypatch.setattr(formats.FP4, "fill", None)
+    read, inner = [], AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *args, **how: read.append(args) or inner(*args, **how)
+    )
     own = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
     options = LoadOptions.from_call(model_name=str(llama), max_seq_length=64, quantization_config=own)
-    assert format_of(load(options).model.get_submodule("model.layers.0.mlp.up_proj")).name == "fp4"
+    assert format_of(load(options).model.get_submodule("model.layers.0.mlp.up_proj")).name == "fp4" and len(read) == 1

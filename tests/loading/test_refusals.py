@@ -8,22 +8,26 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_kit import poison
 from transformers import AutoTokenizer
 
 from hasten.errors import CheckpointError, HastenError, MissingExtraError, OptionError, TokenizerError
-from hasten.loading import load, read
+from hasten.loading import load
 from hasten.options import LoadOptions
-from hasten.testing import tiny_tokenizer
+from hasten.testing import save_tiny, tiny_tokenizer
 
 Copy = Callable[[Path], Path]
 
 
-@pytest.fixture(autouse=True)
-def _no_weight_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    def reading(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("weights were read")
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights that are refused once they are read, as that of `gemma`."""
+    return poison(save_tiny(tmp_path_factory.mktemp("llama"), "llama"))
 
-    monkeypatch.setattr(read.AutoModelForCausalLM, "from_pretrained", reading)
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return poison(save_tiny(tmp_path_factory.mktemp("gemma"), "gemma"))
 
 
 def refusal(kind: type[HastenError], folder: Path | str, **arguments: Any) -> str:
@@ -31,6 +35,11 @@ def refusal(kind: type[HastenError], folder: Path | str, **arguments: Any) -> st
         load(LoadOptions.from_call(model_name=str(folder), **{"max_seq_length": 64, **arguments}))
     assert type(caught.value) is kind
     return str(caught.value)
+
+
+@pytest.mark.parametrize("in_4bit", [False, True])
+def test_weights_that_are_read_are_noticed_here(llama: Path, in_4bit: bool) -> None:
+    assert "NaN" in refusal(CheckpointError, llama, load_in_4bit=in_4bit, device_map="cpu")
 
 
 def test_five_faults_of_three_kinds_are_listed_together(gemma: Path, copy_of: Copy) -> None:

@@ -5,6 +5,7 @@ machine code (ptxas comes with Triton). Prints a line per variant: the kernel's 
 """
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks import kernel_calls
+from benchmarks import inputs
+from benchmarks.inputs import SMALL, Sizes
+from benchmarks.kernel_calls import backward, call_all
 from hasten.ops.attention import attention
 from hasten.ops.attention.kernels import forward as attention_kernel
 from hasten.ops.lora import lora_linears
@@ -48,16 +51,21 @@ def compile_only(kernel: Any, grid: Any) -> Any:
     return launch
 
 
-def large() -> None:
+def large(dtype: torch.dtype) -> None:
     """Launches with the head sizes and ranks of real models, which take the most shared memory."""
-    draw, adapted = kernel_calls._draw, kernel_calls._adapted
     for channels in CHANNELS:
-        q, k, v = draw(1, 64, 4, channels), draw(1, 64, 2, channels), draw(1, 64, 2, channels)
-        kernel_calls._back([attention(q, k, v, 0.1, 16, backend="triton")])
-    for rank in (16, delta_kernel.MAX_RANK_BACKWARD):
-        kernel_calls._back(lora_linears(draw(2, 64, 256), [adapted(2048, 256, rank)], backend="triton"))
-    rank = delta_kernel.MAX_RANK
-    kernel_calls._back(lora_linears(draw(2, 64, 256), [adapted(256, 256, rank)], draw(2, 64, 256), backend="triton"))
+        sizes = Sizes(1, 64, heads=4, kv=2, dim=channels, dtype=dtype)
+        q, k, v = (one.requires_grad_() for one in inputs.qkv_heads(sizes))
+        backward([attention(q, k, v, 0.1, 16, backend="triton")])
+    for rank, out, with_residual in (
+        (16, 2048, False),
+        (delta_kernel.MAX_RANK_BACKWARD, 2048, False),
+        (delta_kernel.MAX_RANK, 256, True),
+    ):
+        sizes = Sizes(2, 64, 256, rank=rank, dtype=dtype)
+        x, residual = (inputs.stream(sizes).requires_grad_() for _ in range(2))
+        linear = inputs.adapted(sizes, out, sizes.width)
+        backward(lora_linears(x, [linear], residual if with_residual else None, backend="triton"))
 
 
 def main(capability: int, every: bool) -> None:
@@ -65,10 +73,10 @@ def main(capability: int, every: bool) -> None:
     JITFunction.__getitem__ = compile_only  # pyright: ignore[reportAttributeAccessIssue]
     for module in (attention_kernel, delta_kernel):
         module.shared_memory = lambda device: ROOM[capability] * 2**10
-    kernel_calls.DTYPE = torch.bfloat16 if capability >= 80 else torch.float16
+    dtype = torch.bfloat16 if capability >= 80 else torch.float16
     if every:
-        kernel_calls.call_all()
-    large()
+        call_all(sizes=replace(SMALL, dtype=dtype))
+    large(dtype)
 
 
 if __name__ == "__main__":

@@ -181,13 +181,13 @@ def test_a_format_is_named_by_the_argument_that_asks_for_it() -> None:
     assert own.own_quantization and own.weight_format is None and not LoadOptions().own_quantization
 
 
-def test_a_format_may_bring_an_argument_that_is_no_field(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_format_may_bring_an_argument_that_is_no_field() -> None:
     class Toy(Dense):
-        name, load_argument, exact, trainable = "toy", "load_in_toy", False, False
+        name, load_argument, choice, exact, trainable = "toy", "load_in_toy", None, False, False
 
-    monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, Toy()))
-    assert LoadOptions.from_call(load_in_toy=True).weight_format == "toy"
-    assert LoadOptions.from_call(load_in_toy=True, full_finetuning=True).problems()
+    with formats.registered(Toy()):
+        assert LoadOptions.from_call(load_in_toy=True).weight_format == "toy"
+        assert LoadOptions.from_call(load_in_toy=True, full_finetuning=True).problems()
 
 
 def test_the_engines_arguments_stand_together() -> None:

@@ -208,7 +208,7 @@ def test_a_full_queue_is_refused_and_the_others_are_served(
         done = client.completions.create(**GREEDY, prompt=["a"] * count, max_tokens=20)
         return [choice.text for choice in done.choices]
 
-    monkeypatch.setattr(runner, "admit", gated)
+    monkeypatch.setattr(runner, "admit", gated)  # holds the worker for as long as a long prompt would
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(ask, 1)
         entered.wait(20)

@@ -1,12 +1,14 @@
 """What the training tests share."""
 
+from collections.abc import Iterator
+
 import pytest
 
-from hasten.training.memory import offload
+from hasten.training.memory.offload import OffloadSizes, offload_sizes
 
 
 @pytest.fixture
-def offload_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+def offload_everything() -> Iterator[None]:
     """Tensors of any size are offloaded, in chunks that tiny models fill."""
-    monkeypatch.setattr(offload, "MIN_BYTES", 1)
-    monkeypatch.setattr(offload, "CHUNK", 4096)
+    with offload_sizes(OffloadSizes(chunk=4096, smallest=1)):
+        yield

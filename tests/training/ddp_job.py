@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from training_kit import gradients_of, lora, small
 
 from hasten.training import checkpointing
-from hasten.training.memory import offload
+from hasten.training.memory.offload import OffloadSizes, offload_sizes
 
 RANKS = 2
 MODES: dict[str, tuple[bool | str, int | None]] = {
@@ -22,11 +22,6 @@ MODES: dict[str, tuple[bool | str, int | None]] = {
 }
 MICROBATCHES = 2
 """Gradients meet in the last one alone; both have another length on each rank."""
-
-
-def offload_everything() -> None:
-    """Tiny tensors too."""
-    offload.MIN_BYTES, offload.CHUNK = 1, 4096
 
 
 def rows_of(rank: int, micro: int) -> torch.Tensor:
@@ -63,14 +58,14 @@ def accumulated(mode: str, rank: int, device: torch.device) -> dict[str, torch.T
 
 def main(rank: int, folder: Path, kind: str = "cpu") -> None:
     torch.set_num_threads(1)
-    offload_everything()
     meeting = f"file://{folder}/meeting"
     device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if kind == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, init_method=meeting, rank=rank, world_size=RANKS)
-    found = {mode: accumulated(mode, rank, device) for mode in MODES}
+    with offload_sizes(OffloadSizes(chunk=4096, smallest=1)):  # tiny tensors too
+        found = {mode: accumulated(mode, rank, device) for mode in MODES}
     if rank == 0:
         torch.save(found, folder / "gradients.pt")
     torch.distributed.destroy_process_group()

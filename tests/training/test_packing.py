@@ -15,15 +15,12 @@ from training_kit import Recorder, apart, gradients_apart, gradients_of, logged,
 from trl import SFTTrainer
 
 from hasten.data import check_dataset
-from hasten.ops.attention.kernels import forward as kernel
-from hasten.ops.attention.kernels.tiles import Tile, Tiles
 from hasten.ops.backend import ATTENTION, interpreted_kernels
 from hasten.overlays import AttentionOverlay
 from hasten.testing import tiny_tokenizer
 from hasten.training import sft_config
 
 WINDOW = 8
-SMALL = Tiles(*[Tile(32, 32, 4, 1)] * 3)
 ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"]}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -47,12 +44,11 @@ CASES = [(*case, how) for case in STOCKS for how in HOW] + [(*case, "packing") f
 
 
 @pytest.fixture
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of an attention backend, which `model_on` then runs."""
     if request.param != "triton":
         yield request.param
         return
-    monkeypatch.setattr(kernel, "tiles_for", lambda *_: SMALL)
     with interpreted_kernels(ATTENTION):
         yield request.param
 

@@ -1,18 +1,20 @@
 """The MLP by tiles of rows changes memory, never the loss or a gradient: whole models on the path through modules."""
 
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_kit import FAMILIES, apart, curve, gradients_apart, gradients_of, lora, sft, small
 from training_kit import rows as data_rows
 
 from hasten import FastLanguageModel, report
 from hasten.errors import OptionError
-from hasten.ops import rows as ops_rows
+from hasten.ops.rows import in_tiles
 from hasten.overlays import MLPOverlay
-from hasten.overlays import mlp as mlp_overlay
 from hasten.patching import restore
 from hasten.state import causal_lm_of, state_of
 from hasten.testing import relative_error, save_tiny
@@ -36,18 +38,23 @@ def tiles_of(model: Any) -> set[int | None]:
     return {module.overlay_config.tile_rows for module in model.modules() if isinstance(module, MLPOverlay)}
 
 
+class Activations(TorchDispatchMode):
+    """heights: how many rows each call of the gate's activation gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heights: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.silu.default, torch.ops.aten.gelu.default):
+            self.heights.append(args[0].shape[:-1].numel())
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.fixture
-def heights(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many rows each call of the activation gets."""
-    seen: list[int] = []
-    inner = mlp_overlay.glu
-
-    def watched(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-        seen.append(gate.shape[:-1].numel())
-        return inner(gate, up, activation)
-
-    monkeypatch.setattr(mlp_overlay, "glu", watched)
-    return seen
+def heights() -> Iterator[list[int]]:
+    with Activations() as seen:
+        yield seen.heights
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -79,17 +86,22 @@ def test_one_tile_changes_no_bit(mode: bool) -> None:
 
 
 @pytest.mark.parametrize("mode", [False, True])
-def test_dropout_is_the_same_when_a_tile_is_made_again(mode: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = []
-    for again in (True, False):
-        if not again:  # the same tiles, everything kept
-            monkeypatch.setattr(ops_rows, "checkpoint", lambda run, x, use_reentrant: run(x))
-        model = small("llama", True, lora(lora_dropout=0.4))
-        tiling.set_tile(model, TILE)
-        checkpointing.enable(model, mode and again)
-        found.append(step(model))
-    assert torch.equal(found[0][0], found[1][0])
-    assert gradients_apart(found[0][1], found[1][1]) < 1e-6
+def test_dropout_is_the_same_when_a_tile_is_made_again(mode: bool) -> None:
+    """Else the gradients are not those of the loss, as its differences show."""
+    model = small("llama", True, lora(lora_dropout=0.4)).double()
+    tiling.set_tile(model, TILE)
+    checkpointing.enable(model, mode)
+    _, gradients = step(model)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    moves = {name: torch.randn_like(p) for name, p in parameters.items()}
+    losses = []
+    for sign in (1, -2):
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.add_(moves[name], alpha=sign * 1e-5)
+        losses.append(step(model)[0])
+    slope = sum((gradients[name] * move).sum() for name, move in moves.items())
+    assert relative_error((losses[0] - losses[1]) / 2e-5, torch.as_tensor(slope)) < 1e-5
 
 
 def test_nothing_as_wide_as_the_mlp_is_kept() -> None:
@@ -105,17 +117,31 @@ def test_nothing_as_wide_as_the_mlp_is_kept() -> None:
     assert 136 in widths[0] and 136 not in widths[1]
 
 
-def test_inference_goes_by_tiles_too_and_keeps_nothing(heights: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inference_goes_by_tiles_too(heights: list[int]) -> None:
     model = small("llama", True).eval()
     with torch.no_grad():
         whole = model(IDS).logits
-        monkeypatch.delattr(ops_rows, "checkpoint")
         tiling.set_tile(model, TILE)
         heights.clear()
         assert relative_error(model(IDS).logits, whole) < 1e-5
         assert heights == [*[TILE] * 5, 2] * 2
         decoded = model.generate(IDS[:1], max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert decoded.shape == (1, 15)
+
+
+def test_without_gradients_no_tile_is_checkpointed() -> None:
+    files: list[str] = []
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        files.extend(frame.filename for frame in traceback.extract_stack())
+        return x * 2
+
+    x = torch.ones(5, 2, requires_grad=True)
+    with torch.no_grad():
+        in_tiles(run, x, 2)
+    assert files and torch.utils.checkpoint.__file__ not in files
+    in_tiles(run, x, 2)
+    assert torch.utils.checkpoint.__file__ in files
 
 
 def test_a_hooked_projection_sees_all_tokens_at_once() -> None:

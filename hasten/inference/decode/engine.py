@@ -16,7 +16,7 @@ from transformers.generation import StoppingCriteriaList, StopStringCriteria
 
 from hasten.errors import OptionError
 from hasten.inference.decode.loop import Asked, decode
-from hasten.inference.decode.servable import cache_dtype, unserved
+from hasten.inference.decode.servable import cache_dtype, unserved, unserved_model
 from hasten.inference.decode.steps import Steps
 from hasten.inference.generate import asked, generate
 from hasten.options import LoadOptions
@@ -35,28 +35,38 @@ class DecodeEngine:
 
     name = "hasten"
 
-    def __init__(self, devices: Collection[str] = ("cuda",), cache: torch.dtype | None = None) -> None:
+    def __init__(
+        self, devices: Collection[str] = ("cuda",), cache: torch.dtype | None = None, lag: int | None = None
+    ) -> None:
         """devices: kinds of devices that are served; on a CPU steps run eagerly, slower than transformers' own loop. cache: dtype
-        of the KV cache where a call asks for none, int8 or float8_e4m3fn; None = that of the keys."""
-        self._devices, self._cache = tuple(devices), cache
+        of the KV cache where a call asks for none, int8 or float8_e4m3fn; None = that of the keys. lag: steps that the host may
+        be ahead of the device; None = by device and call (`stops.lag_for`)."""
+        self._devices, self._cache, self._lag = tuple(devices), cache, lag
         self._steps = Steps()
         self._lock = threading.RLock()
         self._is_running = False
         self._done: dict[torch.device, torch.cuda.Event] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DecodeEngine":
-        return DecodeEngine(self._devices, self._cache)  # graphs belong to the model whose weights they read
+        return DecodeEngine(self._devices, self._cache, self._lag)  # graphs belong to the model whose weights they read
 
     def __reduce__(self) -> tuple[type["DecodeEngine"], tuple[Any, ...]]:
-        return DecodeEngine, (self._devices, self._cache)
+        return DecodeEngine, (self._devices, self._cache, self._lag)
 
     @property
     def captured(self) -> int:
         """Steps that are kept, one per batch bucket and state of the weights."""
         return len(self._steps)
 
-    def check(self, options: LoadOptions) -> list[str]:
-        return []
+    def check(self, model: Any, options: LoadOptions) -> list[str]:
+        """Refuses `float8_kv_cache` for a model that transformers' own loop must serve, whose cache is not FP8."""
+        reason = unserved_model(model, self._devices) if options.float8_kv_cache is True else None
+        if reason is None:
+            return []
+        return [
+            f"float8_kv_cache=True: hasten's decode engine cannot serve this model, since {reason}, and transformers' generate has no "
+            "FP8 cache. Leave it out"
+        ]
 
     def generate(self, model: Any, call: GenerateCall) -> Any:
         """Returns what transformers' `generate` returns. Raises InputError, see `inference.generate`, and OptionError for a quantised
@@ -92,7 +102,8 @@ class DecodeEngine:
 
         def loop(model: Any, input_ids: torch.Tensor, prepared: dict[str, Any]) -> Any:
             with self._in_order(model):
-                return decode(model, self._steps, Asked(input_ids, prepared, streamer, dtype or self._cache, given))
+                made = Asked(input_ids, prepared, streamer, dtype or self._cache, given, self._lag)
+                return decode(model, self._steps, made)
 
         return generate(model, call.stock, *call.args, **call.kwargs, custom_generate=_as_function(loop))
 

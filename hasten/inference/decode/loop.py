@@ -25,13 +25,15 @@ from hasten.overlays.precision import compute_dtype
 @dataclass(frozen=True)
 class Asked:
     """A call. prepared: what transformers gives its own loops by name (`logits_processor`, `generation_config`, ...). streamer:
-    None = none. dtype: of the cache, None = that of the keys. own_cache: whether the caller gave `past_key_values`."""
+    None = none. dtype: of the cache, None = that of the keys. own_cache: whether the caller gave `past_key_values`.
+    lag: see `DecodeEngine`."""
 
     input_ids: torch.Tensor
     prepared: dict[str, Any]
     streamer: Any = None
     dtype: torch.dtype | None = None
     own_cache: bool = False
+    lag: int | None = None
 
     @property
     def config(self) -> Any:
@@ -108,7 +110,7 @@ def _run(model: Any, cache: KVCache, step: DecodeStep, asked: Asked, prompt: Fed
     copies = bool(len(asked.processors) or scored or recorded)
     checks: Any = StoppingCriteriaList(one for one in asked.criteria if type(one) is not MaxLengthCriteria)
     has_eos = any(hasattr(one, "eos_token_id") for one in checks)
-    lag = lag_for(device, (*asked.processors, *checks))
+    lag = lag_for(device, (*asked.processors, *checks)) if asked.lag is None else asked.lag
     watch = StopWatch(device, asked.streamer, lag, draws=config.do_sample)
     running = torch.ones(batch, dtype=torch.bool, device=device)
     cache.reserve(prompt.slots)

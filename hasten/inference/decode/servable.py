@@ -83,7 +83,7 @@ def unserved(model: Any, call: GenerateCall, devices: Collection[str], split: bo
         return "use_cache=False was asked for"
     if any(isinstance(one, MaxLengthCriteria) for one in call.kwargs.get("stopping_criteria") or ()):
         return "a MaxLengthCriteria was given"
-    return _unserved_model(model, devices, split) or _unserved_prefix(model, call)
+    return unserved_model(model, devices, split) or _unserved_prefix(model, call)
 
 
 def cache_dtype(model: Any, call: GenerateCall) -> torch.dtype | None:
@@ -100,7 +100,9 @@ def cache_dtype(model: Any, call: GenerateCall) -> torch.dtype | None:
     return QUANTISED[backend]
 
 
-def _unserved_model(model: Any, served: Collection[str], split: bool) -> str | None:
+def unserved_model(model: Any, served: Collection[str], split: bool = False) -> str | None:
+    """Returns why transformers' own loop must run in every call of this model as it is now, None where nothing does. served:
+    kinds of devices. split: whether several of them are served."""
     if not isinstance(model, HeadOverlay) or not runs_overlay(model.model, BackboneOverlay):
         return "not every part of the model runs hasten's overlay"
     own = [

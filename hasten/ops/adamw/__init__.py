@@ -9,6 +9,7 @@ lose most updates of a fine-tuning, and the second moment's decay of 0.1% per st
 and an element's index, so they are the same on every backend and device.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,10 +79,18 @@ def adamw_(
         step = kernel.adamw_
     else:
         step = reference.adamw_
-    parts = [x.view(-1).split(MAX_ELEMENTS) for x in (weight, grad.contiguous(), *moments)]
-    for number, (w, g, m, v) in enumerate(zip(*parts, strict=True)):
-        own = key if number == 0 else key_of(key, number)
-        step(w, g, (m, v), config.factors(), (own, own ^ MOMENTS_KEY))
+    for part, own in parts_of((weight, grad.contiguous(), *moments), key):
+        step(part[0], part[1], (part[2], part[3]), config.factors(), (own, own ^ MOMENTS_KEY))
+
+
+def parts_of(
+    tensors: Sequence[torch.Tensor], key: int, elements: int = MAX_ELEMENTS
+) -> Iterator[tuple[tuple[torch.Tensor, ...], int]]:
+    """Splits tensors of one shape for the launches of one step. Yields flat views of at most `elements` each, and their
+    key: parts with equal keys would round alike."""
+    flat = (x.view(-1).split(elements) for x in tensors)
+    for number, part in enumerate(zip(*flat, strict=True)):
+        yield part, key if number == 0 else key_of(key, number)
 
 
 def key_of(*numbers: int) -> int:

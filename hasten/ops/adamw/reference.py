@@ -3,7 +3,7 @@
 import torch
 
 CHUNK = 2**20
-"""Elements per chunk."""
+"""Elements computed at a time."""
 
 
 def adamw_(
@@ -12,11 +12,12 @@ def adamw_(
     moments: tuple[torch.Tensor, torch.Tensor],
     factors: tuple[float, float, float, float, float, float],
     keys: tuple[int, int],
+    chunk: int = CHUNK,
 ) -> None:
-    """See `ops.adamw.adamw_`; all tensors are flat."""
+    """See `ops.adamw.adamw_`; all tensors are flat. chunk: elements computed at a time."""
     decay, one_minus_beta1, one_minus_beta2, bias_correction2_sqrt, eps, step_size = factors
-    for start in range(0, weight_N.numel(), CHUNK):
-        stored = [x[start : start + CHUNK] for x in (weight_N, grad_N, *moments)]
+    for start in range(0, weight_N.numel(), chunk):
+        stored = [x[start : start + chunk] for x in (weight_N, grad_N, *moments)]
         w, g, m, v = (x.float() for x in stored)
         m = m + one_minus_beta1 * (g - m)
         v = v + one_minus_beta2 * (g * g - v)

@@ -10,17 +10,37 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-CHUNK = 32 * 2**20
-"""Bytes of CPU memory allocated at a time: a power of two, to which torch's pinned allocator rounds anyway."""
-MIN_BYTES = 2**20
-"""Storages below this size stay on the device."""
+
+@dataclass(frozen=True)
+class OffloadSizes:
+    """In bytes. chunk: CPU memory allocated at a time, a power of two, to which torch's pinned allocator rounds anyway.
+    smallest: storages below this size stay on the device."""
+
+    chunk: int = 32 * 2**20
+    smallest: int = 2**20
+
+
+DEFAULT_SIZES = OffloadSizes()
+_SIZES: ContextVar[OffloadSizes] = ContextVar("offload_sizes", default=DEFAULT_SIZES)
+
+
+@contextmanager
+def offload_sizes(sizes: OffloadSizes) -> Iterator[None]:
+    """Sets the sizes for models whose first offloading step is inside the block, for tests with tiny models."""
+    token = _SIZES.set(sizes)
+    try:
+        yield
+    finally:
+        _SIZES.reset(token)
 
 
 @dataclass
@@ -33,10 +53,12 @@ class HostChunk:
 
 class HostMemory:
     """Chunks of CPU memory for one device, reused in later steps; pinned if the device is a GPU. free: not in use.
-    allocated: bytes of all chunks. to_host, to_device: the streams of the copies, None on a CPU."""
+    allocated: bytes of all chunks. to_host, to_device: the streams of the copies, None on a CPU. sizes: see
+    `offload_sizes`."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.sizes = _SIZES.get()
         self.free: list[HostChunk] = []
         self.allocated = 0
         on_gpu = device.type == "cuda"
@@ -45,10 +67,11 @@ class HostMemory:
 
     def take(self, size: int) -> list[HostChunk]:
         """Returns chunks for `size` bytes, allocating those that are missing."""
-        count = -(-size // CHUNK)
+        chunk = self.sizes.chunk
+        count = -(-size // chunk)
         while len(self.free) < count:  # before any chunk is taken, so that none is lost if the allocation fails
-            self.free.append(HostChunk(torch.empty(CHUNK, dtype=torch.uint8, pin_memory=self.to_host is not None)))
-            self.allocated += CHUNK
+            self.free.append(HostChunk(torch.empty(chunk, dtype=torch.uint8, pin_memory=self.to_host is not None)))
+            self.allocated += chunk
         return [self.free.pop() for _ in range(count)]
 
     def send(self, source: torch.Tensor, chunks: list[HostChunk]) -> torch.cuda.Event | None:
@@ -68,14 +91,14 @@ class HostMemory:
     ) -> torch.cuda.Event | None:
         """Runs after the main stream's queue and after the last copy of each chunk."""
         if stream is None:
-            _copy_chunks(device_bytes, chunks, back)
+            _copy_chunks(device_bytes.split(self.sizes.chunk), chunks, back)
             return None
         stream.wait_stream(torch.cuda.current_stream(self.device))
         for chunk in chunks:
             if chunk.last_copy is not None:
                 stream.wait_event(chunk.last_copy)
         with torch.cuda.stream(stream):
-            _copy_chunks(device_bytes, chunks, back)
+            _copy_chunks(device_bytes.split(self.sizes.chunk), chunks, back)
         return _record(stream, chunks)
 
     def wait(self, event: torch.cuda.Event | None) -> None:
@@ -91,8 +114,8 @@ class HostMemory:
                 tensor.record_stream(stream)
 
 
-def _copy_chunks(device_bytes: torch.Tensor, chunks: Iterable[HostChunk], back: bool) -> None:
-    for part, chunk in zip(device_bytes.split(CHUNK), chunks, strict=True):
+def _copy_chunks(parts: Iterable[torch.Tensor], chunks: Iterable[HostChunk], back: bool) -> None:
+    for part, chunk in zip(parts, chunks, strict=True):
         on_host = chunk.bytes[: len(part)]
         into, source = (part, on_host) if back else (on_host, part)
         into.copy_(source, non_blocking=True)
@@ -156,7 +179,7 @@ class OffloadedLayer:
         if tensor.device != self.memory.device or tensor.layout != torch.strided or tensor.dim() < 2:
             return False
         storage = tensor.untyped_storage()
-        if storage.nbytes() < MIN_BYTES or storage.data_ptr() in self.shared or _is_weight(tensor):
+        if storage.nbytes() < self.memory.sizes.smallest or storage.data_ptr() in self.shared or _is_weight(tensor):
             return False
         batch, length = self.batch_shape
         return tensor.shape[0] == batch * length or (tensor.shape[0] == batch and length in tensor.shape[1:])

@@ -1,6 +1,7 @@
 """Storage formats of a Linear's weight, and the registry. Code that depends on the format looks it up here."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
@@ -9,15 +10,25 @@ from hasten.weights.formats.base import LoadPlan, QuantizedTensor, WeightFormat
 from hasten.weights.formats.dense import Dense
 from hasten.weights.formats.int8 import INT8
 from hasten.weights.formats.nf4 import FP4, NF4
+from hasten.weights.formats.registry import Registry
 
-FORMATS: tuple[WeightFormat, ...] = (NF4(), FP4(), INT8(), Dense())
-"""The registry, in the order in which `matches` is called. `Dense` is last: it matches any floating-point weight."""
+FORMATS = Registry(NF4(), FP4(), INT8(), Dense())
+"""`Dense` is last: it matches any floating-point weight."""
+
+
+def registered(*added: WeightFormat) -> AbstractContextManager[None]:
+    """Makes formats of your own known inside a `with` block, in all threads, before hasten's own.
+
+    A model in such a format must be loaded, run and exported inside the block. Raises ValueError where a name, load
+    argument, choice or save method is taken.
+    """
+    return FORMATS.registered(*added)
 
 
 def find_format(linear: nn.Module) -> WeightFormat | None:
     """Returns the format in which this module (without PEFT's wrapper) stores its weight; None where hasten knows
     none."""
-    for one in FORMATS:
+    for one in FORMATS.formats:
         if one.matches(linear):
             return one
     return None
@@ -110,6 +121,7 @@ __all__ = [
     "load_arguments",
     "named",
     "packages",
+    "registered",
     "save_methods",
     "smallest_loadable",
     "stored_format",

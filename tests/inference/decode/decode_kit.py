@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from device_kit import DEVICE
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hasten.inference.decode import DecodeEngine
 from hasten.methods import CausalLMMethods
@@ -65,17 +66,19 @@ def uninitialised_is_nan() -> Iterator[None]:
 @contextmanager
 def fed_tokens(model: Any) -> Iterator[list[int]]:
     """Tokens per sequence of every forward inside the block. Not a hook: those send the call to transformers."""
-    counts: list[int] = []
-    kind = type(model.model)
-    forward = kind.forward
+    with _Embedded(model.get_input_embeddings().weight) as embedded:
+        yield embedded.widths
 
-    def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
-        counts.append(kwargs["input_ids"].shape[1])
-        return forward(self, *args, **kwargs)
 
-    counting.__module__ = "hasten"
-    kind.forward = kind.overlay_forward = counting
-    try:
-        yield counts
-    finally:
-        kind.forward = kind.overlay_forward = forward
+class _Embedded(TorchDispatchMode):
+    """widths: of the ids (B, T) whose rows of `weight` are read."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+        self.widths: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.embedding.default and args[0].data_ptr() == self.weight.data_ptr():
+            self.widths.append(args[1].shape[1])
+        return func(*args, **(kwargs or {}))

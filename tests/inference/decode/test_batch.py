@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from device_kit import DEVICE
+from product_kit import Products
 
 from hasten.errors import InputError
 from hasten.families import FAMILIES
@@ -181,19 +182,14 @@ def test_kernels_read_and_write_one_row() -> None:
         assert one.tokens == stocks(stock, one)
 
 
-def test_a_failed_prompt_takes_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_prompt_takes_no_row() -> None:
     model = overlaid()
     batch, running = DecodeBatch(model, 2), request(6, 12)
     batch.admit(running)
     batch.advance()
 
-    def full(*args: Any, **kwargs: Any) -> Any:
-        raise torch.OutOfMemoryError("full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(type(model.model), "forward", full)
-        with pytest.raises(torch.OutOfMemoryError):
-            batch.admit(request(8, 3))
+    with Products(fail=(64, 128, 2)), pytest.raises(torch.OutOfMemoryError):  # in the MLP
+        batch.admit(request(8, 3))
     run(batch, [after := request(8, 3)])
     stock = stock_model()
     assert running.tokens == stocks(stock, running) and after.tokens == stocks(stock, after)

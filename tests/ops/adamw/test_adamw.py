@@ -7,7 +7,7 @@ import torch
 from device_kit import DEVICE
 from ops_kit import both
 
-from hasten.ops.adamw import AdamWConfig, adamw_, key_of, reference
+from hasten.ops.adamw import AdamWConfig, adamw_, key_of, parts_of, reference
 
 CONFIG = AdamWConfig(lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, step=1)
 
@@ -92,17 +92,24 @@ def test_what_is_no_number_stays_none(backend: str) -> None:
     assert bool((moments[0][2:4].abs() == math.inf).all())
 
 
-def test_pieces_and_keys_leave_no_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_change_no_bit() -> None:
     whole = drawn(3000, *[torch.bfloat16] * 4)
     pieces = [x.clone() for x in whole]
-    adamw_(whole[0], whole[1], (whole[2], whole[3]), CONFIG, key=4, backend="reference")
-    monkeypatch.setattr(reference, "CHUNK", 7)
-    adamw_(pieces[0], pieces[1], (pieces[2], pieces[3]), CONFIG, key=4, backend="reference")
+    for chunk, (w, g, m, v) in ((3000, whole), (7, pieces)):
+        reference.adamw_(w, g, (m, v), CONFIG.factors(), (4, 5), chunk)
     assert all(torch.equal(a, b) for a, b in zip(whole, pieces, strict=True))
-    monkeypatch.setattr("hasten.ops.adamw.MAX_ELEMENTS", 1000)
-    same = [torch.full((2000,), 1.001, dtype=torch.float32).bfloat16() for _ in range(4)]
-    adamw_(same[0], same[1], (same[2], same[3]), CONFIG, key=4, backend="reference")
-    assert not torch.equal(same[0][:1000], same[0][1000:]), "parts of a large tensor would be rounded alike"
+
+
+def test_parts_of_a_large_tensor_are_rounded_apart() -> None:
+    same = [torch.full((2, 1250), 1.001).bfloat16() for _ in range(4)]
+    parts = [(part, key) for part, key in parts_of(same, 4, 1000)]
+    assert [len(part[0]) for part, _ in parts] == [1000, 1000, 500] and len({key for _, key in parts}) == 3
+    for (w, g, m, v), key in parts:
+        reference.adamw_(w, g, (m, v), CONFIG.factors(), (key, key + 1))
+    weight = same[0].view(-1)
+    assert not torch.equal(weight[:1000], weight[1000:2000])
+    ((_, key),) = parts_of(same, 4)
+    assert key == parts[0][1] == 4, "a tensor of one part keeps its key"
 
 
 def test_keys_tell_numbers_apart() -> None:

@@ -8,15 +8,16 @@ import pytest
 import torch
 from lora_kit import DEVICE, WIDTH, everything
 from ops_kit import NORM
-from test_tiled_mlp import MLP, mlp_of
+from product_kit import Products
+from test_tiled_mlp import INNER, MLP, mlp_of
 from torch.utils.checkpoint import checkpoint
 
 from hasten.ops import NormInput, norm
 from hasten.ops.lora import lora_mlp
-from hasten.ops.lora.kernels import tiled_mlp as tiled
 from hasten.testing import relative_error
 
 TILE = 4
+GATE_UP = (WIDTH, 2 * INNER)
 
 
 def hidden_of(rows: int, seed: int = 0) -> torch.Tensor:
@@ -143,37 +144,19 @@ def test_gradients_of_some_and_then_of_the_others() -> None:
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-@pytest.mark.parametrize("where", ["gate_up_forward", "project"])
-def test_after_a_forward_that_fails_the_next_one_is_right(
-    way: Any, where: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("where", [GATE_UP, (INNER, WIDTH)], ids=["gate and up", "down"])
+def test_after_a_forward_that_fails_the_next_one_is_right(way: Any, where: tuple[int, int]) -> None:
     mlp, hidden = mlp_of_seed(), hidden_of(14)
     right = gradients(mlp, layer(mlp, hidden), hidden)
-    with monkeypatch.context() as patch:
-        patch.setattr(tiled, where, failing_at(2, getattr(tiled, where)))
-        with pytest.raises(torch.OutOfMemoryError):
-            way(layer, mlp, hidden)
+    with Products(fail=(*where, 2)), pytest.raises(torch.OutOfMemoryError):
+        way(layer, mlp, hidden)
     assert_equal(gradients(mlp, way(layer, mlp, hidden), hidden), right)
 
 
-def test_a_backward_that_fails_in_the_middle_can_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backward_that_fails_in_the_middle_can_run_again() -> None:
     mlp, hidden = mlp_of_seed(), hidden_of(14)
     right = gradients(mlp, layer(mlp, hidden), hidden)
     out = layer(mlp, hidden)
-    with monkeypatch.context() as patch:
-        patch.setattr(tiled, "recompute_gate_up", failing_at(2, tiled.recompute_gate_up))
-        with pytest.raises(torch.OutOfMemoryError):
-            gradients(mlp, out, hidden, retain_graph=True)
+    with Products(fail=(*GATE_UP, 2)), pytest.raises(torch.OutOfMemoryError):
+        gradients(mlp, out, hidden, retain_graph=True)
     assert_near(gradients(mlp, out, hidden), right)
-
-
-def failing_at(count: int, inner: Callable[..., Any]) -> Callable[..., Any]:
-    calls: list[int] = []
-
-    def run(*args: Any) -> Any:
-        calls.append(1)
-        if len(calls) == count:
-            raise torch.OutOfMemoryError("in the middle")
-        return inner(*args)
-
-    return run

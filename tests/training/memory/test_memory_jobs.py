@@ -14,7 +14,6 @@ from memory_kit import policy_of
 from training_kit import curve, dpo, gradients_apart, gradients_of, lora, preferences, rows, sft, small
 
 from hasten.training import checkpointing
-from hasten.training.memory import offload
 from hasten.training.memory.actions import ActivationAction
 from hasten.training.optimizers import StochasticAdamW
 
@@ -136,7 +135,7 @@ def test_evaluation_in_between_changes_nothing_and_leaves_nothing_behind(tmp_pat
         runner = policy_of(model).runner
         runner.outgoing.clear()  # the last layer's, which its successor would have taken the place of
         (memory,) = runner.host.values()
-        assert len(memory.free) * offload.CHUNK == memory.allocated
+        assert len(memory.free) * memory.sizes.chunk == memory.allocated
         taken.append(memory.allocated)
     assert_same(found)
     assert taken[0] == taken[1]

@@ -14,7 +14,6 @@ from hasten.errors import OptionError
 from hasten.overlays.layer import LayerCheckpoint
 from hasten.state import causal_lm_of
 from hasten.training import checkpointing, tiling
-from hasten.training.memory import offload
 from hasten.training.memory.actions import ActivationAction
 from hasten.training.memory.costs import Peak
 from hasten.training.memory.plan import LayerPlan
@@ -137,7 +136,7 @@ def test_memory_goes_round_and_does_not_grow() -> None:
         if count % 100 == 99:
             gc.collect()
             (memory,) = policy_of(model).runner.host.values()
-            assert len(memory.free) * offload.CHUNK == memory.allocated - held_now(policy_of(model))
+            assert len(memory.free) * memory.sizes.chunk == memory.allocated - held_now(policy_of(model))
             taken.append(memory.allocated)
             allocated.append(torch.cuda.memory_allocated() if DEVICE == "cuda" else 0)
     assert len(set(taken)) == 1 and len(set(allocated)) == 1
@@ -146,7 +145,7 @@ def test_memory_goes_round_and_does_not_grow() -> None:
 def held_now(policy: MemoryPolicy) -> int:
     """Bytes of the last offloaded layer, which the runner holds until the next layer runs."""
     storages = [stored for layer in policy.runner.outgoing.values() for stored in layer.storages.values()]
-    return sum(len(stored.chunks) for stored in storages) * offload.CHUNK
+    return sum(chunk.bytes.numel() for stored in storages for chunk in stored.chunks)
 
 
 def test_a_graph_that_is_thrown_away_gives_its_memory_back() -> None:
@@ -156,7 +155,7 @@ def test_a_graph_that_is_thrown_away_gives_its_memory_back() -> None:
     del loss
     gc.collect()
     (memory,) = policy_of(model).runner.host.values()
-    assert len(memory.free) * offload.CHUNK == memory.allocated - held_now(policy_of(model))
+    assert len(memory.free) * memory.sizes.chunk == memory.allocated - held_now(policy_of(model))
 
 
 def test_two_models_do_not_meet() -> None:

@@ -1,5 +1,6 @@
 """The registry's lookups, and that formats agree with themselves."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import BitsAndBytesConfig
 
 from hasten.testing import tiny_model
 from hasten.weights import dequantize, formats, linear_bytes
+from hasten.weights.formats.dense import Dense
 
 CONFIGS = {
     "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
@@ -31,6 +33,34 @@ def test_names_and_arguments_are_unique() -> None:
     assert formats.by_load_argument("load_in_8bit").name == "int8"
     assert formats.save_methods() == ["merged_4bit"]
     assert formats.packages() == ["bitsandbytes"]
+
+
+class Own(Dense):
+    def __init__(self, name: str, load_argument: str | None = None) -> None:
+        self.name, self.load_argument, self.choice = name, load_argument, None  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_own_formats_are_known_in_a_block_and_in_its_threads() -> None:
+    before, linear = tuple(formats.FORMATS), nn.Linear(2, 3)
+    first, second = Own("first"), Own("second")
+    one, other = formats.registered(first), formats.registered(second)
+    with ThreadPoolExecutor(1) as pool:
+        with one:
+            assert pool.submit(formats.find_format, linear).result() is first
+            other.__enter__()
+            assert formats.named("second") is formats.find_format(linear) is second
+        assert tuple(formats.FORMATS) == (second, *before), "a block that ends first takes its own format alone"
+        other.__exit__(None, None, None)
+        assert tuple(formats.FORMATS) == before
+        assert pool.submit(formats.find_format, linear).result() is formats.dense()
+
+
+@pytest.mark.parametrize("taken", [("nf4",), ("mine", "load_in_4bit")])
+def test_a_name_that_is_taken_is_refused(taken: tuple[str, ...]) -> None:
+    before = tuple(formats.FORMATS)
+    with pytest.raises(ValueError, match="two weight formats have"), formats.registered(Own(*taken)):
+        pytest.fail("registered")
+    assert tuple(formats.FORMATS) == before
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
