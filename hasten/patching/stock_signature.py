@@ -10,6 +10,8 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
+from hasten.overlays.cache_name import with_cache_name
+
 
 @functools.cache
 def positional(forward: Callable[..., Any]) -> tuple[str, ...]:
@@ -35,6 +37,7 @@ def adapt(forward: Any, stock: type) -> Callable[..., Any]:
 def _renaming(forward: Callable[..., Any], renamed: dict[str, str]) -> FunctionType:
     @functools.wraps(forward)
     def forward_renamed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs = with_cache_name(kwargs, "forward")
         for theirs, ours in renamed.items():
             if theirs in kwargs:
                 kwargs[ours] = kwargs.pop(theirs)

@@ -20,6 +20,7 @@ from hasten.inference.decode.servable import cache_dtype, unserved
 from hasten.inference.decode.steps import Steps
 from hasten.inference.generate import asked, generate
 from hasten.options import LoadOptions
+from hasten.overlays.cache_name import CACHE
 from hasten.state import GenerateCall, state_of
 
 
@@ -80,7 +81,7 @@ class DecodeEngine:
         state_of(model).notes["generation"] = [note]
 
     def _serve(self, model: Any, call: GenerateCall, dtype: torch.dtype | None) -> Any:
-        streamer, given = call.kwargs.get("streamer"), call.kwargs.get("past_key_values") is not None
+        streamer, given = call.kwargs.get("streamer"), call.kwargs.get(CACHE) is not None
         if dtype is not None:
             call = _without(model, call, ("cache_implementation", "cache_config"))
         call = _with_stop_strings(model, call)

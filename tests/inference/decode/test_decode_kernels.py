@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from hasten.ops import decode_attention
 from hasten.ops.decode_attention.kernels import attend, new_token
+from hasten.overlays.cache_name import CACHE
 
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 2}
 
@@ -33,10 +34,10 @@ def test_tokens_are_stocks(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for model in (stock, ours):
         cache = DynamicCache(config=model.config)
-        first = model.generate(**batch, **GREEDY, past_key_values=cache)
+        first = model.generate(**batch, **GREEDY, **{CACHE: cache})
         ids = torch.cat((first, turn), dim=1)
         mask = torch.ones_like(ids)
         mask[:, :11] = batch["attention_mask"]
-        results.append(model.generate(ids, attention_mask=mask, **GREEDY, past_key_values=cache))
+        results.append(model.generate(ids, attention_mask=mask, **GREEDY, **{CACHE: cache}))
     assert torch.equal(*results) and engine_note(ours) == "engine: hasten"
     assert set(widths) == {5, decode_attention.MAX_NEW_TOKENS} and fused
