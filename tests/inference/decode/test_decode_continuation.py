@@ -215,7 +215,7 @@ def test_other_caches_go_to_transformers(make: Any) -> None:
         except (RuntimeError, ValueError, IndexError) as error:
             results.append(type(error))
     assert results[0] is results[1] if isinstance(results[0], type) else torch.equal(*results)
-    assert engine_note(ours).startswith("engine: transformers, since p")
+    assert engine_note(ours).startswith(f"engine: transformers, since {CACHE} ")
 
 
 def test_padding_between_turns_goes_to_transformers() -> None:
