@@ -4,6 +4,7 @@ from typing import Any
 
 SIZES: dict[str, Any] = {
     "vocab_size": 288,
+    "unpadded_vocab_size": 288,
     "hidden_size": 64,
     "d_model": 64,
     "n_embd": 64,

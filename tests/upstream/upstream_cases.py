@@ -13,7 +13,7 @@ import torch
 from tests.generation.test_utils import GenerationTesterMixin
 from tests.test_modeling_common import ModelTesterMixin, ids_tensor
 from tests.test_training_mixin import TrainingTesterMixin
-from transformers import AutoConfig, set_seed
+from transformers import AutoConfig, AutoModel, set_seed
 from transformers.generation import GenerationMixin
 
 from hasten.families import FAMILIES
@@ -45,8 +45,8 @@ class Tester:
         module: Any = importlib.import_module(family.classes.module)
         self.model_type = family.model_type
         self.causal_lm_class = getattr(module, family.classes.causal_lm)
-        self.base_model_class = getattr(module, family.classes.causal_lm.replace("ForCausalLM", "Model"))
         self.__dict__.update(SIZES)
+        self.base_model_class = type(AutoModel.from_config(self.get_config()))
 
     def get_config(self) -> Any:
         """A config with one full and one sliding layer where the family has both."""

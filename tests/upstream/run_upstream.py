@@ -1,4 +1,4 @@
-"""`python tests/upstream SDIST`: runs transformers' common model tests on the ten families, stock and with hasten's
+"""`python tests/upstream/run_upstream.py SDIST`: runs transformers' common model tests on the ten families, stock and with hasten's
 overlays on every causal LM that a test makes, and prints which outcomes differ.
 
 SDIST is the source package of the installed transformers (`pip download --no-deps --no-binary :all:
@@ -59,11 +59,10 @@ def run(family: str, overlays: bool, folder: Path, chosen: str) -> Run:
         "RUN_TRAINING_TESTS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    select = f"Test_{family} and ({chosen})" if chosen else f"Test_{family}"
     command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", str(folder)]
-    command += ["-p", "no:cacheprovider", "--tb=short", f"--junitxml={record}", "-k", select]
+    command += ["-p", "no:cacheprovider", "--tb=short", f"--junitxml={record}", "-k", chosen]
     command += ["-p", "upstream_overlays"] if overlays else []
-    command += [str(HERE / "upstream_cases.py")]
+    command += [f"{HERE / 'upstream_cases.py'}::Test_{family}"]
     with (folder / f"{record.stem}.log").open("w", encoding="utf-8") as log:
         subprocess.run(command, env=environment, stdout=log, stderr=log, check=False, cwd=folder)
     if not record.exists():
@@ -82,7 +81,7 @@ def _outcome(case: ET.Element) -> tuple[str, str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="upstream", description=__doc__)
+    parser = argparse.ArgumentParser(prog="run_upstream.py", description=__doc__)
     parser.add_argument("sdist", type=Path)
     parser.add_argument("--families", default=",".join(FAMILIES), help="separated by commas")
     parser.add_argument("-k", dest="chosen", default="", help="only tests that match, as in pytest")
