@@ -27,8 +27,10 @@ def adapt(forward: Any, stock: type) -> Callable[..., Any]:
     that renames them.
     """
     ours, theirs = positional(forward), positional(stock.forward)
-    renamed = {new: old for new, old in zip(theirs, ours, strict=False) if new != old}
-    takes_any = any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(forward).parameters.values())
+    parameters = inspect.signature(forward).parameters.values()
+    by_keyword = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    renamed = {new: old for new, old in zip(theirs, ours, strict=False) if new != old and new not in by_keyword}
+    takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters)
     made = _renaming(forward, renamed) if renamed and not takes_any else _copy(forward)
     made.__signature__ = inspect.signature(stock.forward)  # pyright: ignore[reportFunctionMemberAccess]
     return made
