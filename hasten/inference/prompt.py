@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hasten.errors import InputError
+from hasten.overlays.cache_name import CACHE
 
 
 @dataclass
@@ -41,7 +42,7 @@ class Prompt:
         """
         if self.cached:
             raise InputError(
-                "sequences with padding after their last token were given with past_key_values, whose positions "
+                f"sequences with padding after their last token were given with {CACHE}, whose positions "
                 "are fixed. Pad the new tokens on the left, or pass the whole sequences without a cache."
             )
         order_BT = self.mask_BS.argsort(dim=1, stable=True)
@@ -77,7 +78,7 @@ def read_prompt(named: dict[str, Any], pad_token_id: Any, eos_token_id: Any) -> 
         wanted = "(batch, positions, hidden size)" if main == "inputs_embeds" else "(batch, positions)"
         raise InputError(f"{main} has shape {tuple(ids.shape)}; generate takes {wanted}.")
     mask = named.get("attention_mask")
-    cache = named.get("past_key_values")
+    cache = named.get(CACHE)
     cached = int(cache.get_seq_length()) if cache is not None else 0
     if mask is None:
         mask = _inferred_mask(ids, pad_token_id, eos_token_id)

@@ -10,6 +10,7 @@ from hasten.errors import InputError
 from hasten.ops import NormConfig, NormInput, QKNorm
 from hasten.ops.lora import HeadsConfig
 from hasten.overlays.base import Overlay, runs_overlay
+from hasten.overlays.cache_name import CACHE
 from hasten.overlays.context import STOCK, AttentionContext
 from hasten.overlays.fused_linears import linear, projected, qkv, qkv_through_norms
 from hasten.overlays.norm import NormOverlay
@@ -46,6 +47,7 @@ class AttentionOverlay(Overlay):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         *,
+        cache: Cache | None = None,
         residual: torch.Tensor | None = None,
         norm_input: NormInput | None = None,
         attention_context: AttentionContext | None = None,
@@ -59,8 +61,13 @@ class AttentionOverlay(Overlay):
         hidden_states; the fused op saves it instead of hidden_states and recomputes the norm in the backward.
         attention_context: None = transformers' attention interface. rope_is_watched: cos and sin may be any numbers; the
         kernels rely on the equal halves that transformers' rotary embeddings have. Raises InputError where position_embeddings are
-        needed and missing.
+        needed and missing. past_key_values, cache: one argument by its two names, without a wrapper in each layer.
         """
+        if cache is not None:
+            if CACHE == "cache":
+                past_key_values = cache
+            else:
+                kwargs["cache"] = cache  # of transformers' paged attention
         overlay_config = self.overlay_config
         position = position_embeddings if overlay_config.use_rope else None
         if position is None and overlay_config.use_rope:

@@ -16,6 +16,7 @@ from hasten.ops.attention import document_starts, row_spans
 from hasten.ops.backend import ATTENTION, backend_for
 from hasten.overlays.attention import AttentionOverlay
 from hasten.overlays.base import Overlay, runs_overlay
+from hasten.overlays.cache_name import CACHE
 from hasten.overlays.context import AttentionContext, SpanAttention, placeholder_mask
 from hasten.weights import hooks_on_every_module, is_watched
 
@@ -87,9 +88,9 @@ class BackboneOverlay(Overlay):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **{CACHE: past_key_values},
             **kwargs,
         )
 

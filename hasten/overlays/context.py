@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hasten.ops import attend
 from hasten.ops.attention import attention
 from hasten.ops.lora import HeadsConfig
+from hasten.overlays.cache_name import CACHE
 from hasten.overlays.precision import compute_dtype
 
 QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -78,7 +79,8 @@ class StockAttention(AttentionContext):
         overlay_config = module.overlay_config
         query, key, value = (x.transpose(1, 2) for x in qkv)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, module.layer_idx)
+            paged = {"kwargs": kwargs} if CACHE == "cache" else {}  # a paged cache writes its block tables there
+            key, value = past_key_values.update(key, value, module.layer_idx, **paged)
         backend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, _eager)
         if overlay_config.softcap is not None:
             kwargs["softcap"] = overlay_config.softcap

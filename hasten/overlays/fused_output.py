@@ -14,6 +14,7 @@ import torch.utils._pytree as pytree
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hasten.errors import LogitsNotComputedError
+from hasten.overlays.cache_name import with_cache_name
 
 logger = logging.getLogger(__name__)
 
@@ -99,13 +100,16 @@ class FusedLossOutput(CausalLMOutputWithPast):
     __dataclass_fields__ = {k: v for k, v in CausalLMOutputWithPast.__dataclass_fields__.items() if k != LOGITS}
     __match_args__: ClassVar[tuple[str, ...]] = tuple(__dataclass_fields__)  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    def __init__(
-        self, loss: Any = None, past_key_values: Any = None, hidden_states: Any = None, attentions: Any = None
-    ) -> None:
-        self.loss = loss
-        self.past_key_values = past_key_values
-        self.hidden_states = hidden_states
-        self.attentions = attentions
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = with_cache_name(kwargs, "FusedLossOutput")
+        names = tuple(self.__dataclass_fields__)
+        given = {**dict(zip(names, args, strict=False)), **given}
+        if len(args) + len(kwargs) > len(given) or len(args) > len(names) or not given.keys() <= set(names):
+            raise TypeError(
+                f"FusedLossOutput takes {', '.join(names)}; found {len(args)} values and {', '.join(kwargs)}"
+            )
+        for name in names:
+            setattr(self, name, given.get(name))
         self.__post_init__()
 
     @property

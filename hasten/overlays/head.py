@@ -18,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from hasten.ops.backend import backend_for
 from hasten.ops.lora import is_one_token
 from hasten.overlays.base import Overlay, with_oom_advice
+from hasten.overlays.cache_name import CACHE
 from hasten.overlays.fused_linears import linear
 from hasten.overlays.fused_loss import fused_loss
 from hasten.overlays.fused_output import FusedLossOutput
@@ -87,9 +88,9 @@ class HeadOverlay(Overlay):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **{CACHE: past_key_values},
             **({} if self.config.return_dict else {"return_dict": True}),
             **kwargs,
         )
@@ -97,7 +98,7 @@ class HeadOverlay(Overlay):
         if fused_lm_head:
             return fused_scores(self, hidden_BTE, labels, **loss_kwargs)
         found: dict[str, Any] = {
-            "past_key_values": outputs.past_key_values,
+            CACHE: getattr(outputs, CACHE),
             "hidden_states": outputs.hidden_states,
             "attentions": outputs.attentions,
         }

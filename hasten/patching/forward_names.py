@@ -13,8 +13,10 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
+from hasten.overlays.cache_name import CACHE, OLD_CACHE
 from hasten.patching.classes import stock_class
 
 DOCSTRING_FLAG = 0x4000000
@@ -69,15 +71,29 @@ def read_forward(module: nn.Module) -> ForwardNames | str:
 
 
 def _plain_function(function: Any) -> FunctionType | str:
-    """The function under transformers' `can_return_tuple`, or why its code does not say all that a call does."""
-    decorated: Any = can_return_tuple(lambda self: None)
-    while isinstance(function, FunctionType) and function.__code__ is decorated.__code__:
+    """The function under transformers' own decorators (a tuple as the output, another name for the cache), or why its
+    code does not say all that a call does."""
+    while isinstance(function, FunctionType) and (_returns_tuple(function) or _renames_cache(function)):
         function = function.__wrapped__  # pyright: ignore[reportFunctionMemberAccess]
     if not isinstance(function, FunctionType):
         return f"is a {type(function).__name__}, not a function"
     if function.__closure__ or hasattr(function, "__wrapped__"):
         return "calls another one that only it knows (super, a decorator)"
     return function
+
+
+def _returns_tuple(function: FunctionType) -> bool:
+    decorated: Any = can_return_tuple(lambda self: None)
+    return function.__code__ is decorated.__code__
+
+
+def _renames_cache(function: FunctionType) -> bool:
+    """Whether the function only takes the cache by its name before transformers 5.24 as well."""
+    decorated: Any = deprecate_kwarg(OLD_CACHE, "0", CACHE)(lambda self: None)
+    if function.__code__ is not decorated.__code__:
+        return False
+    names = inspect.getclosurevars(function).nonlocals
+    return (names["old_name"], names["new_name"]) == (OLD_CACHE, CACHE)
 
 
 def _mentioned(function: FunctionType) -> Iterator[str]:

@@ -18,6 +18,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from hasten.overlays import HeadConfig, HeadOverlay
+from hasten.overlays.cache_name import CACHE, OLD_CACHE
 from hasten.patching.classes import overlay_class, stock_class
 from hasten.patching.forward_names import read_forward
 from hasten.patching.trial import DTYPES, Recorder, Refused, random, same, stand_in
@@ -27,7 +28,7 @@ from hasten.weights.peft_layers import base_layer_of
 CHILDREN = {"model", "lm_head"}
 ATTRIBUTES = frozenset({*CHILDREN, "config", "vocab_size"})
 OPERATIONS = frozenset(
-    {"last_hidden_state", "past_key_values", "hidden_states", "attentions", "loss_function", "vocab_size"}
+    {"last_hidden_state", CACHE, OLD_CACHE, "hidden_states", "attentions", "loss_function", "vocab_size"}
     | {"slice_logits_to_keep", "isinstance", "int", "slice", "CausalLMOutputWithPast"}
 )
 LOSS_KEYWORDS = {"num_items_in_batch", "ignore_index", "shift_labels"}
@@ -66,7 +67,8 @@ def _check(model: Any) -> None:
     names = read_forward(model)
     if isinstance(names, str):
         raise Refused(names)
-    expected = tuple(inspect.signature(HeadOverlay.forward).parameters)[1:]
+    ours = tuple(inspect.signature(HeadOverlay.forward).parameters)[1:]
+    expected = tuple(CACHE if name == OLD_CACHE else name for name in ours)
     if extra := [name for name in names.parameters if name not in expected]:
         raise Refused(f"its forward takes {', '.join(extra)}")
     if names.parameters != expected:
@@ -98,9 +100,9 @@ class _Answers:
     def backbone(self, *_: Any, **__: Any) -> BaseModelOutputWithPast:
         return BaseModelOutputWithPast(
             last_hidden_state=self.hidden,  # pyright: ignore[reportArgumentType]
-            past_key_values=self.cache,
             hidden_states=self.states,  # pyright: ignore[reportArgumentType]
             attentions=self.states * 2,  # pyright: ignore[reportArgumentType]
+            **{CACHE: self.cache},  # pyright: ignore[reportArgumentType]
         )
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -146,7 +148,7 @@ def _calls() -> Iterator[Call]:
     """Calls with every keyword that a causal LM's forward names, and some that it hands on."""
     ids, positions = torch.arange(BATCH * TOKENS).view(BATCH, TOKENS), torch.arange(TOKENS)[None]
     mask, embeds = torch.ones(BATCH, TOKENS), random(BATCH, TOKENS, WIDTH)
-    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": DynamicCache()}
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, CACHE: DynamicCache()}
     handed_on = {"output_attentions": True, "output_hidden_states": True, "cache_position": positions[0]}
     loss = {"num_items_in_batch": torch.tensor(7), "ignore_index": -1, "shift_labels": ids}
     yield (), {"input_ids": ids}

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
+from hasten.overlays.cache_name import with_cache_name
+
 
 @functools.cache
 def positional(forward: Callable[..., Any]) -> tuple[str, ...]:
@@ -25,8 +27,10 @@ def adapt(forward: Any, stock: type) -> Callable[..., Any]:
     that renames them.
     """
     ours, theirs = positional(forward), positional(stock.forward)
-    renamed = {new: old for new, old in zip(theirs, ours, strict=False) if new != old}
-    takes_any = any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(forward).parameters.values())
+    parameters = inspect.signature(forward).parameters.values()
+    by_keyword = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    renamed = {new: old for new, old in zip(theirs, ours, strict=False) if new != old and new not in by_keyword}
+    takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters)
     made = _renaming(forward, renamed) if renamed and not takes_any else _copy(forward)
     made.__signature__ = inspect.signature(stock.forward)  # pyright: ignore[reportFunctionMemberAccess]
     return made
@@ -35,6 +39,7 @@ def adapt(forward: Any, stock: type) -> Callable[..., Any]:
 def _renaming(forward: Callable[..., Any], renamed: dict[str, str]) -> FunctionType:
     @functools.wraps(forward)
     def forward_renamed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs = with_cache_name(kwargs, "forward")
         for theirs, ours in renamed.items():
             if theirs in kwargs:
                 kwargs[ours] = kwargs.pop(theirs)

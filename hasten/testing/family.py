@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hasten.families.schema import Family
+from hasten.overlays.cache_name import CACHE
 from hasten.patching import apply, plan
 from hasten.patching.contract import role_of
 from hasten.testing.accuracy import Comparison
@@ -70,8 +71,8 @@ def _compare_decoding(ours: Any, stock: Any, seen: Comparison) -> None:
     full = stock(ids).logits
     past, steps = None, []
     for part in (ids[:, : TOKENS - 5], *ids[:, TOKENS - 5 :].split(1, dim=1)):
-        outputs = ours(part, past_key_values=past, use_cache=True)
-        past = outputs.past_key_values
+        outputs = ours(part, use_cache=True, **{CACHE: past})
+        past = outputs[CACHE]
         steps.append(outputs.logits)
     seen.add("prefill and decode", torch.cat(steps, dim=1), full, LOGITS)
 

@@ -4,6 +4,7 @@ from typing import Any
 
 SIZES: dict[str, Any] = {
     "vocab_size": 288,
+    "unpadded_vocab_size": 288,
     "hidden_size": 64,
     "d_model": 64,
     "n_embd": 64,
@@ -146,6 +147,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "deepseek_v3": LATENT,
     "deepseek_v32": LATENT,
     "diffllama": {"attention_dropout": 0.0},
+    "dory": {"n_input_layers": 1, "n_output_layers": 1},
     "dots1": {
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
@@ -220,6 +222,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "hash_seed": 0,
         "num_hidden_layers": 2,
     },
+    "sarvam_mla": LATENT,
     "xlm": {"n_words": 288, "emb_dim": 64},
     "xlstm": {
         "embedding_dim": 64,

@@ -61,9 +61,10 @@ def check_type(model_type: str, folder: Path) -> TypeResult:
     """Builds a tiny model, saves it into `folder` and compares it as loaded by hasten and by transformers."""
     result = TypeResult(model_type)
     try:
-        tiny_model_of(model_type).save_pretrained(folder)
+        model = tiny_model_of(model_type)
         tiny_tokenizer().save_pretrained(folder)
         with _stock_side():
+            model.save_pretrained(folder)
             stock = _load_stock(folder)
             stock(**_batch())
     except (NotBuildable, _StockFails) as error:

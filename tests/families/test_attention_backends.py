@@ -19,6 +19,7 @@ from hasten.errors import InputError
 from hasten.ops.attention.kernels.tiles import FP32
 from hasten.ops.backend import ATTENTION, interpreted_kernels
 from hasten.overlays import AttentionOverlay, BackboneOverlay, SpanAttention
+from hasten.overlays.cache_name import CACHE
 from hasten.patching import apply, plan, report, restore
 from hasten.patching.apply import put_overlay
 from hasten.testing import relative_error, tiny_model
@@ -152,8 +153,8 @@ def test_decoding_over_a_cache_is_the_full_forward(name: str, chosen: None) -> N
     past, steps = None, []
     with torch.no_grad():
         for part in (IDS[:, :36], *IDS[:, 36:].split(1, dim=1)):
-            outputs = ours(part, past_key_values=past, use_cache=True)
-            past = outputs.past_key_values
+            outputs = ours(part, **{CACHE: past}, use_cache=True)
+            past = outputs[CACHE]
             steps.append(outputs.logits)
         assert relative_error(torch.cat(steps, dim=1), stock(IDS).logits) < 2e-5
     assert all(isinstance(context, SpanAttention) for context in seen[:2])  # the prefill
@@ -177,7 +178,7 @@ def test_a_static_cache_and_a_mask_of_the_callers_own_go_transformers_way(chosen
     own = torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool, device=DEVICE).tril().triu(-3)
     with torch.no_grad():
         cache = StaticCache(ours.config, max_cache_len=50)
-        logits = ours(IDS, past_key_values=cache).logits
+        logits = ours(IDS, **{CACHE: cache}).logits
         assert relative_error(logits, stock(IDS).logits) < 2e-5
         additive = torch.zeros(own.shape, device=DEVICE).masked_fill(~own, torch.finfo(torch.float32).min)
         assert relative_error(ours(IDS, attention_mask=own).logits, stock(IDS, attention_mask=additive).logits) < 2e-5

@@ -16,6 +16,7 @@ from product_kit import Products
 from transformers_kit import recompute
 
 from hasten.families import FAMILIES
+from hasten.overlays.cache_name import CACHE
 from hasten.patching import apply, report
 from hasten.testing import Comparison, relative_error, tiny_model
 from hasten.testing.quantize import quantize_linears
@@ -180,10 +181,10 @@ def test_decoding_two_rows_over_a_cache(name: str, kernels: None) -> None:
         with torch.no_grad():
             for start, stop in ((0, 8), (8, 9), (9, 10), (10, 11)):
                 out = model(
-                    IDS[:, start:stop].to(DEVICE), attention_mask=mask[:, :stop], past_key_values=past, use_cache=True,
+                    IDS[:, start:stop].to(DEVICE), attention_mask=mask[:, :stop], **{CACHE: past}, use_cache=True,
                     position_ids=(mask[:, :stop].cumsum(-1) - 1).clamp(min=0)[:, start:],
                 )  # fmt: skip
-                past = out.past_key_values
+                past = out[CACHE]
                 steps.append(out.logits[:, -1])
         logits.append(torch.stack(steps))
     assert relative_error(logits[0], logits[1]) < 2e-5

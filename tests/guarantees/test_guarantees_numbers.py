@@ -24,6 +24,7 @@ from hasten.families import FAMILIES
 from hasten.ops import ScoreConfig, linear_cross_entropy, linear_cross_entropy_loss, norm
 from hasten.ops.backend import backend_for, interpreted_kernels
 from hasten.ops.norm import NormConfig
+from hasten.overlays.cache_name import CACHE
 from hasten.testing import save_tiny, tiny_model
 
 ROPES: dict[str, dict[str, Any]] = {
@@ -62,8 +63,8 @@ def test_r10_long_prompts_and_generation_past_the_old_limit(kind: str, tmp_path:
     with torch.no_grad():
         past, steps = None, []
         for part in (ids[:, :100], *ids[:, 100:].split(1, dim=1)):
-            out = model(part, past_key_values=past, use_cache=True)
-            past, steps = out.past_key_values, [*steps, out.logits]
+            out = model(part, **{CACHE: past}, use_cache=True)
+            past, steps = out[CACHE], [*steps, out.logits]
     torch.testing.assert_close(torch.cat(steps, dim=1).cpu(), logits(plain, ids), rtol=1e-4, atol=2e-4)
 
 

@@ -7,6 +7,7 @@ import torch
 from support import padded, prompts, twins
 from transformers import DynamicCache
 
+from hasten.overlays.cache_name import CACHE
 from hasten.testing.tiny import FAMILY_CONFIGS
 
 ROPES: dict[str, dict[str, Any]] = {
@@ -46,7 +47,7 @@ def stepwise(model: Any, ids: torch.Tensor, mask: torch.Tensor, prefill: int) ->
             input_ids=ids[:, start:stop],
             attention_mask=mask[:, :stop],
             position_ids=positions[:, start:stop],
-            past_key_values=cache,
+            **{CACHE: cache},
             use_cache=True,
         )
         parts.append(output.logits)

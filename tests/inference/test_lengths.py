@@ -8,6 +8,7 @@ from support import padded, prompts, twins
 from transformers import GenerationConfig
 
 from hasten.errors import InputError
+from hasten.overlays.cache_name import CACHE
 
 LIMIT = 24
 ROW = prompts(2)[1][None]  # 17 tokens
@@ -81,6 +82,6 @@ def test_cached_tokens_count() -> None:
     ours, _ = twins("llama", max_seq_length=LIMIT)
     first = ours.generate(ROW, max_new_tokens=4, return_dict_in_generate=True, eos_token_id=None)
     with pytest.raises(InputError, match="21 tokens and 4 new ones"):
-        ours.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=4)
-    output = ours.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=3, eos_token_id=None)
+        ours.generate(first.sequences, **{CACHE: first[CACHE]}, max_new_tokens=4)
+    output = ours.generate(first.sequences, **{CACHE: first[CACHE]}, max_new_tokens=3, eos_token_id=None)
     assert output.shape[1] == LIMIT

@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from support import prompts, twins
 
 from hasten.inference import for_inference
+from hasten.overlays.cache_name import CACHE
 from hasten.training import checkpointing, for_training
 
 ROW = prompts(2)[1][None]
@@ -58,7 +59,7 @@ def test_to_inference_and_back(mode: bool, wrapped: bool) -> None:
     assert for_inference(model) is model
     assert not any(modes(model).values()) and not model.is_gradient_checkpointing and model.config.use_cache
     with torch.no_grad():
-        assert model(ROW).past_key_values.get_seq_length() == ROW.shape[1]
+        assert model(ROW)[CACHE].get_seq_length() == ROW.shape[1]
     assert for_training(model) is model
     assert (modes(model), model.is_gradient_checkpointing, model.config.use_cache) == state
     assert model.is_gradient_checkpointing is mode

@@ -7,6 +7,7 @@ import torch
 from support import EOS, PAD, padded, prompts, twins, until_eos
 
 from hasten.errors import InputError
+from hasten.overlays.cache_name import CACHE
 from hasten.testing.tiny import FAMILY_CONFIGS, tiny_tokenizer
 
 NEW = 12
@@ -97,13 +98,13 @@ def test_a_cache_goes_on_where_it_stopped_and_fixes_the_padding() -> None:
     row = prompts(2)[1][None]
     first = ours.generate(row, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, eos_token_id=None)
     turn = torch.cat([first.sequences, torch.tensor([[9, 8, 7]])], dim=1)
-    resumed = ours.generate(turn, past_key_values=first.past_key_values, max_new_tokens=NEW, do_sample=False)
+    resumed = ours.generate(turn, **{CACHE: first[CACHE]}, max_new_tokens=NEW, do_sample=False)
     assert torch.equal(resumed, stock.generate(turn, max_new_tokens=NEW, do_sample=False))
     again = ours.generate(row, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, eos_token_id=None)
     mask = torch.ones_like(turn)
     mask[0, -1] = 0
-    with pytest.raises(InputError, match="past_key_values"):
-        ours.generate(turn, attention_mask=mask, past_key_values=again.past_key_values, max_new_tokens=4)
+    with pytest.raises(InputError, match=CACHE):
+        ours.generate(turn, attention_mask=mask, **{CACHE: again[CACHE]}, max_new_tokens=4)
 
 
 def test_rows_of_padding_only_are_refused() -> None:

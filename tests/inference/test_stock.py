@@ -14,6 +14,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from hasten.overlays.cache_name import CACHE
 from hasten.testing.tiny import FAMILY_CONFIGS, tiny_tokenizer
 
 IDS, MASK = padded(prompts(4), "left")
@@ -125,7 +126,7 @@ def test_dictionary_output_has_scores_and_cache() -> None:
     assert torch.equal(got.sequences, wanted.sequences)
     for ours_scores, stock_scores in zip(got.scores, wanted.scores, strict=True):
         torch.testing.assert_close(ours_scores, stock_scores, rtol=2e-5, atol=2e-5)
-    assert got.past_key_values.get_seq_length() == IDS.shape[1] + 4
+    assert got[CACHE].get_seq_length() == IDS.shape[1] + 4
 
 
 def test_assistants_equal_plain_greedy() -> None:

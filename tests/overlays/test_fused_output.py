@@ -18,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import ModelOutput
 
 from hasten.errors import InputError
+from hasten.overlays.cache_name import CACHE
 from hasten.overlays.fused_output import MISSING_LOGITS, FusedLossOutput, FusedLossTuple
 from hasten.patching import apply
 from hasten.testing import tiny_model
@@ -94,7 +95,7 @@ def test_it_is_a_mapping_and_a_dataclass(output: Any) -> None:
     assert {**output}.keys() == dict(output).keys() == {"loss", "hidden_states"}
     assert "logits=<not computed by the fused loss>" in repr(output) and "loss=tensor" in str(output)
     fields = [field.name for field in dataclasses.fields(output)]
-    assert fields == list(vars(output)) == ["loss", "past_key_values", "hidden_states", "attentions"]
+    assert fields == list(vars(output)) == ["loss", CACHE, "hidden_states", "attentions"]
     twin = dataclasses.replace(output, loss=torch.zeros(()))
     assert type(twin) is type(output) and twin.loss == 0 and twin.hidden_states is output.hidden_states
     assert output == output and output != twin

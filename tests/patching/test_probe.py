@@ -14,6 +14,7 @@ from transformers.utils.generic import can_return_tuple
 
 from hasten.ops import NormConfig
 from hasten.overlays import HeadConfig, HeadOverlay, MLPConfig
+from hasten.overlays.cache_name import CACHE
 from hasten.patching import plan, probe
 from hasten.testing import tiny_model
 from hasten.testing.quantize import quantize_linears
@@ -345,23 +346,38 @@ def test_one_proof_does_not_hold_for_a_module_with_another_attribute() -> None:
     assert "replaced on the instance" in str(probe.prove("norm", other))
 
 
+def _with_cache_name(function):
+    """The function with `cache`, wherever it names an argument, a field or a key, under the name of the installed
+    transformers."""
+
+    def renamed(value):
+        if isinstance(value, tuple):
+            return tuple(renamed(one) for one in value)
+        return CACHE if isinstance(value, str) and value == "cache" else value
+
+    code, parts = function.__code__, ("co_varnames", "co_names", "co_consts")
+    function.__code__ = code.replace(**{part: renamed(getattr(code, part)) for part in parts})
+    return function
+
+
 class Causal(SmolLM3ForCausalLM):
     """A causal LM's usual forward; the classes below change one thing each."""
 
     @can_return_tuple
+    @_with_cache_name
     def forward(
         self,
         input_ids=None,
         attention_mask=None,
         position_ids=None,
-        past_key_values=None,
+        cache=None,
         inputs_embeds=None,
         labels=None,
         use_cache=None,
         logits_to_keep=0,
         **kwargs,
     ):
-        inputs = self._inputs(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+        inputs = self._inputs(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache)
         outputs = self.model(**inputs, **kwargs)
         hidden_states = self._hidden(outputs.last_hidden_state)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -372,17 +388,18 @@ class Causal(SmolLM3ForCausalLM):
         return CausalLMOutputWithPast(
             loss=self._final(loss, outputs),
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
 
+    @_with_cache_name
     def _inputs(self, ids, mask, positions, past, embeds, use_cache):
         return {
             "input_ids": ids,
             "attention_mask": mask,
             "position_ids": positions,
-            "past_key_values": past,
+            "cache": past,
             "inputs_embeds": embeds,
             "use_cache": use_cache,
         }
@@ -446,8 +463,9 @@ class UndecoratedCausal(Causal):
 
 
 class NoMaskCausal(Causal):
+    @_with_cache_name
     def _inputs(self, ids, mask, positions, past, embeds, use_cache):
-        return {"input_ids": ids, "position_ids": positions, "past_key_values": past, "inputs_embeds": embeds}
+        return {"input_ids": ids, "position_ids": positions, "cache": past, "inputs_embeds": embeds}
 
 
 CAUSAL = {

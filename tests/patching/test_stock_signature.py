@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hasten.families import FAMILIES
+from hasten.overlays.cache_name import CACHE
 from hasten.patching import apply
 from hasten.testing import tiny_model
 
@@ -35,7 +36,7 @@ def _arguments(model: Any) -> dict[str, Any]:
         "position_embeddings": rotary(x, POSITIONS, **kind),
         "attention_mask": torch.full((1, 1, 4, 4), float("-inf")).triu(1),
         "position_ids": POSITIONS,
-        "past_key_values": None,
+        CACHE: None,
         "use_cache": False,
     }
 

@@ -20,6 +20,7 @@ from hasten.inference.decode.servable import cache_dtype, unserved, unserved_mod
 from hasten.inference.decode.steps import Steps
 from hasten.inference.generate import asked, generate
 from hasten.options import LoadOptions
+from hasten.overlays.cache_name import CACHE
 from hasten.state import GenerateCall, state_of
 
 SEVERAL_DEVICES = False
@@ -60,7 +61,7 @@ class DecodeEngine:
 
     def check(self, model: Any, options: LoadOptions) -> list[str]:
         """Refuses `float8_kv_cache` for a model that transformers' own loop must serve, whose cache is not FP8."""
-        reason = unserved_model(model, self._devices) if options.float8_kv_cache is True else None
+        reason = unserved_model(model, self._devices, SEVERAL_DEVICES) if options.float8_kv_cache is True else None
         if reason is None:
             return []
         return [
@@ -95,7 +96,7 @@ class DecodeEngine:
         state_of(model).notes["generation"] = [note]
 
     def _serve(self, model: Any, call: GenerateCall, dtype: torch.dtype | None) -> Any:
-        streamer, given = call.kwargs.get("streamer"), call.kwargs.get("past_key_values") is not None
+        streamer, given = call.kwargs.get("streamer"), call.kwargs.get(CACHE) is not None
         if dtype is not None:
             call = _without(model, call, ("cache_implementation", "cache_config"))
         call = _with_stop_strings(model, call)

@@ -19,14 +19,14 @@ from hasten.inference.decode.prompt import Fed, fed, run_prompt
 from hasten.inference.decode.step import DecodeStep
 from hasten.inference.decode.steps import Steps
 from hasten.inference.decode.stops import StopWatch, lag_for
+from hasten.overlays.cache_name import CACHE
 from hasten.overlays.precision import compute_dtype
 
 
 @dataclass(frozen=True)
 class Asked:
     """A call. prepared: what transformers gives its own loops by name (`logits_processor`, `generation_config`, ...). streamer:
-    None = none. dtype: of the cache, None = that of the keys. own_cache: whether the caller gave `past_key_values`.
-    lag: see `DecodeEngine`."""
+    None = none. dtype: of the cache, None = that of the keys. own_cache: whether the caller gave a cache. lag: see `DecodeEngine`."""
 
     input_ids: torch.Tensor
     prepared: dict[str, Any]
@@ -84,7 +84,7 @@ def decode(model: Any, steps: Steps, asked: Asked) -> Any:
         sequences, end = _run(model, cache, step, asked, prompt, limit)
         past = None
         if asked.keeps_cache:
-            past = asked.prepared["past_key_values"]
+            past = asked.prepared[CACHE]
             dtype = compute_dtype(model.get_input_embeddings().weight)
             append(past, cache, batch, prompt.slots + end - width - 1, dtype)
     finally:
@@ -96,7 +96,7 @@ def decode(model: Any, steps: Steps, asked: Asked) -> Any:
         return ids
     records = (sequences.scores, sequences.logits)
     scores, logits = (None if one is None else tuple(one[: end - width]) for one in records)
-    return GenerateDecoderOnlyOutput(sequences=ids, scores=scores, logits=logits, past_key_values=past)  # pyright: ignore
+    return GenerateDecoderOnlyOutput(sequences=ids, scores=scores, logits=logits, **{CACHE: past})  # pyright: ignore
 
 
 def _run(model: Any, cache: KVCache, step: DecodeStep, asked: Asked, prompt: Fed, limit: int) -> tuple[_Sequences, int]:
@@ -115,7 +115,7 @@ def _run(model: Any, cache: KVCache, step: DecodeStep, asked: Asked, prompt: Fed
     running = torch.ones(batch, dtype=torch.bool, device=device)
     cache.reserve(prompt.slots)
     if prompt.cached:
-        load(asked.prepared["past_key_values"], cache)
+        load(asked.prepared[CACHE], cache)
     logits, slots = run_prompt(model, cache, step, prompt), prompt.slots
     for length in range(width + 1, limit + 1):
         scores = logits = logits.to(device, copy=copies)

@@ -10,26 +10,27 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from hasten.inference.decode.cache import KVCache
+from hasten.overlays.cache_name import CACHE
 
 
 def unserved_cache(past: Any, windows: list[int | None], sequences: int) -> str | None:
     """Returns why transformers must continue from this cache, None if `load` can copy it. windows: of each layer, None = all
     tokens. sequences: of the call."""
     if type(past) is not DynamicCache or past.offloading:
-        return f"past_key_values is a {type(past).__name__}{' with offloading' if type(past) is DynamicCache else ''}"
+        return f"{CACHE} is a {type(past).__name__}{' with offloading' if type(past) is DynamicCache else ''}"
     tokens, layers = int(past.get_seq_length()), list[Any](past.layers)
     if not tokens:
         return None
     if len(layers) != len(windows):
-        return f"past_key_values has {len(layers)} layers, the model {len(windows)}"
+        return f"{CACHE} has {len(layers)} layers, the model {len(windows)}"
     for layer, window in zip(layers, windows, strict=True):
         needed = tokens if window is None else min(tokens, window - 1)
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or getattr(layer, "record_past", False):
-            return f"past_key_values has layers of type {type(layer).__name__}"
+            return f"{CACHE} has layers of type {type(layer).__name__}"
         if layer.keys is None or len(layer.keys) != sequences or int(layer.get_seq_length()) != tokens:
-            return "past_key_values holds another number of sequences or tokens"
+            return f"{CACHE} holds another number of sequences or tokens"
         if layer.keys.shape[2] < needed:
-            return "past_key_values holds fewer tokens than a window"
+            return f"{CACHE} holds fewer tokens than a window"
     return None
 
 

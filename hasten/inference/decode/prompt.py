@@ -12,6 +12,7 @@ from hasten.inference.decode.cache import KVCache
 from hasten.inference.decode.context import CachedAttention
 from hasten.inference.decode.step import DecodeStep
 from hasten.ops.attention import row_spans
+from hasten.overlays.cache_name import CACHE
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def fed(input_ids: torch.Tensor, prepared: dict[str, Any], keeps_cache: bool) ->
     """Selects what must run, as transformers does: without what the cache holds. input_ids: the whole sequences, or with a cache
     only the new tokens (the mask is then longer). keeps_cache: the caller gets the cache, so that every slot must be in it."""
     mask, positions = prepared.get("attention_mask"), prepared["position_ids"]
-    past = prepared.get("past_key_values")
+    past = prepared.get(CACHE)
     cached = 0 if past is None else int(past.get_seq_length())
     skipped = (
         cached if positions.shape[1] == input_ids.shape[1] else 0

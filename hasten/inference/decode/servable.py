@@ -16,6 +16,7 @@ from hasten.inference.generate import asked
 from hasten.options.engine import FP8_CAPABILITY
 from hasten.overlays import AttentionOverlay, BackboneOverlay, HeadOverlay
 from hasten.overlays.base import runs_overlay
+from hasten.overlays.cache_name import CACHE
 from hasten.state import GenerateCall
 from hasten.weights import hooks_on_every_module, needs_own_forward
 
@@ -49,7 +50,7 @@ ARGUMENTS = frozenset(
         "prefix_allowed_tokens_fn",
         "streamer",
         "tokenizer",
-        "past_key_values",
+        CACHE,
     }
 )
 """Arguments of `generate` that the engine serves, besides generation parameters."""
@@ -203,7 +204,7 @@ def _is_of_a_trainer(hook: Any) -> bool:
 
 
 def _unserved_prefix(model: Any, call: GenerateCall) -> str | None:
-    past = call.kwargs.get("past_key_values")
+    past = call.kwargs.get(CACHE)
     if past is None:
         return None
     ids = next(
@@ -211,13 +212,13 @@ def _unserved_prefix(model: Any, call: GenerateCall) -> str | None:
     )
     mask = call.kwargs.get("attention_mask")
     if not isinstance(ids, torch.Tensor):
-        return "past_key_values was given without a prompt"
+        return f"{CACHE} was given without a prompt"
     windows = [layer.self_attn.overlay_config.window for layer in model.model.layers]
     sequences = len(ids) * (asked(model, call, "num_return_sequences") or 1)
     if reason := unserved_cache(past, windows, sequences):
         return reason
     is_whole = mask is None or mask.shape == ids.shape
     if is_whole and ids.shape[1] <= int(past.get_seq_length()):
-        return "past_key_values holds the whole prompt"
+        return f"{CACHE} holds the whole prompt"
     padded_inside = mask is not None and bool((mask[:, 1:] < mask[:, :-1]).any())
     return "there is padding between tokens" if padded_inside else None

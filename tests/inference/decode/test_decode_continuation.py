@@ -10,6 +10,7 @@ from device_kit import DEVICE
 from transformers import DynamicCache, StaticCache
 
 from hasten.families import FAMILIES
+from hasten.overlays.cache_name import CACHE
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -44,21 +45,21 @@ def test_second_turn_runs_only_the_new_tokens(family: str, turn: int) -> None:
     for model, found in zip((stock, ours), results, strict=True):
         ids = prompts(lengths=(14,))["input_ids"]
         first = model.generate(ids, max_new_tokens=6, return_dict_in_generate=True, **GREEDY)
-        assert first.past_key_values.get_seq_length() == 19
+        assert first[CACHE].get_seq_length() == 19
         ids = longer(first.sequences, turn)
         if model is ours:
             with fed_tokens(ours) as counts:
                 second = model.generate(
-                    ids, past_key_values=first.past_key_values, max_new_tokens=5, return_dict_in_generate=True, **GREEDY
+                    ids, **{CACHE: first[CACHE]}, max_new_tokens=5, return_dict_in_generate=True, **GREEDY
                 )
             assert counts == [turn + 1, 1, 1, 1, 1]
             assert engine_note(ours) == "engine: hasten"
         else:
             second = model.generate(
-                ids, past_key_values=first.past_key_values, max_new_tokens=5, return_dict_in_generate=True, **GREEDY
+                ids, **{CACHE: first[CACHE]}, max_new_tokens=5, return_dict_in_generate=True, **GREEDY
             )
-        found += [first.sequences, second.sequences, second.past_key_values]
-        assert second.past_key_values is first.past_key_values
+        found += [first.sequences, second.sequences, second[CACHE]]
+        assert second[CACHE] is first[CACHE]
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
     same_cache(results[1][2], results[0][2])
 
@@ -72,7 +73,7 @@ def test_chat_over_one_cache(made: str) -> None:
     for turn in range(3):
         for index, model in enumerate((stock, ours)):
             asked = longer(ids[index], 4 + 13 * turn, seed=turn)
-            ids[index] = model.generate(asked, past_key_values=caches[index], max_new_tokens=6, **GREEDY)
+            ids[index] = model.generate(asked, **{CACHE: caches[index]}, max_new_tokens=6, **GREEDY)
         assert engine_note(ours) == "engine: hasten"
         assert torch.equal(*ids)
         same_cache(caches[1], caches[0])
@@ -88,10 +89,10 @@ def test_a_prefix_run_once_and_copied_for_each_question() -> None:
         for model in (stock, ours):
             cache = DynamicCache(config=model.config)
             with torch.no_grad():
-                model(ids, past_key_values=cache)
+                model(ids, **{CACHE: cache})
             before = copy.deepcopy(cache)
             question = longer(ids, 5, seed)
-            found.append(model.generate(question, past_key_values=copy.deepcopy(cache), max_new_tokens=6, **GREEDY))
+            found.append(model.generate(question, **{CACHE: copy.deepcopy(cache)}, max_new_tokens=6, **GREEDY))
             same_cache(cache, before)
         assert torch.equal(*found) and engine_note(ours) == "engine: hasten"
 
@@ -104,14 +105,14 @@ def test_ragged_batch_with_only_the_new_tokens_and_the_whole_mask() -> None:
         first = model.generate(**batch, max_new_tokens=4, return_dict_in_generate=True, **GREEDY)
         new = longer(first.sequences[:, -1:], 6)
         mask = torch.cat((batch["attention_mask"], torch.ones(3, 3 + 7, dtype=torch.long, device=DEVICE)), dim=1)
-        asked = {"attention_mask": mask, "past_key_values": first.past_key_values, "max_new_tokens": 5, **GREEDY}
+        asked = {"attention_mask": mask, CACHE: first[CACHE], "max_new_tokens": 5, **GREEDY}
         with fed_tokens(ours) as counts:
             results.append(model.generate(new, **asked, return_dict_in_generate=True))
     assert counts == [7, 1, 1, 1, 1] and engine_note(ours) == "engine: hasten"
     wanted, found = results
     assert torch.equal(found.sequences, wanted.sequences)
     real = torch.cat((mask, torch.ones(3, 4, dtype=torch.long, device=DEVICE)), dim=1).bool()
-    same_cache(found.past_key_values, wanted.past_key_values, real)
+    same_cache(found[CACHE], wanted[CACHE], real)
 
 
 def test_what_a_window_has_left_out_is_not_read() -> None:
@@ -121,9 +122,9 @@ def test_what_a_window_has_left_out_is_not_read() -> None:
     with uninitialised_is_nan():
         for model in (stock, ours):
             first = model.generate(**prompts(lengths=(40,)), max_new_tokens=3, return_dict_in_generate=True, **GREEDY)
-            assert first.past_key_values.layers[0].keys.shape[2] == 7
+            assert first[CACHE].layers[0].keys.shape[2] == 7
             ids = longer(first.sequences, 3)
-            results.append(model.generate(ids, past_key_values=first.past_key_values, max_new_tokens=5, **GREEDY))
+            results.append(model.generate(ids, **{CACHE: first[CACHE]}, max_new_tokens=5, **GREEDY))
     assert torch.equal(*results) and engine_note(ours) == "engine: hasten"
 
 
@@ -134,13 +135,11 @@ def test_past_a_block_and_the_context(whole: bool) -> None:
     results = []
     for model in (stock, ours):
         cache = DynamicCache(config=model.config)
-        first = model.generate(**prompts(lengths=(246,)), max_new_tokens=5, past_key_values=cache, **GREEDY)
+        first = model.generate(**prompts(lengths=(246,)), max_new_tokens=5, **{CACHE: cache}, **GREEDY)
         ids = longer(first, 4)
         mask = torch.ones_like(ids)
         asked = ids if whole else ids[:, 250:]
-        results.append(
-            model.generate(asked, attention_mask=mask, past_key_values=cache, max_new_tokens=9, **GREEDY)[:, -9:]
-        )
+        results.append(model.generate(asked, attention_mask=mask, **{CACHE: cache}, max_new_tokens=9, **GREEDY)[:, -9:])
         assert cache.get_seq_length() == 263
     assert torch.equal(*results) and engine_note(ours) == "engine: hasten"
 
@@ -150,9 +149,9 @@ def test_a_cropped_cache() -> None:
     results = []
     for model in (stock, ours):
         first = model.generate(**prompts(lengths=(9,)), max_new_tokens=8, return_dict_in_generate=True, **GREEDY)
-        first.past_key_values.crop(-5)
+        first[CACHE].crop(-5)
         ids = longer(first.sequences[:, :12], 3)
-        results.append(model.generate(ids, past_key_values=first.past_key_values, max_new_tokens=5, **GREEDY))
+        results.append(model.generate(ids, **{CACHE: first[CACHE]}, max_new_tokens=5, **GREEDY))
     assert torch.equal(*results) and engine_note(ours) == "engine: hasten"
 
 
@@ -164,11 +163,11 @@ def test_stock_continues_what_the_engine_left() -> None:
         first = model.generate(**prompts(lengths=(12,)), max_new_tokens=5, return_dict_in_generate=True, **GREEDY)
         ids = longer(first.sequences, 3)
         with torch.no_grad():
-            results.append(model(ids[:, 16:], past_key_values=copy.deepcopy(first.past_key_values)).logits)
+            results.append(model(ids[:, 16:], **{CACHE: copy.deepcopy(first[CACHE])}).logits)
         results.append(
             model.generate(
                 ids,
-                past_key_values=first.past_key_values,
+                **{CACHE: first[CACHE]},
                 use_cache=True,
                 prefill_chunk_size=4,
                 max_new_tokens=4,
@@ -186,14 +185,14 @@ def static(model: Any, ids: torch.Tensor) -> Any:
 def of_another_batch(model: Any, ids: torch.Tensor) -> Any:
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(ids[:, :4].expand(2, -1), past_key_values=cache)
+        model(ids[:, :4].expand(2, -1), **{CACHE: cache})
     return cache
 
 
 def of_the_whole_prompt(model: Any, ids: torch.Tensor) -> Any:
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE: cache})
     return cache
 
 
@@ -201,7 +200,7 @@ def recording(model: Any, ids: torch.Tensor) -> Any:
     cache = DynamicCache(config=model.config)
     cache.activate_past_recording()
     with torch.no_grad():
-        model(ids[:, :4], past_key_values=cache)
+        model(ids[:, :4], **{CACHE: cache})
     return cache
 
 
@@ -212,11 +211,11 @@ def test_other_caches_go_to_transformers(make: Any) -> None:
     results = []
     for model in (stock, ours):
         try:
-            results.append(model.generate(ids, past_key_values=make(model, ids), max_new_tokens=4, **GREEDY))
+            results.append(model.generate(ids, **{CACHE: make(model, ids)}, max_new_tokens=4, **GREEDY))
         except (RuntimeError, ValueError, IndexError) as error:
             results.append(type(error))
     assert results[0] is results[1] if isinstance(results[0], type) else torch.equal(*results)
-    assert engine_note(ours).startswith("engine: transformers, since p")
+    assert engine_note(ours).startswith(f"engine: transformers, since {CACHE} ")
 
 
 def test_padding_between_turns_goes_to_transformers() -> None:
@@ -229,9 +228,7 @@ def test_padding_between_turns_goes_to_transformers() -> None:
         mask = torch.ones_like(ids)
         mask[:, :11] = batch["attention_mask"]
         mask[1, 12:16] = 0
-        results.append(
-            model.generate(ids, attention_mask=mask, past_key_values=first.past_key_values, max_new_tokens=4, **GREEDY)
-        )
+        results.append(model.generate(ids, attention_mask=mask, **{CACHE: first[CACHE]}, max_new_tokens=4, **GREEDY))
     assert torch.equal(*results) and "padding between tokens" in engine_note(ours)
 
 
@@ -240,4 +237,4 @@ def test_several_sequences_per_prompt_have_a_cache_of_their_own() -> None:
     asked = {"num_return_sequences": 3, "do_sample": True, "max_new_tokens": 5, "return_dict_in_generate": True}
     wanted, found = both(stock, ours, **prompts(), **asked, eos_token_id=None)
     assert torch.equal(found.sequences, wanted.sequences) and len(found.sequences) == 9
-    assert len(found.past_key_values.layers[0].keys) == 9
+    assert len(found[CACHE].layers[0].keys) == 9

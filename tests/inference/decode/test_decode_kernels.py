@@ -10,6 +10,7 @@ from product_kit import launches
 from transformers import DynamicCache
 
 from hasten.ops.decode_attention import MAX_NEW_TOKENS
+from hasten.overlays.cache_name import CACHE
 
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 2}
 
@@ -24,11 +25,11 @@ def test_tokens_are_stocks() -> None:
     for model in (stock, ours):
         cache = DynamicCache(config=model.config)
         with launches() as launched:
-            first = model.generate(**batch, **GREEDY, past_key_values=cache)
+            first = model.generate(**batch, **GREEDY, **{CACHE: cache})
             ids = torch.cat((first, turn), dim=1)
             mask = torch.ones_like(ids)
             mask[:, :11] = batch["attention_mask"]
-            results.append(model.generate(ids, attention_mask=mask, **GREEDY, past_key_values=cache))
+            results.append(model.generate(ids, attention_mask=mask, **GREEDY, **{CACHE: cache}))
     assert torch.equal(*results) and engine_note(ours) == "engine: hasten"
     # The turn, with the one token that the cache lacks, in two parts; then single tokens.
     assert {one.shapes[0][1] for one in launched if one.kernel == "_attend"} == {2, MAX_NEW_TOKENS}

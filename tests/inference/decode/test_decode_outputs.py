@@ -16,6 +16,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from hasten.overlays.cache_name import CACHE
 from hasten.testing.tiny import tiny_tokenizer
 
 
@@ -60,7 +61,7 @@ def test_cache_in_the_dictionary_is_stocks() -> None:
     stock, ours = served("gemma3_text")
     batch = prompts(lengths=(5, 30, 1))
     expected, found = both(stock, ours, **batch, max_new_tokens=7, do_sample=False, return_dict_in_generate=True)
-    got, wanted = found.past_key_values, expected.past_key_values
+    got, wanted = found[CACHE], expected[CACHE]
     assert type(got) is type(wanted) and got.get_seq_length() == wanted.get_seq_length() == 36
     real = torch.cat((batch["attention_mask"], torch.ones(3, 6, dtype=torch.long, device=DEVICE)), 1).bool()
     for mine, theirs in zip(got.layers, wanted.layers, strict=True):

@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 from hasten.errors import OptionError
 from hasten.inference.decode import DecodeEngine
 from hasten.ops.decode_attention import LARGEST, CacheView, decode_attention, write_cache
+from hasten.overlays.cache_name import CACHE
 from hasten.state import state_of
 
 BACKENDS = {"hasten-int8": torch.int8, "hasten-fp8": torch.float8_e4m3fn}
@@ -88,7 +89,7 @@ def test_a_call_chooses_its_cache(backend: str, where: str) -> None:
     torch.testing.assert_close(found.logits[0], exact.logits[0], rtol=2e-5, atol=2e-5)  # the prompt itself is exact
     error = float((found.logits[1] - exact.logits[1]).norm() / exact.logits[1].norm())
     assert 1e-5 < error < LOGITS_ERROR[BACKENDS[backend]]
-    assert found.past_key_values.layers[0].keys.dtype == torch.float32
+    assert found[CACHE].layers[0].keys.dtype == torch.float32
 
 
 def test_a_quantised_cache_is_continued() -> None:
@@ -96,7 +97,7 @@ def test_a_quantised_cache_is_continued() -> None:
     how = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, **asked("hasten-int8")}
     first = ours.generate(**prompts(lengths=(20,)), **how)
     whole = ours.generate(first.sequences, **how)
-    second = ours.generate(first.sequences, past_key_values=first.past_key_values, **how)
+    second = ours.generate(first.sequences, **{CACHE: first[CACHE]}, **how)
     assert torch.equal(second.sequences, whole.sequences)
 
 

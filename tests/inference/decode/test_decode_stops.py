@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from hasten.inference.decode import DecodeEngine
 from hasten.inference.decode.stops import LAG, StopWatch, lag_for
+from hasten.overlays.cache_name import CACHE
 from hasten.state import state_of
 from hasten.testing.tiny import VOCABULARY
 
@@ -50,7 +51,7 @@ def test_late_looks_change_nothing(lag: int, how: dict[str, Any]) -> None:
             states.append(torch.get_rng_state())
         wanted, found = results
         assert torch.equal(found.sequences, wanted.sequences) and len(found.scores) == len(wanted.scores)
-        assert found.past_key_values.get_seq_length() == wanted.past_key_values.get_seq_length()
+        assert found[CACHE].get_seq_length() == wanted[CACHE].get_seq_length()
         assert heard[0].given == heard[1].given
         assert torch.equal(*states)
         ends.add(found.sequences.shape[1])
