@@ -19,6 +19,7 @@ from hasten.inference.decode.cache import KVCache, shape_for
 from hasten.inference.decode.servable import unserved
 from hasten.inference.decode.split import SplitStep
 from hasten.inference.decode.step import DecodeStep
+from hasten.overlays.cache_name import CACHE
 from hasten.overlays.context import AttentionContext
 from hasten.state import GenerateCall
 from hasten.testing import save_tiny
@@ -49,9 +50,7 @@ def test_caches_on_two_devices(family: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert cache.view(1).slots_B is cache.counters[0] and cache.view(2).slots_B is cache.counters[1]
     mask = torch.cat((prompts()["attention_mask"], torch.ones(3, 6, dtype=torch.long)), 1)
     results = [
-        model.generate(
-            one.sequences, attention_mask=mask, past_key_values=one.past_key_values, max_new_tokens=5, do_sample=False
-        )
+        model.generate(one.sequences, attention_mask=mask, **{CACHE: one[CACHE]}, max_new_tokens=5, do_sample=False)
         for model, one in ((stock, wanted), (ours, found))
     ]
     assert torch.equal(*results) and engine_note(ours) == "engine: hasten"
@@ -207,7 +206,7 @@ def test_two_gpus(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             mask = torch.ones_like(first.sequences)
             mask[:, :11] = batch["attention_mask"]
             second = model.generate(
-                first.sequences, attention_mask=mask, past_key_values=first.past_key_values, max_new_tokens=9, **how
+                first.sequences, attention_mask=mask, **{CACHE: first[CACHE]}, max_new_tokens=9, **how
             )
             found += [first.sequences, second]
         assert (engine_note(model) == "engine: hasten") == several
