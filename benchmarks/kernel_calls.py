@@ -185,9 +185,10 @@ def _cached_attentions(s: Sizes) -> None:
     for window, softcap in ((None, None), (7, 2.0)):
         decode_attention(q, cache, 0.1, window, softcap, "triton")
     s = replace(s, length=1)
+    q, k, v = inputs.qkv_heads(s)
     rule = QKNorm(inputs.draw(s, s.dim), inputs.draw(s, s.dim), NormConfig(1e-5))
     for qk_norm in (None, rule):
-        token = NewToken(*inputs.qkv_heads(s), inputs.angles(s, torch.float32), qk_norm=qk_norm)
+        token = NewToken(q, k, v, inputs.angles(s, torch.float32), qk_norm=qk_norm)
         attend_new_token(token, cache, 0.1, backend="triton")
 
 
