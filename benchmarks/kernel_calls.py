@@ -187,7 +187,8 @@ def _cached_attentions(s: Sizes) -> None:
     s = replace(s, length=1)
     rule = QKNorm(inputs.draw(s, s.dim), inputs.draw(s, s.dim), NormConfig(1e-5))
     for qk_norm in (None, rule):
-        token = NewToken(*inputs.qkv_heads(s), inputs.angles(s, torch.float32), qk_norm=qk_norm)
+        q, k, v = inputs.qkv_heads(s)
+        token = NewToken(q, k, v, inputs.angles(s, torch.float32), qk_norm=qk_norm)
         attend_new_token(token, cache, 0.1, backend="triton")
 
 
