@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.deprecation import deprecate_kwarg
 
@@ -18,6 +18,10 @@ from hasten.testing import tiny_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 RENAMED = pytest.mark.skipif(CACHE == OLD_CACHE, reason="transformers before 5.24 has one name")
+
+
+class Renaming(LlamaForCausalLM):
+    forward = deprecate_kwarg("targets", "9.0.0", new_name="labels")(LlamaForCausalLM.forward)
 
 
 def _pair(family: str) -> tuple[Any, Any]:
@@ -119,10 +123,6 @@ def test_no_call_of_hasten_uses_the_old_name() -> None:
 def test_another_renamed_argument_is_not_read_through() -> None:
     """A decorator that renames something else than the cache may change what the forward computes."""
     model = tiny_model("llama")
-
-    class Renaming(type(model)):
-        forward = deprecate_kwarg("targets", "9.0.0", new_name="labels")(type(model).forward)
-
     model.__class__ = Renaming
     assert "a decorator" in str(probe.prove("head", model))
 
