@@ -17,8 +17,12 @@ from hasten import FastLanguageModel
 from hasten.errors import CheckpointError, ExportError, InputError
 from hasten.testing import save_tiny
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
-"""PEFT warns of what these tests ask for on purpose."""
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning:peft"),  # of what these tests ask for on purpose
+    pytest.mark.filterwarnings(
+        "ignore:`past_key_values` is deprecated:FutureWarning"
+    ),  # PEFT's prompt learning, since 5.24
+]
 
 IDS = torch.randint(6, 260, (2, 24), generator=torch.Generator().manual_seed(0)).to(DEVICE)
 IDS[:, 10:12] = torch.tensor([7, 9], device=DEVICE)  # the tokens whose rows train
