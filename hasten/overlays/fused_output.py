@@ -156,7 +156,7 @@ class FusedLossOutput(CausalLMOutputWithPast):
 
 def _output_of(items: dict[str, Any], attributes: dict[str, Any]) -> FusedLossOutput:
     output = FusedLossOutput()
-    output.__dict__.update(attributes)
+    vars(output).update(attributes)
     for name, value in items.items():
         output[name] = value
     return output
