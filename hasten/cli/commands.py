@@ -147,7 +147,8 @@ def report(
 
     network, _ = load_model(model, load, 2048)
     typer.echo(str(report_of(network)))
-    report_of(network, strict)
+    if strict:
+        report_of(network, strict=True)
 
 
 @app.command()

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 import hasten
 from hasten.cli import FAILED, app
 from hasten.errors import CheckpointError, OptionError
+from hasten.testing import save_tiny
 
 
 def call(*args: object) -> Any:
@@ -96,6 +97,13 @@ def test_report_shows_overlays_and_adapters(trained: Path) -> None:
     assert done.exit_code == 0, done.stderr
     for word in ("LlamaAttention", "overlay", "q_proj", "LoRA"):
         assert word in done.stdout
+
+
+def test_a_strict_report_fails_where_a_module_is_stock(trained: Path, tmp_path: Path) -> None:
+    assert call("report", trained / "out/model", "--load", "16bit", "--strict").exit_code == 0
+    done = call("report", save_tiny(tmp_path / "moe", "mixtral"), "--load", "16bit", "--strict")
+    assert done.exit_code == FAILED and "MixtralForCausalLM" in done.stdout
+    assert "PatchError: not every module runs fused" in done.stderr and "stock" in done.stderr
 
 
 def test_estimate_prints_the_parts_and_their_sum(trained: Path) -> None:
